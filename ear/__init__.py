@@ -1,0 +1,1 @@
+"""Quantisation-free autoregressive image generation by maximising strictly proper scores."""

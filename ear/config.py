@@ -1,0 +1,350 @@
+"""The schema of params.yaml: one frozen dataclass per section, strict loading, one clear sentence per mistake.
+
+Every field carries its documentation, its unit and its limits, so that `python -m ear.configure` can write a commented
+params.yaml and `load` can say what is allowed. No field has a default: a key that is absent from params.yaml would be
+invisible to DVC.
+"""
+
+import dataclasses
+import difflib
+import math
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+
+
+def option(
+    help: str,  # noqa: A002 - what argparse and click call it
+    *,
+    choices: tuple = (),  # the allowed values, if they are few
+    minimum: float | None = None,
+    maximum: float | None = None,
+    above: float | None = None,  # exclusive lower limit
+    below: float | None = None,  # exclusive upper limit
+):
+    """A documented field with limits; `help` becomes the comment in params.yaml."""
+    limits = {"choices": choices, "minimum": minimum, "maximum": maximum, "above": above, "below": below}
+    return field(metadata={"help": help, **limits})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """Where the images come from and the size they are brought to."""
+
+    source: str = option("digits (embedded, 1797 handwritten digits) or folder", choices=("digits", "folder"))
+    path: str = option("folder: the tree with train/CLASS/IMAGE (and val/CLASS/IMAGE), or CLASS/IMAGE alone")
+    val_fraction: float = option("share of images held out where the source has no val split", above=0, below=1)
+    image_size: int = option("pixels; images become image_size x image_size", minimum=4)
+    mirror: bool = option("train on mirror images too (not for text or digits)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepare:
+    """How decoded images are stored."""
+
+    shard_size: int = option("images per HDF5 file", minimum=1)
+    compression: str = option(
+        "none (contiguous, fastest) or gzip (lossless, one chunk per image)", choices=("none", "gzip")
+    )
+    max_rejected: int = option("unreadable images to record in rejected.csv before the stage fails", minimum=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compute:
+    """What changes the last bits of every number computed."""
+
+    threads: int = option("CPU threads of torch; another number gives other last bits", minimum=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tokenizer:
+    """The map between images and continuous latents."""
+
+    name: str = option("kl (trained autoencoder) or identity (pixels, space to depth)", choices=("kl", "identity"))
+    downsample: int = option("image pixels per latent cell along a side, a power of two", minimum=1)
+    channels: int = option("kl: latent channels", minimum=1)
+    block_channels: tuple[int, ...] = option("kl: feature channels per level, log2(downsample) + 1 of them")
+    layers: int = option("kl: residual blocks per level", minimum=1)
+    kl_weight: float = option("kl: weight of the KL term, per image, against the mean absolute error", minimum=0)
+    images: int = option("kl: images seen in training", minimum=1)
+    batch_size: int = option("kl: images per step", minimum=1)
+    learning_rate: float = option("kl: peak rate of AdamW; linear warm-up over 5% of the images, cosine decay", above=0)
+    ema_decay: float = option("kl: decay per step of the averaged weights", minimum=0, below=1)
+    seed: int = option("kl: seed of weights, order and noise", minimum=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cache:
+    """How latents are computed and stored."""
+
+    batch_size: int = option("images encoded at once; another number gives other last bits", minimum=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """The transformer over latent tokens and the size of its head."""
+
+    patch_size: int = option("latent cells per token along a side", minimum=1)
+    width: int = option("transformer width", minimum=1)
+    depth: int = option("transformer blocks", minimum=1)
+    heads: int = option("attention heads; must divide width", minimum=1)
+    mlp_ratio: float = option("MLP width over transformer width", above=0)
+    buffer_size: int = option("class tokens in front of the image tokens", minimum=1)
+    dropout: float = option("dropout of attention and MLP", minimum=0, below=1)
+    label_dropout: float = option(
+        "share of training labels replaced by the null class, for guidance", minimum=0, maximum=1
+    )
+    mask_ratio_min: float = option("least share of masked tokens in training", above=0, maximum=1)
+    head_width: int = option("width of the head's residual blocks", minimum=1)
+    head_depth: int = option("residual blocks of the head", minimum=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Score:
+    """The strictly proper score that training maximises."""
+
+    name: str = option("energy", choices=("energy",))
+    alpha: float = option("exponent of the distance, strictly between 0 and 2", above=0, below=2)
+    samples: int = option("noise samples per token; all pairs of them enter the score", minimum=2)
+    smoothing: float = option("distances are smoothed below this length; 1e-6, or 1e-2 for alpha < 1", above=0)
+    noise: str = option(
+        "distribution that drives the head: uniform on [-0.5, 0.5) or gaussian", choices=("uniform", "gaussian")
+    )
+    noise_channels: int = option("noise dimensions per token", minimum=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Train:
+    """The first phase of training."""
+
+    images: int = option("images seen in all", minimum=1)
+    global_batch_size: int = option("images per optimiser step, over all processes", minimum=1)
+    micro_batch_size: int = option("images per forward pass; must divide global_batch_size", minimum=1)
+    learning_rate: float = option("peak rate of AdamW", above=0)
+    warmup_images: int = option("images over which the rate grows linearly from 0", minimum=0)
+    schedule: str = option("rate after the warm-up: constant or cosine (to 0)", choices=("constant", "cosine"))
+    head_rate: float = option("rate of the head's matrices relative to the rest", above=0)
+    beta1: float = option("AdamW: decay of the first moment", minimum=0, below=1)
+    beta2: float = option("AdamW: decay of the second moment", minimum=0, below=1)
+    weight_decay: float = option("AdamW: weight decay of the transformer's matrices", minimum=0)
+    clip_norm: float = option("gradient norm limit", above=0)
+    temperature: float = option(
+        "training temperature of the score, in (0, 1]; 1 is strictly proper", above=0, maximum=1
+    )
+    ema_decay: float = option("decay per step of the averaged weights, reached after a warm-up", minimum=0, below=1)
+    precision: str = option("float32 or bfloat16 (CUDA autocast)", choices=("float32", "bfloat16"))
+    validate_images: int = option("images between validations", minimum=1)
+    checkpoint_images: int = option("images between checkpoints", minimum=1)
+    seed: int = option("seed of weights, order, masks and noise", minimum=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finetune:
+    """The short second phase; what is not named here is taken from train."""
+
+    images: int = option("images seen in this phase; 0 skips it", minimum=0)
+    learning_rate: float = option("rate of AdamW, without warm-up", above=0)
+    schedule: str = option("constant or cosine (to 0)", choices=("constant", "cosine"))
+    temperature: float = option("training temperature of the score, in (0, 1]", above=0, maximum=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """How images are generated."""
+
+    count: int = option("images, spread evenly over the classes", minimum=1)
+    steps: int = option("unmasking steps per image", minimum=1)
+    guidance: float = option("classifier-free guidance scale; 1 is none", minimum=0)
+    schedule: str = option(
+        "guidance over the steps: linear (from 1 up to the scale) or constant", choices=("linear", "constant")
+    )
+    temperature: float = option("inference temperature; 1 is none", minimum=0)
+    batch_size: int = option("images generated at once; another number gives other last bits", minimum=1)
+    seed: int = option("image k is drawn from its own stream (seed, k)", minimum=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reference:
+    """What generated images are compared with, and in which features."""
+
+    extractor: str = option(
+        "classifier (trained here on the real images) or inception", choices=("classifier", "inception")
+    )
+    weights: str = option("inception: weights file; empty lets torch-fidelity download it")
+    statistics: str = option("inception: npz with mu and sigma to use instead of the training images; empty for none")
+    batch_size: int = option("images per forward pass; another number gives other last bits", minimum=1)
+    images: int = option("classifier: images seen in training", minimum=1)
+    learning_rate: float = option("classifier: peak rate of AdamW, cosine decay", above=0)
+    seed: int = option("classifier: seed of weights and order", minimum=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluate:
+    """How generated images are scored."""
+
+    kid_subset_size: int = option("KID: images per subset; at most the number of images", minimum=2)
+    neighborhood: int = option("precision and recall: k of the k-nearest-neighbour manifolds", minimum=1)
+    seed: int = option("seed of KID's subsets and Inception score's splits", minimum=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Runtime:
+    """What must not change a result; DVC does not track it."""
+
+    device: str = option("auto (cuda where there is one), cpu or cuda", choices=("auto", "cpu", "cuda"))
+    workers: int = option("processes that decode images or load latents", minimum=0)
+    compile: bool = option("torch.compile the model in training (CUDA)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parameters:
+    """All of params.yaml. Raises ValueError where two values cannot stand together."""
+
+    data: Data
+    prepare: Prepare
+    compute: Compute
+    tokenizer: Tokenizer
+    cache: Cache
+    model: Model
+    score: Score
+    train: Train
+    finetune: Finetune
+    sample: Sample
+    reference: Reference
+    evaluate: Evaluate
+    runtime: Runtime
+
+    def __post_init__(self):
+        """Check every pair of values that must agree."""
+        _check_tokenizer(self.data, self.tokenizer)
+        _check_model(self.data, self.tokenizer, self.model)
+        if self.train.global_batch_size % self.train.micro_batch_size:
+            raise ValueError(
+                f"train.micro_batch_size is {self.train.micro_batch_size} and does not divide train.global_batch_size, "
+                f"{self.train.global_batch_size}; choose a divisor."
+            )
+        if self.data.source == "folder" and not self.data.path:
+            raise ValueError("data.path is empty, but data.source is folder; name the folder of class folders.")
+        if self.reference.extractor == "classifier" and self.reference.statistics:
+            raise ValueError(
+                f"reference.statistics is {self.reference.statistics!r}, but a classifier trained here has no published "
+                "statistics; set reference.extractor to inception, or reference.statistics to ''."
+            )
+
+
+def _check_tokenizer(data: Data, tokenizer: Tokenizer) -> None:
+    levels = int(math.log2(tokenizer.downsample))
+    if 2**levels != tokenizer.downsample:
+        raise ValueError(f"tokenizer.downsample is {tokenizer.downsample}; it must be a power of two, such as 4 or 16.")
+    if data.image_size % tokenizer.downsample:
+        raise ValueError(
+            f"data.image_size is {data.image_size}, which tokenizer.downsample, {tokenizer.downsample}, does not divide; "
+            "change one of them."
+        )
+    if tokenizer.name == "kl" and len(tokenizer.block_channels) != levels + 1:
+        raise ValueError(
+            f"tokenizer.block_channels has {len(tokenizer.block_channels)} entries, but tokenizer.downsample "
+            f"{tokenizer.downsample} needs {levels + 1}; give one number of channels per level."
+        )
+
+
+def _check_model(data: Data, tokenizer: Tokenizer, model: Model) -> None:
+    side = data.image_size // tokenizer.downsample
+    if side % model.patch_size:
+        raise ValueError(
+            f"model.patch_size is {model.patch_size} and does not divide the latent side, {side} "
+            f"(data.image_size / tokenizer.downsample); choose a divisor of {side}."
+        )
+    if model.width % model.heads:
+        raise ValueError(
+            f"model.heads is {model.heads} and does not divide model.width, {model.width}; choose a divisor."
+        )
+
+
+def load(path: str | Path = "params.yaml") -> Parameters:
+    """Read and check a parameter file.
+
+    Raises:
+        FileNotFoundError: the file is absent.
+        ValueError: it is not YAML, or a key is unknown, missing, of the wrong type, out of range or at odds with
+            another; the message names the key, its value and what is allowed.
+    """
+    # OmegaConf reads numbers as DVC does; PyYAML would read 1e-4 as a string.
+    from omegaconf import OmegaConf
+    from yaml import YAMLError
+
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist; write it with `python -m ear.configure preset=digits`.")
+    try:
+        content = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
+    except YAMLError as error:
+        raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    return parse(content, origin=str(path))
+
+
+def parse(content: dict, *, origin: str = "parameters") -> Parameters:
+    """Nested plain values => Parameters. `origin` names the file in messages; raises ValueError as `load` does."""
+    try:
+        return _build(Parameters, content, prefix="")
+    except ValueError as error:
+        raise ValueError(f"{origin}: {error}") from error
+
+
+def _build(schema: type, content: object, *, prefix: str):
+    """One dataclass from one mapping, recursively."""
+    if not isinstance(content, dict):
+        raise ValueError(f"{prefix.rstrip('.') or 'the file'} is {content!r}; it must be a section of keys.")
+    fields = {f.name: f for f in dataclasses.fields(schema)}
+    for key in content:
+        if key not in fields:
+            near = difflib.get_close_matches(str(key), fields, n=1)
+            hint = f"did you mean {prefix}{near[0]}?" if near else f"known keys: {', '.join(fields)}."
+            raise ValueError(f"{prefix}{key} is not a known key; {hint}")
+    missing = [name for name in fields if name not in content]
+    if missing:
+        raise ValueError(
+            f"{prefix}{missing[0]} is missing; add it, or write the file anew with `python -m ear.configure`."
+        )
+    kinds = typing.get_type_hints(schema)
+    values = {}
+    for name, item in fields.items():
+        kind, value, key = kinds[name], content[name], prefix + name
+        if dataclasses.is_dataclass(kind):
+            values[name] = _build(kind, value, prefix=key + ".")
+        else:
+            values[name] = _within_limits(_typed(kind, value, key), item.metadata, key)
+    return schema(**values)
+
+
+def _typed(kind, value: object, key: str):
+    """The value as `kind`; whole numbers are accepted as floats, nothing else is converted."""
+    if kind is float and type(value) is int:
+        return float(value)
+    if isinstance(kind, types.GenericAlias):  # tuple[int, ...]
+        element = typing.get_args(kind)[0]
+        if not isinstance(value, (list, tuple)):
+            raise ValueError(f"{key} is {value!r}; it must be a list such as [32, 64].")
+        return tuple(_typed(element, item, f"{key}[{i}]") for i, item in enumerate(value))
+    names = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
+    if type(value) is not kind or (kind is float and not math.isfinite(value)):
+        raise ValueError(f"{key} is {value!r}; it must be {names[kind]}.")
+    return value
+
+
+def _within_limits(value, limits: typing.Mapping, key: str):
+    choices = limits["choices"]
+    if choices and value not in choices:
+        raise ValueError(f"{key} is {value!r}; it must be {' or '.join(map(repr, choices))}.")
+    checks = (
+        (limits["minimum"], lambda v, x: v >= x, "at least"),
+        (limits["maximum"], lambda v, x: v <= x, "at most"),
+        (limits["above"], lambda v, x: v > x, "above"),
+        (limits["below"], lambda v, x: v < x, "below"),
+    )
+    failed = any(limit is not None and not holds(value, limit) for limit, holds, _ in checks)
+    if failed:
+        allowed = " and ".join(f"{words} {limit:g}" for limit, _, words in checks if limit is not None)
+        raise ValueError(f"{key} is {value}; it must be {allowed}.")
+    return value

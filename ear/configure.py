@@ -1,0 +1,98 @@
+"""Compose conf/ into params.yaml: python -m ear.configure preset=NAME section.key=value ...
+
+Presets are the files of conf/preset/. The result is checked before params.yaml is touched, and replaces it whole.
+"""
+
+import argparse
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+from ear import config, records
+
+
+def compose(overrides: list[str]) -> config.Parameters:
+    """Hydra's composition of conf/config.yaml and the overrides, checked.
+
+    Raises ValueError naming the key or the preset that is wrong.
+    """
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_module
+    from hydra.errors import HydraException
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    try:
+        with initialize_config_module("conf", version_base="1.3"):
+            composed = OmegaConf.to_container(hydra_compose("config", overrides), resolve=True)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ValueError(_one_line(error)) from error
+    return config.parse(composed, origin="conf")
+
+
+def _one_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if "Could not find 'preset/" in str(error):
+        return f"{lines[0]}; known presets: {', '.join(presets())}."
+    return f"{lines[0]}; `python -m ear.configure --help` lists the keys."
+
+
+def presets() -> list[str]:
+    """Names of the files in conf/preset/."""
+    import conf
+
+    return sorted(path.stem for path in (Path(conf.__file__).parent / "preset").glob("*.yaml"))
+
+
+def to_yaml(parameters: config.Parameters, command: str) -> str:
+    """Commented YAML: every key with its documentation, in the order of the schema."""
+    lines = [f"# Written by `{command}`; edit freely. DVC reruns the stages that read what you change.", ""]
+    for section in dataclasses.fields(parameters):
+        values = getattr(parameters, section.name)
+        tracked = "  # not tracked: must not change a result" if section.name == "runtime" else ""
+        lines.append(f"{section.name}:{tracked}")
+        for item in dataclasses.fields(values):
+            lines.append(f"  {f'{item.name}: {_scalar(getattr(values, item.name))}':<31} # {item.metadata['help']}")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _scalar(value) -> str:
+    """A value as YAML that DVC, OmegaConf and PyYAML read alike (a float always has a dot)."""
+    if isinstance(value, float):
+        mantissa, e, exponent = repr(value).partition("e")
+        return (mantissa if "." in mantissa else mantissa + ".0") + e + exponent
+    return json.dumps(list(value) if isinstance(value, tuple) else value)
+
+
+def _help() -> str:
+    sections = dataclasses.fields(config.Parameters)
+    lines = [__doc__, "presets: " + ", ".join(presets()), ""]
+    for section in sections:
+        for item in dataclasses.fields(section.type):
+            lines.append(f"  {section.name + '.' + item.name:<28} {item.metadata['help']}")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Write params.yaml, or explain in one line what is wrong and exit with 1."""
+    parser = argparse.ArgumentParser(
+        prog="python -m ear.configure", description=_help(), formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("overrides", nargs="*", help="preset=NAME and section.key=value", metavar="KEY=VALUE")
+    parser.add_argument("--output", type=Path, default=Path("params.yaml"), help="file to write (default: params.yaml)")
+    arguments = parser.parse_args()
+    try:
+        parameters = compose(arguments.overrides)
+    except ValueError as error:
+        print(f"configure: {error}", file=sys.stderr)
+        sys.exit(1)
+    command = " ".join(["python -m ear.configure", *(arguments.overrides or ["preset=digits"])])
+    with records.whole_file(arguments.output) as partial:
+        partial.write_text(to_yaml(parameters, command))
+    print(f"wrote {arguments.output}")
+
+
+if __name__ == "__main__":
+    main()

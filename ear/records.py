@@ -1,0 +1,101 @@
+"""Files that appear whole or not at all: atomic files and folders, JSON, digests, safetensors with a description.
+
+Formats are byte-reproducible: sorted JSON keys, one metadata key in safetensors (several are written in random order).
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+_DESCRIPTION = "ear"
+
+
+@contextlib.contextmanager
+def whole_file(path: str | Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; on success it replaces `path`, on failure it is removed."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        yield partial
+        with partial.open("rb") as file:
+            os.fsync(file.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def whole_folder(path: str | Path) -> Iterator[Path]:
+    """Yield an empty folder beside `path`; on success it takes the place of `path`, on failure `path` stays as it was."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    try:
+        yield partial
+        replace_folder(partial, path)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def replace_folder(source: Path, target: Path) -> None:
+    """Move the finished folder `source` to `target`; what stood there goes only once the new one stands."""
+    old = target.with_name(f".{target.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if target.exists():
+        target.rename(old)
+    source.rename(target)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def write_json(path: str | Path, content: object) -> None:
+    """Write readable JSON, whole or not at all."""
+    with whole_file(path) as partial:
+        partial.write_text(json.dumps(content, indent=1, sort_keys=False) + "\n")
+
+
+def read_json(path: str | Path) -> dict:
+    """Read JSON; raises FileNotFoundError or ValueError naming the file."""
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist; run the stage that writes it (`dvc repro`).")
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON ({error}); delete it and run its stage again.") from error
+
+
+def sha256(path: str | Path) -> str:
+    """Hexadecimal digest of a file."""
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_tensors(path: str | Path, tensors: dict, description: dict) -> None:
+    """Write tensors by name with a JSON description, byte-reproducibly."""
+    from safetensors.torch import save_file
+
+    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    with whole_file(path) as partial:
+        save_file(contiguous, partial, metadata={_DESCRIPTION: json.dumps(description, sort_keys=True)})
+
+
+def read_tensors(path: str | Path) -> tuple[dict, dict]:
+    """(tensors by name, description) of a file written by `write_tensors`; raises FileNotFoundError or ValueError."""
+    from safetensors import SafetensorError, safe_open
+
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist; run the stage that writes it (`dvc repro`).")
+    try:
+        with safe_open(path, framework="pt") as file:
+            description = json.loads((file.metadata() or {}).get(_DESCRIPTION, "{}"))
+            return {name: file.get_tensor(name) for name in file.keys()}, description  # noqa: SIM118 - not a dict
+    except (SafetensorError, ValueError) as error:
+        raise ValueError(f"{path} is not a readable safetensors file ({error}); run its stage again.") from error

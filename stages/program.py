@@ -1,0 +1,98 @@
+"""What every stage program shares: its declared parameters, its device, its log, its scratch folder, its errors.
+
+A stage sees only the parameters that dvc.yaml declares for it, so that none can be a hidden dependency.
+"""
+
+import argparse
+import dataclasses
+import hashlib
+import json
+import shutil
+import sys
+import traceback
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from types import SimpleNamespace
+
+from ear import config
+
+LOGS = Path("work/logs")
+SCRATCH = Path("work")
+
+
+def declared(stage: str) -> dict:
+    """The entry of `stage` in dvc.yaml; raises FileNotFoundError outside the repository's root."""
+    from omegaconf import OmegaConf
+
+    path = Path("dvc.yaml")
+    if not path.is_file():
+        raise FileNotFoundError("dvc.yaml is not in the current folder; run stages from the repository's root.")
+    return OmegaConf.to_container(OmegaConf.load(path))["stages"][stage]
+
+
+def visible(parameters: config.Parameters, keys: Iterable[str]) -> SimpleNamespace:
+    """Only the sections and the dotted keys named, plus the untracked runtime section."""
+    view: dict = {"runtime": parameters.runtime}
+    for key in keys:
+        section, _, name = key.partition(".")
+        values = getattr(parameters, section)
+        if name:
+            vars(view.setdefault(section, SimpleNamespace()))[name] = getattr(values, name)
+        else:
+            view[section] = values
+    return SimpleNamespace(**view)
+
+
+def scratch(stage: str, parameters: SimpleNamespace, inputs: Iterable[str | Path] = ()) -> Path:
+    """The folder where `stage` keeps unfinished work, named by its parameters, code and inputs.
+
+    A killed run finds its own folder again; anything changed gives another one, and old ones are removed.
+    `inputs` are the small files that stand for the inputs (an index with digests, say); they must exist.
+    """
+    tracked = {name: value for name, value in sorted(vars(parameters).items()) if name != "runtime"}
+    plain = {n: dataclasses.asdict(v) if dataclasses.is_dataclass(v) else vars(v) for n, v in tracked.items()}
+    code = [path for path in declared(stage).get("deps", []) if path.endswith(".py")]
+    digest = hashlib.sha256(json.dumps(plain, sort_keys=True).encode())
+    for path in [*code, *inputs]:
+        digest.update(Path(path).read_bytes())
+    folder = SCRATCH / stage / digest.hexdigest()[:16]
+    if folder.parent.is_dir():
+        for other in folder.parent.iterdir():
+            if other != folder:
+                shutil.rmtree(other)
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def run(stage: str, work: Callable[[SimpleNamespace], None], description: str | None) -> None:
+    """Run a stage as a program: exit code 0, or 1 after one line that says what to mend (traceback in work/logs)."""
+    parser = argparse.ArgumentParser(
+        prog=f"python -m stages.{stage}", description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--params", default="params.yaml", help="parameter file (default: params.yaml)")
+    arguments = parser.parse_args()
+    log = LOGS / f"{stage}.log"
+    try:
+        parameters = visible(config.load(arguments.params), declared(stage).get("params", []))
+        work(parameters)
+    except (ValueError, OSError, MemoryError) as error:
+        print(f"{stage}: {_sentence(error)}", file=sys.stderr)
+        _keep_traceback(log)
+        sys.exit(1)
+    shutil.rmtree(SCRATCH / stage, ignore_errors=True)
+
+
+def _sentence(error: BaseException) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        where = f"{error.filename}: " if error.filename else ""
+        return f"{where}{error.strerror}; earlier outputs are as they were."
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _keep_traceback(log: Path) -> None:
+    try:
+        log.parent.mkdir(parents=True, exist_ok=True)
+        log.write_text(traceback.format_exc())
+        print(f"(details: {log})", file=sys.stderr)
+    except OSError:
+        pass  # a full or read-only disk: the sentence above has been said
