@@ -15,7 +15,7 @@ from pathlib import Path
 
 
 def option(
-    help: str,  # noqa: A002 - what argparse and click call it
+    help: str,
     *,
     choices: tuple = (),  # the allowed values, if they are few
     minimum: float | None = None,
@@ -228,8 +228,8 @@ class Parameters:
             raise ValueError("data.path is empty, but data.source is folder; name the folder of class folders.")
         if self.reference.extractor == "classifier" and self.reference.statistics:
             raise ValueError(
-                f"reference.statistics is {self.reference.statistics!r}, but a classifier trained here has no published "
-                "statistics; set reference.extractor to inception, or reference.statistics to ''."
+                f"reference.statistics is {self.reference.statistics!r}, but a classifier trained here has no "
+                "published statistics; set reference.extractor to inception, or reference.statistics to ''."
             )
 
 
@@ -239,8 +239,8 @@ def _check_tokenizer(data: Data, tokenizer: Tokenizer) -> None:
         raise ValueError(f"tokenizer.downsample is {tokenizer.downsample}; it must be a power of two, such as 4 or 16.")
     if data.image_size % tokenizer.downsample:
         raise ValueError(
-            f"data.image_size is {data.image_size}, which tokenizer.downsample, {tokenizer.downsample}, does not divide; "
-            "change one of them."
+            f"data.image_size is {data.image_size}, which tokenizer.downsample, {tokenizer.downsample}, does not "
+            "divide; change one of them."
         )
     if tokenizer.name == "kl" and len(tokenizer.block_channels) != levels + 1:
         raise ValueError(

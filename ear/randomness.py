@@ -63,7 +63,7 @@ def seed_dropout(seed: int, position: int) -> None:
 
 
 class DataOrder:
-    """Exact global shuffling as a function of images seen: epoch e visits every row once, in a permutation of (seed, e)."""
+    """Exact global shuffling as a function of images seen: epoch e visits all rows in a permutation of (seed, e)."""
 
     def __init__(self, rows: int, seed: int):
         self.rows, self.seed = rows, seed
