@@ -1,0 +1,81 @@
+"""Training state on disk: weights, their average, the optimiser and the progress, in safetensors (nothing is unpickled)."""
+
+import re
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from ear.records import read_tensors, write_tensors
+
+_KEPT = 2  # the newest, and one to fall back on
+
+
+def pack(module: nn.Module, average: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    """All tensors of a training state by name: weights.*, average.*, optimizer.KEY.PARAMETER."""
+    tensors = {f"weights.{name}": tensor for name, tensor in module.state_dict().items()}
+    tensors |= {f"average.{name}": tensor for name, tensor in average.state_dict().items()}
+    for name, parameter in module.named_parameters():
+        for key, value in optimizer.state.get(parameter, {}).items():
+            tensors[f"optimizer.{key}.{name}"] = value
+    return tensors
+
+
+def unpack(
+    tensors: dict[str, torch.Tensor], module: nn.Module, average: nn.Module, optimizer: torch.optim.Optimizer
+) -> None:
+    """The inverse of `pack`, in place; raises ValueError naming a tensor that is missing, superfluous or of other shape."""
+    load_weights(module, _under(tensors, "weights."))
+    load_weights(average, _under(tensors, "average."))
+    moments = _under(tensors, "optimizer.")
+    for name, parameter in module.named_parameters():
+        state = {key: value for key, value in _of_parameter(moments, name).items()}
+        if state:
+            optimizer.state[parameter] = {k: v.to(parameter.device).clone() for k, v in state.items()}
+
+
+def _under(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+def _of_parameter(moments: dict[str, torch.Tensor], parameter: str) -> dict[str, torch.Tensor]:
+    keys = {name.partition(".")[0] for name in moments}
+    return {key: moments[f"{key}.{parameter}"] for key in sorted(keys) if f"{key}.{parameter}" in moments}
+
+
+def load_weights(module: nn.Module, tensors: dict[str, torch.Tensor], origin: str = "the checkpoint") -> None:
+    """Strict load by name; raises ValueError naming the first tensor that is missing, superfluous or of another shape."""
+    expected = module.state_dict()
+    missing, extra = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
+    if missing or extra:
+        what = f"lacks {missing[0]}" if missing else f"has {extra[0]}, which the model lacks"
+        raise ValueError(f"{origin} {what}; it belongs to a model of another structure, train anew or use its own one.")
+    for name, tensor in expected.items():
+        if tensor.shape != tensors[name].shape:
+            raise ValueError(
+                f"{origin} holds {name} with shape {list(tensors[name].shape)}, the model needs {list(tensor.shape)}; "
+                "it belongs to a model of another size."
+            )
+    module.load_state_dict(tensors, strict=True)
+
+
+def save(folder: Path, images: int, tensors: dict[str, torch.Tensor], description: dict) -> None:
+    """Write the state after `images` images, whole or not at all, and keep only the newest ones."""
+    write_tensors(folder / f"checkpoint-{images:012d}.safetensors", tensors, description)
+    for path in _by_progress(folder)[:-_KEPT]:
+        path.unlink()
+
+
+def newest(folder: Path) -> tuple[dict[str, torch.Tensor], dict] | None:
+    """(tensors, description) of the newest readable checkpoint, or None; an unreadable one is passed over aloud."""
+    for path in reversed(_by_progress(folder)):
+        try:
+            return read_tensors(path)
+        except ValueError as error:
+            print(f"{error} Falling back to the checkpoint before it.", flush=True)
+    return None
+
+
+def _by_progress(folder: Path) -> list[Path]:
+    numbered = ((re.fullmatch(r"checkpoint-(\d+)\.safetensors", path.name), path) for path in folder.glob("*"))
+    return [path for _, path in sorted((int(match[1]), path) for match, path in numbered if match)]

@@ -1,0 +1,31 @@
+"""Exponential moving average of weights, as a module of its own."""
+
+import copy
+
+import torch
+from torch import nn
+
+
+def decay_at(step: int, decay: float) -> float:
+    """Decay of optimiser step `step` (from 0): min(decay, (1 + step) / (10 + step)).
+
+    The warm-up lets early averages follow the weights; a constant 0.9999 would show the initialisation for 10,000 steps.
+    """
+    return min(decay, (1 + step) / (10 + step))
+
+
+class Average(nn.Module):
+    """Holds `module`, a frozen copy in eval mode whose floating-point tensors are averaged."""
+
+    def __init__(self, module: nn.Module):
+        super().__init__()
+        self.module = copy.deepcopy(module).eval().requires_grad_(False)
+
+    @torch.no_grad()
+    def update(self, source: nn.Module, decay: float) -> None:
+        """average <- decay * average + (1 - decay) * source; integer buffers are copied."""
+        ours, theirs = self.module.state_dict(), source.state_dict()
+        names = [name for name, tensor in ours.items() if tensor.is_floating_point()]
+        torch._foreach_lerp_([ours[n] for n in names], [theirs[n] for n in names], 1.0 - decay)
+        for name in ours.keys() - set(names):
+            ours[name].copy_(theirs[name])
