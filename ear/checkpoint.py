@@ -1,4 +1,4 @@
-"""Training state on disk: weights, their average, the optimiser and the progress, in safetensors (nothing is unpickled)."""
+"""Training state on disk: weights, their average, optimiser and progress, in safetensors (nothing is unpickled)."""
 
 import re
 from pathlib import Path
@@ -24,12 +24,12 @@ def pack(module: nn.Module, average: nn.Module, optimizer: torch.optim.Optimizer
 def unpack(
     tensors: dict[str, torch.Tensor], module: nn.Module, average: nn.Module, optimizer: torch.optim.Optimizer
 ) -> None:
-    """The inverse of `pack`, in place; raises ValueError naming a tensor that is missing, superfluous or of other shape."""
+    """The inverse of `pack`, in place; raises ValueError naming a tensor that is missing, too many or of other shape."""
     load_weights(module, _under(tensors, "weights."))
     load_weights(average, _under(tensors, "average."))
     moments = _under(tensors, "optimizer.")
     for name, parameter in module.named_parameters():
-        state = {key: value for key, value in _of_parameter(moments, name).items()}
+        state = _of_parameter(moments, name)
         if state:
             optimizer.state[parameter] = {k: v.to(parameter.device).clone() for k, v in state.items()}
 
@@ -44,7 +44,7 @@ def _of_parameter(moments: dict[str, torch.Tensor], parameter: str) -> dict[str,
 
 
 def load_weights(module: nn.Module, tensors: dict[str, torch.Tensor], origin: str = "the checkpoint") -> None:
-    """Strict load by name; raises ValueError naming the first tensor that is missing, superfluous or of another shape."""
+    """Strict load by name; raises ValueError naming the first tensor that is missing, too many or of another shape."""
     expected = module.state_dict()
     missing, extra = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
     if missing or extra:

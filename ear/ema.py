@@ -9,7 +9,7 @@ from torch import nn
 def decay_at(step: int, decay: float) -> float:
     """Decay of optimiser step `step` (from 0): min(decay, (1 + step) / (10 + step)).
 
-    The warm-up lets early averages follow the weights; a constant 0.9999 would show the initialisation for 10,000 steps.
+    The warm-up lets early averages follow the weights; a constant 0.9999 would show the initial ones for 10,000 steps.
     """
     return min(decay, (1 + step) / (10 + step))
 
