@@ -1,0 +1,170 @@
+"""Published EAR checkpoints in and out: the same weights under the published names.
+
+A published file is a pickled dict whose entries `model_ema` and `model` map names to tensors; it is unpickled with
+weights only. Sizes are read off the tensors; what no tensor shows (heads, buffer, patch) follows the published models
+and can be given.
+"""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ear.checkpoint import load_weights
+from ear.model import Model, Shape
+from ear.records import whole_file
+
+_HEADS = {768: 12, 1024: 16, 1280: 16}  # attention heads of the published widths: base, large, huge
+_BUFFER = 64
+# Published name => ours; the first pattern that matches a whole prefix applies.
+_RULES = (
+    (r"fake_latent", "null_class"),
+    (r"mask_token", "mask_token"),
+    (r"decoder_pos_embed_learned", "positions"),
+    (r"class_emb\.", "class_embedding."),
+    (r"z_proj\.", "token_embedding."),
+    (r"decoder_norm\.", "transformer.norm."),
+    (r"decoder_blocks\.(\d+)\.norm1\.", r"transformer.blocks.\1.attention_norm."),
+    (r"decoder_blocks\.(\d+)\.attn\.qkv\.", r"transformer.blocks.\1.attention.qkv."),
+    (r"decoder_blocks\.(\d+)\.attn\.proj\.", r"transformer.blocks.\1.attention.projection."),
+    (r"decoder_blocks\.(\d+)\.norm2\.", r"transformer.blocks.\1.mlp_norm."),
+    (r"decoder_blocks\.(\d+)\.mlp\.fc1\.", r"transformer.blocks.\1.mlp.0."),
+    (r"decoder_blocks\.(\d+)\.mlp\.fc2\.", r"transformer.blocks.\1.mlp.3."),
+    (r"scoreloss\.net\.noise_embed\.", "score.noise_embedding."),
+    (r"scoreloss\.net\.input_proj\.", "score.hidden_embedding."),
+    (r"scoreloss\.net\.res_blocks\.(\d+)\.in_ln\.", r"score.network.blocks.\1.norm."),
+    (r"scoreloss\.net\.res_blocks\.(\d+)\.mlp\.", r"score.network.blocks.\1.mlp."),
+    (r"scoreloss\.net\.res_blocks\.(\d+)\.adaLN_modulation\.1\.", r"score.network.blocks.\1.modulation."),
+    (r"scoreloss\.net\.final_layer\.adaLN_modulation\.1\.", "score.network.output_modulation."),
+    (r"scoreloss\.net\.final_layer\.linear\.", "score.network.output."),
+)
+
+
+def our_name(published: str) -> str:
+    """The name of a published parameter in our model; raises ValueError for a name that is none."""
+    for pattern, ours in _RULES:
+        if re.match(pattern, published):
+            return re.sub(f"^{pattern}", ours, published)
+    raise ValueError(f"{published} is no parameter of a published EAR model; give a checkpoint of EAR itself.")
+
+
+def load_published(
+    source: str | Path | Mapping[str, Tensor],  # a checkpoint file, or its name -> tensor dict
+    *,
+    weights: str = "model_ema",  # the entry of the file: model_ema (averaged) or model
+    heads: int | None = None,  # attention heads; known for the published widths
+    buffer_size: int = _BUFFER,
+    patch_size: int = 1,
+    grid: tuple[int, int] | None = None,  # tokens down and across; a square if not given
+) -> Model:
+    """A model in eval mode with the published weights.
+
+    Raises FileNotFoundError; ValueError for a file that is no such checkpoint, that would run code when unpickled, or
+    whose tensors (named) are missing, extra or of an impossible shape.
+    """
+    published = source if isinstance(source, Mapping) else _read(Path(source), weights)
+    tensors = {our_name(name): tensor for name, tensor in published.items()}
+    model = Model(_shape(tensors, heads=heads, buffer_size=buffer_size, patch_size=patch_size, grid=grid))
+    load_weights(model, tensors, origin="the published checkpoint")
+    return model.eval()
+
+
+def save_published(model: Model, path: str | Path) -> None:
+    """Write the weights as a published checkpoint (entries `model` and `model_ema`, equal)."""
+    named = published_tensors(model)
+    # Bytes of torch.save depend on the file's name unless it writes to an open file.
+    with whole_file(path) as partial, partial.open("wb") as file:
+        torch.save({"model": named, "model_ema": named}, file)
+
+
+def published_tensors(model: Model) -> dict[str, Tensor]:
+    """The model's weights under the published names."""
+    ours = model.state_dict()
+    depth, head_depth = model.shape.model["depth"], model.shape.model["head_depth"]
+    return {name: ours[our_name(name)].detach().cpu() for name in published_names(depth, head_depth)}
+
+
+def published_names(depth: int, head_depth: int) -> list[str]:
+    """All parameter names of a published model with that many blocks, in its order."""
+
+    def both(*stems: str) -> list[str]:
+        return [f"{stem}.{kind}" for stem in stems for kind in ("weight", "bias")]
+
+    names = ["fake_latent", "mask_token", "decoder_pos_embed_learned", "class_emb.weight", *both("z_proj")]
+    parts = ("norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2")
+    names += [name for i in range(depth) for name in both(*(f"decoder_blocks.{i}.{part}" for part in parts))]
+    names += both("decoder_norm", "scoreloss.net.noise_embed", "scoreloss.net.input_proj")
+    parts = ("in_ln", "mlp.0", "mlp.2", "adaLN_modulation.1")
+    for i in range(head_depth):
+        names += both(*(f"scoreloss.net.res_blocks.{i}.{part}" for part in parts))
+    return names + both("scoreloss.net.final_layer.linear", "scoreloss.net.final_layer.adaLN_modulation.1")
+
+
+def _read(path: Path, weights: str) -> Mapping[str, Tensor]:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist; give the path of a published checkpoint file.")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many kinds for foreign files; all mean the same to the user
+        raise ValueError(f"{path} cannot be read as plain weights ({str(error).splitlines()[0]}).") from error
+    if not isinstance(content, dict) or weights not in content:
+        found = ", ".join(map(str, content)) if isinstance(content, dict) else type(content).__name__
+        raise ValueError(f"{path} has no entry {weights!r} (it holds: {found}); choose one of these with `weights`.")
+    return content[weights]
+
+
+def _shape(
+    tensors: dict[str, Tensor], *, heads: int | None, buffer_size: int, patch_size: int, grid: tuple[int, int] | None
+) -> Shape:
+    """Read the sizes off the tensors."""
+
+    def size(name: str, dimension: int) -> int:
+        if name not in tensors:
+            raise ValueError(f"the published checkpoint lacks {name} (our name); it is no whole EAR model.")
+        return tensors[name].shape[dimension]
+
+    width = size("class_embedding.weight", 1)
+    heads = heads or _HEADS.get(width)
+    if heads is None:
+        raise ValueError(f"the checkpoint's width is {width}, which no published model has; give `heads`.")
+    tokens = size("positions", 1) - buffer_size
+    side = round(max(tokens, 0) ** 0.5)
+    rows, columns = grid or (side, side)
+    if rows * columns != tokens:
+        raise ValueError(
+            f"the checkpoint has {tokens} image tokens beside {buffer_size} buffer tokens, which is not "
+            f"{rows} x {columns}; give `grid` and `buffer_size`."
+        )
+    channels, rest = divmod(size("token_embedding.weight", 1), patch_size**2)
+    if rest:
+        raise ValueError(f"patch_size is {patch_size}, whose square does not divide the token channels; give another.")
+    model = {
+        "patch_size": patch_size,
+        "width": width,
+        "depth": _blocks(tensors, "transformer.blocks."),
+        "heads": heads,
+        "mlp_ratio": size("transformer.blocks.0.mlp.0.weight", 0) / width,
+        "buffer_size": buffer_size,
+        "dropout": 0.1,
+        "label_dropout": 0.1,
+        "mask_ratio_min": 0.7,
+        "head_width": size("score.noise_embedding.weight", 0),
+        "head_depth": _blocks(tensors, "score.network.blocks."),
+    }
+    score = {
+        "name": "energy",
+        "alpha": 1.0,
+        "samples": 2,
+        "smoothing": 1e-6,
+        "noise": "uniform",
+        "noise_channels": size("score.noise_embedding.weight", 1),
+    }
+    classes = tuple(str(i) for i in range(size("class_embedding.weight", 0)))
+    return Shape((channels, rows * patch_size, columns * patch_size), classes, model, score)
+
+
+def _blocks(tensors: dict[str, Tensor], prefix: str) -> int:
+    numbers = {int(name.removeprefix(prefix).partition(".")[0]) for name in tensors if name.startswith(prefix)}
+    return len(numbers)
