@@ -24,7 +24,7 @@ def pack(module: nn.Module, average: nn.Module, optimizer: torch.optim.Optimizer
 def unpack(
     tensors: dict[str, torch.Tensor], module: nn.Module, average: nn.Module, optimizer: torch.optim.Optimizer
 ) -> None:
-    """The inverse of `pack`, in place; raises ValueError naming a tensor that is missing, too many or of other shape."""
+    """The inverse of `pack`, in place; raises ValueError naming a tensor that is missing, extra or of another shape."""
     load_weights(module, _under(tensors, "weights."))
     load_weights(average, _under(tensors, "average."))
     moments = _under(tensors, "optimizer.")

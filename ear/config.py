@@ -143,7 +143,7 @@ class Train:
 class Finetune:
     """The short second phase; what is not named here is taken from train."""
 
-    images: int = option("images seen in this phase; 0 skips it", minimum=0)
+    images: int = option("images seen in this phase", minimum=1)
     learning_rate: float = option("rate of AdamW, without warm-up", above=0)
     schedule: str = option("constant or cosine (to 0)", choices=("constant", "cosine"))
     temperature: float = option("training temperature of the score, in (0, 1]", above=0, maximum=1)

@@ -105,7 +105,7 @@ class Model(nn.Module):
         images = len(tokens)
         orders = random_orders(images, self.tokens, generator, device)
         count = masked_count(self.tokens, self.mask_ratio_min, generator)
-        null = randomness.uniform((images,), generator, device) < self.label_dropout
+        null = randomness.uniform((images,), generator, device) < (self.label_dropout if self.training else 0.0)
         hidden = self.hidden(tokens, mask_first(orders, count), labels, null)
         picked = orders[:, :count]  # [B, n]
         hidden, target = (_pick(x, picked).flatten(0, 1) for x in (hidden, tokens))

@@ -59,12 +59,14 @@ class Trainer:
         global_batch_size: int,  # images per optimiser step
         micro_batch_size: int,  # images per forward pass
         average: Average | None = None,
+        earlier_images: int = 0,  # seen in earlier phases; the average's warm-up counts them
     ):
         assert global_batch_size % micro_batch_size == 0
         self.module, self.optimizer, self.loss, self.rate = module, optimizer, loss, rate
         self.ema_decay, self.clip_norm = ema_decay, clip_norm
         self.global_batch_size, self.micro_batch_size = global_batch_size, micro_batch_size
         self.average = average or Average(module)
+        self.earlier_images = earlier_images
         self.images = 0
         self.history = History()
         self._sums: dict[str, Tensor] = {}
@@ -119,7 +121,8 @@ class Trainer:
         self._steps += 1
         self._guard(norm)
         self.optimizer.step()
-        self.average.update(self.module, decay_at(self.images // self.global_batch_size, self.ema_decay))
+        steps = (self.earlier_images + self.images) // self.global_batch_size
+        self.average.update(self.module, decay_at(steps, self.ema_decay))
         self.images += self.global_batch_size
 
     def _guard(self, norm: Tensor) -> None:

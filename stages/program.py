@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import SimpleNamespace
 
-from ear import config
+from ear import config, records
 
 LOGS = Path("work/logs")
 SCRATCH = Path("work")
@@ -54,7 +54,7 @@ def scratch(stage: str, parameters: SimpleNamespace, inputs: Iterable[str | Path
     code = [path for path in declared(stage).get("deps", []) if path.endswith(".py")]
     digest = hashlib.sha256(json.dumps(plain, sort_keys=True).encode())
     for path in [*code, *inputs]:
-        digest.update(Path(path).read_bytes())
+        digest.update(records.sha256(path).encode())
     folder = SCRATCH / stage / digest.hexdigest()[:16]
     if folder.parent.is_dir():
         for other in folder.parent.iterdir():

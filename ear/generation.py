@@ -1,0 +1,121 @@
+"""Images from a trained model: what `ear.load`, `ear.generate` and the sample stage share.
+
+The whole way is labels => normalised latents (ear.sampling) => latents => images in [-1, 1] (the tokenizer) => uint8.
+"""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from ear import model as models
+from ear.autoencoder import Tokenizer, load_tokenizer
+from ear.images import to_uint8
+from ear.latents import Statistics, denormalised
+from ear.model import Model
+from ear.randomness import ImageStreams
+from ear.records import sha256
+from ear.sampling import sample
+
+MODEL = "finetuned/model.safetensors"
+TOKENIZER = "tokenizer/tokenizer.safetensors"
+
+
+def load(folder: str | Path) -> Model:
+    """The model of data/model or data/finetuned in eval mode, with its averaged weights."""
+    return models.load(Path(folder) / "model.safetensors")[0]
+
+
+class Generator:
+    """A trained model with its tokenizer."""
+
+    def __init__(self, model: Model, tokenizer: Tokenizer, statistics: Statistics, device: torch.device | str = "cpu"):
+        self.device = torch.device(device)
+        self.model, self.tokenizer = model.to(self.device).eval(), tokenizer.to(self.device).eval()
+        self.statistics = statistics
+
+    @classmethod
+    def open(cls, model: str | Path, tokenizer: str | Path, device: torch.device | str = "cpu") -> "Generator":
+        """From the files of two stages; raises ValueError where the model belongs to another tokenizer."""
+        loaded, description = models.load(model)
+        fingerprint = sha256(tokenizer)
+        if description["tokenizer"] != fingerprint:
+            raise ValueError(
+                f"{model} was trained on latents of tokenizer {description['tokenizer'][:12]}, but {tokenizer} is "
+                f"{fingerprint[:12]}; run the stages cache, train and finetune again."
+            )
+        return cls(loaded, load_tokenizer(tokenizer), Statistics(**description["statistics"]), device)
+
+    def labels(self, wanted: Sequence[int | str]) -> list[int]:
+        """Class numbers of numbers or names; raises ValueError naming the first unknown class."""
+        classes = self.model.shape.classes
+        numbers = {name: number for number, name in enumerate(classes)}
+        for label in wanted:
+            known = label in numbers if isinstance(label, str) else 0 <= label < len(classes)
+            if not known:
+                raise ValueError(
+                    f"label {label!r} is no class of the model, which has {len(classes)}: {classes[0]!r} to {classes[-1]!r}."
+                )
+        return [numbers[label] if isinstance(label, str) else int(label) for label in wanted]
+
+    @torch.inference_mode()
+    def images(
+        self,
+        labels: Sequence[int],
+        *,
+        first: int,  # number of the first image; image k is drawn from the stream (seed, k)
+        steps: int,
+        guidance: float,
+        schedule: str,
+        temperature: float,
+        seed: int,
+    ) -> np.ndarray:
+        """uint8 [N, H, W, 3] for one batch of class numbers."""
+        source = ImageStreams(seed, range(first, first + len(labels)))
+        latents = sample(
+            self.model,
+            torch.as_tensor(labels, device=self.device),
+            steps=steps,
+            guidance=guidance,
+            schedule=schedule,
+            temperature=temperature,
+            source=source,
+        )
+        decoded = self.tokenizer.decode(denormalised(latents, self.statistics))
+        if not decoded.isfinite().all():
+            bad = first + int((~decoded.flatten(1).isfinite().all(dim=1)).nonzero()[0])
+            raise ValueError(
+                f"image {bad} is not finite; the model diverged in training, or guidance {guidance} is too high."
+            )
+        return to_uint8(decoded).cpu().numpy()
+
+
+def batches(labels: Sequence[int], batch_size: int) -> Iterator[tuple[int, Sequence[int]]]:
+    """(number of the first image, labels) of each batch."""
+    for first in range(0, len(labels), batch_size):
+        yield first, labels[first : first + batch_size]
+
+
+def balanced_labels(count: int, classes: int) -> list[int]:
+    """`count` labels, each class equally often (the first ones once more where it does not divide)."""
+    return [k % classes for k in range(count)]
+
+
+def generate(
+    data: str | Path,  # the pipeline's data folder
+    labels: Sequence[int | str],  # class numbers or names, one per image
+    *,
+    steps: int = 16,
+    guidance: float = 1.0,
+    schedule: str = "linear",
+    temperature: float = 1.0,
+    seed: int = 0,
+    batch_size: int = 64,
+    device: torch.device | str = "cpu",
+) -> np.ndarray:
+    """uint8 images [N, H, W, 3]; image k depends on (seed, k) and its label alone."""
+    generator = Generator.open(Path(data) / MODEL, Path(data) / TOKENIZER, device)
+    options = {"steps": steps, "guidance": guidance, "schedule": schedule, "temperature": temperature, "seed": seed}
+    parts = batches(generator.labels(labels), batch_size)
+    return np.concatenate([generator.images(part, first=first, **options) for first, part in parts])

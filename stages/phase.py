@@ -1,0 +1,143 @@
+"""What the two training stages share: one phase of training on cached latents."""
+
+import contextlib
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from ear.latents import LatentStore, latent_batches, normalised
+
+from ear import device as devices
+from ear import model as models
+from ear import randomness
+from ear.config import Train
+from ear.model import Model
+from ear.optimizer import adamw, schedule
+from ear.records import whole_folder, write_json, write_tensors
+from ear.training import Trainer, write_table
+
+_VALIDATION_IMAGES = 4096  # at most; held-out shards are stored shuffled
+
+
+class Phase:
+    """A trainer of `model` on the latents of data/latents, with the settings of one phase."""
+
+    def __init__(
+        self,
+        model: Model,
+        *,
+        name: str,  # of the stage; another phase draws other noise
+        options: Train,
+        images: int,  # of this phase
+        learning_rate: float,
+        rate_schedule: str,
+        warmup_images: int,
+        temperature: float,
+        mirror: bool,
+        device: torch.device,
+        workers: int,
+        earlier_images: int = 0,  # seen in earlier phases
+    ):
+        if options.precision == "bfloat16" and device.type == "cpu":
+            raise ValueError("train.precision is 'bfloat16', which CPUs emulate 100 times slower; set it to 'float32'.")
+        self.options, self.images, self.temperature, self.device = options, images, temperature, device
+        self.mirror, self.workers, self.name = mirror, workers, name
+        self.seed = randomness.derive(options.seed, name)
+        self.store, self.held_out = LatentStore("data/latents", "train"), LatentStore("data/latents", "val")
+        groups = model.parameter_groups(weight_decay=options.weight_decay, head_rate=options.head_rate)
+        self.trainer = Trainer(
+            model,
+            optimizer=adamw(groups, learning_rate=learning_rate, beta1=options.beta1, beta2=options.beta2),
+            loss=self.loss,
+            rate=schedule(rate_schedule, total_images=images, warmup_images=warmup_images),
+            ema_decay=options.ema_decay,
+            clip_norm=options.clip_norm,
+            global_batch_size=options.global_batch_size,
+            micro_batch_size=options.micro_batch_size,
+            earlier_images=earlier_images,
+        )
+
+    def run(self, folder: Path) -> None:
+        """Train to the end, resuming from the checkpoints in `folder`."""
+        self.trainer.fit(
+            self.batches,
+            total_images=self.images,
+            folder=folder,
+            checkpoint_images=self.options.checkpoint_images,
+            validate=self.validate,
+            validate_images=self.options.validate_images,
+            title=self.name,
+        )
+
+    def batches(self, start: int):
+        """Endless micro-batches from image position `start`."""
+        return latent_batches(
+            self.store,
+            order=randomness.DataOrder(len(self.store), self.seed),
+            start=start,
+            micro_batch_size=self.options.micro_batch_size,
+            mirror=self.mirror,
+            seed=self.seed,
+            workers=self.workers,
+        )
+
+    def loss(self, batch, position: int):
+        """Loss of one micro-batch: draw from the tokenizer's posterior, then mask, predict and score."""
+        moments, labels = batch[0], batch[1]
+        randomness.seed_dropout(self.seed, position)
+        return self._loss(self.trainer.module, moments, labels, "loss", position, self.temperature), {}
+
+    def _loss(self, model: Model, moments, labels, purpose: str, position: int, temperature: float):
+        generator = randomness.generator(self.seed, purpose, position)
+        moments, labels = moments.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
+        mean_shape = (len(moments), moments.shape[1] // 2, *moments.shape[2:])
+        noise = randomness.normal(mean_shape, generator, self.device)
+        latents = normalised(moments, noise, self.store.statistics)
+        with self._autocast():
+            return model.loss(latents, labels, temperature=temperature, generator=generator)
+
+    def _autocast(self):
+        if self.options.precision == "float32":
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, dtype=torch.bfloat16)
+
+    @torch.no_grad()
+    def validate(self) -> dict[str, float]:
+        """Loss on held-out latents at training temperature 1, of the raw and of the averaged weights."""
+        candidates: dict[str, Callable] = {"loss": self.trainer.module, "averaged_loss": self.trainer.average.module}
+        size, rows = self.options.micro_batch_size, min(len(self.held_out), _VALIDATION_IMAGES)
+        sums = dict.fromkeys(candidates, 0.0)
+        for start in range(0, rows, size):
+            indices = torch.arange(start, min(start + size, rows))
+            moments, labels = self.held_out.rows(indices, torch.zeros(len(indices), dtype=torch.bool))
+            for name, model in candidates.items():
+                loss = self._loss(
+                    model.eval(), torch.as_tensor(moments), torch.as_tensor(labels), "validation", start, 1
+                )
+                sums[name] += float(loss) * len(indices) / rows
+        return sums
+
+    def publish(self, target: str, *, keep_state: bool) -> None:
+        """Write the averaged weights, the logs and the metrics (and the whole state, if another phase follows)."""
+        history, model = self.trainer.history, self.trainer.average.module
+        with whole_folder(target) as folder:
+            description = {"statistics": self.store.statistics.as_dict(), "tokenizer": self.store.tokenizer}
+            models.save(folder / "model.safetensors", model, description)
+            if keep_state:
+                tensors, _ = self.trainer.state()
+                write_tensors(folder / "state.safetensors", tensors, {"images": self.trainer.images})
+            write_table(folder / "training.tsv", history.training)
+            write_table(folder / "validation.tsv", history.validation)
+            figures = {
+                "images": self.trainer.images,
+                "parameters": sum(p.numel() for p in model.parameters()),
+                "training_loss": history.training[-1]["loss"],
+                "validation_loss": history.validation[-1]["loss"],
+                "validation_loss_averaged": history.validation[-1]["averaged_loss"],
+            }
+            write_json(folder / "metrics.json", {name: float(f"{value:.6g}") for name, value in figures.items()})
+
+
+def start(parameters) -> torch.device:
+    """The device, with the tracked number of threads."""
+    return devices.prepare(parameters.runtime.device, parameters.compute.threads)

@@ -1,0 +1,43 @@
+"""Train the autoregressive transformer on cached latents by maximising the selected score.
+
+Reads data/latents; writes data/model: averaged weights, the whole training state, logs and metrics. A killed run goes
+on from its last checkpoint and ends in the same bytes.
+"""
+
+from dataclasses import asdict
+
+from ear.latents import LatentStore
+
+from ear import randomness
+from ear.model import Model, Shape
+from stages import phase, program
+
+
+def work(parameters) -> None:
+    """The first phase."""
+    device = phase.start(parameters)
+    options = parameters.train
+    store = LatentStore("data/latents", "train")
+    shape = Shape(store.shape, tuple(store.classes), asdict(parameters.model), asdict(parameters.score))
+    model = Model(shape).initialise(randomness.generator(options.seed, "weights")).to(device)
+    if parameters.runtime.compile:
+        model.transformer.compile()
+    training = phase.Phase(
+        model,
+        name="train",
+        options=options,
+        images=options.images,
+        learning_rate=options.learning_rate,
+        rate_schedule=options.schedule,
+        warmup_images=options.warmup_images,
+        temperature=options.temperature,
+        mirror=parameters.data.mirror,
+        device=device,
+        workers=parameters.runtime.workers,
+    )
+    training.run(program.scratch("train", parameters, ["data/latents/stats.json"]))
+    training.publish("data/model", keep_state=True)
+
+
+if __name__ == "__main__":
+    program.run("train", work, __doc__)

@@ -1,0 +1,105 @@
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from ear import config
+from ear.configure import compose, to_yaml
+
+ROOT = Path(__file__).parent.parent
+
+
+def with_value(key: str, value) -> dict:
+    """The digits preset as plain values, with one changed."""
+    content = dataclasses.asdict(compose(["preset=digits"]))
+    section, _, name = key.partition(".")
+    content[section][name] = value
+    return content
+
+
+def test_committed_parameters_are_the_composed_default():
+    assert (ROOT / "params.yaml").read_text() == to_yaml(compose([]), "python -m ear.configure preset=digits")
+
+
+def test_written_parameters_read_back_equal(tmp_path):
+    parameters = compose(["preset=digits", "train.learning_rate=3e-5", "finetune.temperature=1"])
+    (tmp_path / "params.yaml").write_text(to_yaml(parameters, "test"))
+    assert config.load(tmp_path / "params.yaml") == parameters
+    assert parameters.train.learning_rate == 3e-5
+    assert parameters.finetune.temperature == 1.0
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("score.alpha", 2.0, ["score.alpha is 2.0", "above 0 and below 2"]),
+        ("score.alpha", 0.0, ["score.alpha is 0.0", "above 0"]),
+        ("score.samples", 1, ["score.samples is 1", "at least 2"]),
+        ("score.name", "enrgy", ["score.name is 'enrgy'", "'energy'"]),
+        ("sample.guidance", -0.5, ["sample.guidance is -0.5", "at least 0"]),
+        ("train.temperature", 1.2, ["train.temperature is 1.2", "at most 1"]),
+        ("train.images", "many", ["train.images is 'many'", "a whole number"]),
+        ("train.images", 1.5, ["train.images is 1.5", "a whole number"]),
+        ("train.images", True, ["train.images is True", "a whole number"]),
+        ("data.mirror", 1, ["data.mirror is 1", "true or false"]),
+        ("train.learning_rate", float("nan"), ["train.learning_rate is nan", "a number"]),
+        ("train.learning_rte", 1.0, ["train.learning_rte is not a known key", "did you mean train.learning_rate?"]),
+        ("model.patch_size", 3, ["model.patch_size is 3", "latent side, 4"]),
+        ("model.heads", 3, ["model.heads is 3", "model.width, 128"]),
+        ("train.micro_batch_size", 48, ["train.micro_batch_size is 48", "train.global_batch_size, 64"]),
+        ("tokenizer.downsample", 3, ["tokenizer.downsample is 3", "power of two"]),
+        ("tokenizer.block_channels", [32], ["tokenizer.block_channels has 1", "needs 3"]),
+        ("tokenizer.block_channels", ["a", 1, 2], ["tokenizer.block_channels[0] is 'a'", "a whole number"]),
+        ("data.image_size", 18, ["data.image_size is 18", "tokenizer.downsample, 4"]),
+        ("data.source", "folder", ["data.path is empty", "data.source is folder"]),
+        ("reference.statistics", "stats.npz", ["reference.statistics is 'stats.npz'", "inception"]),
+    ],
+)
+def test_mistakes_are_one_sentence_with_key_value_and_remedy(key, value, words):
+    with pytest.raises(ValueError, match=r"^origin: ") as caught:
+        config.parse(with_value(key, value), origin="origin")
+    message = str(caught.value)
+    assert "\n" not in message
+    assert all(word in message for word in words), message
+
+
+def test_missing_and_foreign_sections_are_named():
+    content = dataclasses.asdict(compose([]))
+    del content["train"]["images"]
+    with pytest.raises(ValueError, match=r"train\.images is missing"):
+        config.parse(content)
+    content["train"] = 3
+    with pytest.raises(ValueError, match="train is 3"):
+        config.parse(content)
+
+
+def test_unreadable_files(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"ear\.configure"):
+        config.load(tmp_path / "params.yaml")
+    (tmp_path / "params.yaml").write_text("data: [")
+    with pytest.raises(ValueError, match="not valid YAML"):
+        config.load(tmp_path / "params.yaml")
+
+
+def test_every_key_documents_itself():
+    for section in dataclasses.fields(config.Parameters):
+        for item in dataclasses.fields(section.type):
+            assert item.default is dataclasses.MISSING, f"{section.name}.{item.name} would be invisible to DVC"
+            assert len(item.metadata["help"]) > 5 or item.metadata["choices"]
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("preset=huge", "known presets: digits"),
+        ("train.batchsize=3", "train.batchsize"),
+        ("+train.extra=3", "train.extra is not a known key"),
+        ("train.images=abc", "train.images is 'abc'"),
+        ("score.alpha=2.0", "score.alpha is 2.0"),
+    ],
+)
+def test_compose_names_what_is_wrong(override, words):
+    with pytest.raises(ValueError) as caught:  # noqa: PT011 - the words below are the match
+        compose([override])
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
