@@ -1,0 +1,36 @@
+"""Tiny models for tests."""
+
+from ear.model import Model, Shape
+from ear.randomness import generator
+
+SCORE = {
+    "name": "energy",
+    "alpha": 1.0,
+    "samples": 2,
+    "smoothing": 1e-6,
+    "noise": "uniform",
+    "noise_channels": 8,
+}
+
+
+def tiny_model(*, latent=(3, 4, 4), classes=("a", "b", "c"), patch_size=1, seed=0, trained=True, **score) -> Model:
+    """A model of a few thousand weights; `trained` moves the zero-initialised head away from zero."""
+    sizes = {
+        "patch_size": patch_size,
+        "width": 32,
+        "depth": 2,
+        "heads": 4,
+        "mlp_ratio": 2.0,
+        "buffer_size": 2,
+        "dropout": 0.1,
+        "label_dropout": 0.1,
+        "mask_ratio_min": 0.5,
+        "head_width": 24,
+        "head_depth": 2,
+    }
+    model = Model(Shape(latent, classes, sizes, {**SCORE, **score})).initialise(generator(seed, "weights"))
+    if trained:
+        source = generator(seed, "head")
+        for parameter in model.score.parameters():
+            parameter.data += 0.3 * parameter.data.new_empty(parameter.shape).normal_(generator=source)
+    return model.eval()

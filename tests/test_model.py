@@ -1,0 +1,106 @@
+import pytest
+import torch
+from factories import tiny_model
+
+from ear import model as models
+from ear.masking import mask_first, random_orders
+from ear.model import patchify, unpatchify
+from ear.randomness import generator
+
+
+def inputs(model, images=3, seed=0):
+    latents = torch.randn(images, *model.shape.latent, generator=generator(seed, "latents"))
+    labels = torch.arange(images) % len(model.shape.classes)
+    return latents, labels
+
+
+@pytest.mark.parametrize(("latent", "patch"), [((3, 4, 4), 1), ((3, 4, 4), 2), ((2, 6, 4), 2)])
+def test_patchify_round_trip_and_order(latent, patch):
+    latents = torch.arange(2 * latent[0] * latent[1] * latent[2]).reshape(2, *latent)
+    tokens = patchify(latents, patch)
+    assert tokens.shape == (2, latent[1] * latent[2] // patch**2, latent[0] * patch**2)
+    assert torch.equal(unpatchify(tokens, patch, latent), latents)
+    assert torch.equal(tokens[0, 0], latents[0, :, :patch, :patch].flatten())
+
+
+def test_patch_that_does_not_divide_is_refused():
+    with pytest.raises(ValueError, match=r"model\.patch_size is 3 .* 4 x 4"):
+        tiny_model(patch_size=3)
+
+
+@torch.no_grad()
+def test_hidden_states_ignore_masked_tokens_and_see_visible_ones():
+    model = tiny_model()
+    latents, labels = inputs(model)
+    tokens = patchify(latents, 1)
+    mask = mask_first(random_orders(3, model.tokens, generator(1)), 9)
+    hidden = model.hidden(tokens, mask, labels)
+    assert torch.equal(hidden, model.hidden(tokens + 100 * mask[..., None], mask, labels))
+    assert not torch.allclose(hidden, model.hidden(tokens + 100 * ~mask[..., None], mask, labels))
+
+
+@torch.no_grad()
+def test_hidden_states_follow_the_batch_and_the_class():
+    model = tiny_model()
+    latents, labels = inputs(model)
+    tokens, mask = patchify(latents, 1), torch.ones(3, model.tokens, dtype=torch.bool)
+    hidden = model.hidden(tokens, mask, labels)
+    torch.testing.assert_close(model.hidden(tokens.flip(0), mask, labels.flip(0)), hidden.flip(0))
+    assert not torch.allclose(hidden[0], hidden[1])
+    null = torch.tensor([True, True, False])
+    without = model.hidden(tokens, mask, labels, null)
+    torch.testing.assert_close(without[0], without[1])  # all masked, no class: nothing tells them apart
+    torch.testing.assert_close(without[2], hidden[2])
+
+
+def test_loss_is_a_function_of_its_generator():
+    model = tiny_model()
+    latents, labels = inputs(model)
+    first = model.loss(latents, labels, temperature=1.0, generator=generator(4))
+    assert torch.equal(first, model.loss(latents, labels, temperature=1.0, generator=generator(4)))
+    assert not torch.equal(first, model.loss(latents, labels, temperature=1.0, generator=generator(5)))
+    first.backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters() if p is not model.null_class)
+
+
+def test_labels_are_dropped_in_training_only():
+    model = tiny_model()
+    model.label_dropout = 1.0
+    latents, labels = inputs(model)
+
+    def gradient(mode: bool):
+        model.zero_grad()
+        model.train(mode).loss(latents, labels, temperature=1.0, generator=generator(4)).backward()
+        return model.null_class.grad
+
+    assert gradient(True).abs().sum() > 0
+    assert gradient(False).abs().sum() == 0
+
+
+def test_initial_weights_are_reproducible_and_the_head_starts_at_zero():
+    a, b, other = (tiny_model(seed=s, trained=False) for s in (0, 0, 1))
+    assert all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+    assert not torch.equal(a.positions, other.positions)
+    hidden = torch.randn(5, 32, generator=generator(0))
+    assert a.score.sample(hidden, source=generator(0)).abs().max() == 0
+
+
+def test_saved_model_loads_equal_and_bytes_repeat(tmp_path):
+    model = tiny_model()
+    for name in ("a", "b"):
+        models.save(tmp_path / name, model, {"tokenizer": "x"})
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+    loaded, description = models.load(tmp_path / "a")
+    assert loaded.shape == model.shape
+    assert description["tokenizer"] == "x"
+    assert not loaded.training
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, loaded.state_dict()[name])
+
+
+def test_foreign_files_are_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match="dvc repro"):
+        models.load(tmp_path / "absent.safetensors")
+    (tmp_path / "text.safetensors").write_text("not tensors")
+    with pytest.raises(ValueError, match=r"text\.safetensors is not a readable safetensors file"):
+        models.load(tmp_path / "text.safetensors")
