@@ -198,9 +198,8 @@ def test_rates():
 
 def test_groups_keep_their_relative_rates():
     a, b = nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(2))
-    optimizer = adamw(
-        [Group([a], 0.0), Group([b], 0.02, rate=0.25), Group([], 0.1)], learning_rate=1.0, beta1=0, beta2=0
-    )
+    groups = [Group([a], 0.0), Group([b], 0.02, rate=0.25), Group([], 0.1)]
+    optimizer = adamw(groups, learning_rate=1.0, beta1=0.9, beta2=0.95)
     set_rate(optimizer, 0.5)
     assert [(g["lr"], g["weight_decay"]) for g in optimizer.param_groups] == [(0.5, 0.0), (0.125, 0.02)]
 
