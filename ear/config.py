@@ -64,7 +64,7 @@ class Tokenizer:
     name: str = option("kl (trained autoencoder) or identity (pixels, space to depth)", choices=("kl", "identity"))
     downsample: int = option("image pixels per latent cell along a side, a power of two", minimum=1)
     channels: int = option("kl: latent channels", minimum=1)
-    block_channels: tuple[int, ...] = option("kl: feature channels per level, log2(downsample) + 1 of them")
+    block_channels: tuple[int, ...] = option("kl: feature channels per level, log2(downsample) + 1 of them", minimum=1)
     layers: int = option("kl: residual blocks per level", minimum=1)
     kl_weight: float = option("kl: weight of the KL term, per image, against the mean absolute error", minimum=0)
     images: int = option("kl: images seen in training", minimum=1)
@@ -102,16 +102,26 @@ class Model:
 
 @dataclass(frozen=True, kw_only=True)
 class Score:
-    """The strictly proper score that training maximises."""
+    """The strictly proper score that training maximises; options of the scores not chosen have no effect."""
 
-    name: str = option("energy", choices=("energy",))
-    alpha: float = option("exponent of the distance, strictly between 0 and 2", above=0, below=2)
-    samples: int = option("noise samples per token; all pairs of them enter the score", minimum=2)
-    smoothing: float = option("distances are smoothed below this length; 1e-6, or 1e-2 for alpha < 1", above=0)
-    noise: str = option(
-        "distribution that drives the head: uniform on [-0.5, 0.5) or gaussian", choices=("uniform", "gaussian")
+    name: str = option(
+        "energy, kernel, logarithmic (GIVT), hyvarinen (diffusion loss) or categorical (quantised baseline)",
+        choices=("energy", "kernel", "logarithmic", "hyvarinen", "categorical"),
     )
-    noise_channels: int = option("noise dimensions per token", minimum=1)
+    samples: int = option("energy, kernel: samples per token, all pairs scored; hyvarinen: noisings", minimum=2)
+    noise: str = option("energy, kernel: uniform on [-0.5, 0.5) or gaussian", choices=("uniform", "gaussian"))
+    noise_channels: int = option("energy, kernel: noise dimensions per token", minimum=1)
+    alpha: float = option("energy: exponent of the distance, strictly between 0 and 2", above=0, below=2)
+    smoothing: float = option("energy: distances are smoothed below this length; 1e-6, or 1e-2 for alpha < 1", above=0)
+    bandwidths: tuple[float, ...] = option("kernel: widths of the Gaussian kernels, over sqrt(token channels)", above=0)
+    components: int = option("logarithmic: Gaussians of the mixture", minimum=1)
+    covariance: str = option("logarithmic: diagonal or full", choices=("diagonal", "full"))
+    scale_floor: float = option("logarithmic: least standard deviation, in units of the latents'", above=0)
+    sampling_steps: int = option("hyvarinen: denoising steps per token, of 1000 in training", minimum=1, maximum=1000)
+    denoised_limit: float = option(
+        "hyvarinen: clamp of predicted tokens, in standard deviations; 0: none", minimum=0
+    )
+    codes: int = option("categorical: size of the k-means codebook", minimum=2)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -334,6 +344,10 @@ def _typed(kind, value: object, key: str):
 
 
 def _within_limits(value, limits: typing.Mapping, key: str):
+    if isinstance(value, tuple):
+        if not value:
+            raise ValueError(f"{key} is empty; it must have at least one entry.")
+        return tuple(_within_limits(item, limits, f"{key}[{i}]") for i, item in enumerate(value))
     choices = limits["choices"]
     if choices and value not in choices:
         raise ValueError(f"{key} is {value!r}; it must be {' or '.join(map(repr, choices))}.")

@@ -55,7 +55,7 @@ class Generator:
             known = label in numbers if isinstance(label, str) else 0 <= label < len(classes)
             if not known:
                 raise ValueError(
-                    f"label {label!r} is no class of the model, which has {len(classes)}: {classes[0]!r} to {classes[-1]!r}."
+                    f"label {label!r} is none of the model's {len(classes)} classes, {classes[0]!r} to {classes[-1]!r}."
                 )
         return [numbers[label] if isinstance(label, str) else int(label) for label in wanted]
 

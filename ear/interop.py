@@ -16,6 +16,7 @@ from ear.checkpoint import load_weights
 from ear.model import Model, Shape
 from ear.records import whole_file
 
+_SCORE = {"name": "energy", "alpha": 1.0, "samples": 2, "smoothing": 1e-6, "noise": "uniform"}  # of the published runs
 _HEADS = {768: 12, 1024: 16, 1280: 16}  # attention heads of the published widths: base, large, huge
 _BUFFER = 64
 # Published name => ours; the first pattern that matches a whole prefix applies.
@@ -153,14 +154,7 @@ def _shape(
         "head_width": size("score.noise_embedding.weight", 0),
         "head_depth": _blocks(tensors, "score.network.blocks."),
     }
-    score = {
-        "name": "energy",
-        "alpha": 1.0,
-        "samples": 2,
-        "smoothing": 1e-6,
-        "noise": "uniform",
-        "noise_channels": size("score.noise_embedding.weight", 1),
-    }
+    score = {**_SCORE, "noise_channels": size("score.noise_embedding.weight", 1)}
     classes = tuple(str(i) for i in range(size("class_embedding.weight", 0)))
     return Shape((channels, rows * patch_size, columns * patch_size), classes, model, score)
 

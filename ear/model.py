@@ -28,7 +28,7 @@ class Shape:
     latent: tuple[int, int, int]  # C, h, w
     classes: tuple[str, ...]  # names, in the order of the labels
     model: dict  # section model of params.yaml
-    score: dict  # section score of params.yaml
+    score: dict  # of section score, the name and the options of that score
 
 
 def patchify(latents: Tensor, p: int) -> Tensor:
@@ -70,7 +70,7 @@ class Model(nn.Module):
         sizes = {key: options[key] for key in ("width", "depth", "heads", "mlp_ratio", "dropout")}
         self.transformer = Transformer(**sizes)
         head = {"width": options["head_width"], "depth": options["head_depth"]}
-        self.score = scores.build(hidden_width=width, token_channels=token_channels, **head, **shape.score)
+        self.score = scores.build(shape.score, hidden_width=width, token_channels=token_channels, **head)
 
     def initialise(self, generator: torch.Generator) -> "Model":
         """Draw the weights: embeddings N(0, 0.02^2), matrices xavier-uniform, biases and the head's output 0."""
@@ -80,7 +80,7 @@ class Model(nn.Module):
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight, generator=generator)
                 nn.init.zeros_(module.bias)
-        self.score.network.zero_initialise()
+        self.score.initialise(generator)
         return self
 
     def hidden(self, tokens: Tensor, mask: Tensor, labels: Tensor, null: Tensor | None = None) -> Tensor:
@@ -101,7 +101,7 @@ class Model(nn.Module):
 
         All images of the call have equally many masked tokens, so that the head runs on these alone.
         """
-        tokens, device = patchify(latents, self.patch), latents.device
+        tokens, device = self.score.represent(patchify(latents, self.patch)), latents.device
         images = len(tokens)
         orders = random_orders(images, self.tokens, generator, device)
         count = masked_count(self.tokens, self.mask_ratio_min, generator)

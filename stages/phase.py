@@ -138,6 +138,16 @@ class Phase:
             write_json(folder / "metrics.json", {name: float(f"{value:.6g}") for name, value in figures.items()})
 
 
+def learn_tokens(model: Model, store: LatentStore, seed: int) -> None:
+    """Show the score up to 4096 images' tokens before training (a codebook is learned from them)."""
+    rows = randomness.DataOrder(len(store), seed).indices(0, min(len(store), _VALIDATION_IMAGES))
+    moments, _ = map(torch.as_tensor, store.rows(rows, torch.zeros(len(rows), dtype=torch.bool)))
+    shape = (len(moments), moments.shape[1] // 2, *moments.shape[2:])
+    noise = randomness.normal(shape, randomness.generator(seed, "tokens"))
+    tokens = models.patchify(normalised(moments, noise, store.statistics), model.patch)
+    model.score.learn(tokens.flatten(0, 1), seed)
+
+
 def start(parameters) -> torch.device:
     """The device, with the tracked number of threads."""
     return devices.prepare(parameters.runtime.device, parameters.compute.threads)

@@ -8,7 +8,7 @@ from dataclasses import asdict
 
 from ear.latents import LatentStore
 
-from ear import randomness
+from ear import randomness, scores
 from ear.model import Model, Shape
 from stages import phase, program
 
@@ -18,8 +18,9 @@ def work(parameters) -> None:
     device = phase.start(parameters)
     options = parameters.train
     store = LatentStore("data/latents", "train")
-    shape = Shape(store.shape, tuple(store.classes), asdict(parameters.model), asdict(parameters.score))
+    shape = Shape(store.shape, tuple(store.classes), asdict(parameters.model), scores.chosen(asdict(parameters.score)))
     model = Model(shape).initialise(randomness.generator(options.seed, "weights")).to(device)
+    phase.learn_tokens(model, store, options.seed)
     if parameters.runtime.compile:
         model.transformer.compile()
     training = phase.Phase(

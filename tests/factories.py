@@ -1,5 +1,6 @@
 """Tiny models for tests."""
 
+from ear import scores
 from ear.model import Model, Shape
 from ear.randomness import generator
 
@@ -10,6 +11,13 @@ SCORE = {
     "smoothing": 1e-6,
     "noise": "uniform",
     "noise_channels": 8,
+    "bandwidths": (0.25, 0.5, 1.0, 2.0),
+    "components": 4,
+    "covariance": "diagonal",
+    "scale_floor": 1e-3,
+    "sampling_steps": 20,
+    "denoised_limit": 3.0,
+    "codes": 16,
 }
 
 
@@ -28,7 +36,9 @@ def tiny_model(*, latent=(3, 4, 4), classes=("a", "b", "c"), patch_size=1, seed=
         "head_width": 24,
         "head_depth": 2,
     }
-    model = Model(Shape(latent, classes, sizes, {**SCORE, **score})).initialise(generator(seed, "weights"))
+    model = Model(Shape(latent, classes, sizes, scores.chosen({**SCORE, **score}))).initialise(
+        generator(seed, "weights")
+    )
     if trained:
         source = generator(seed, "head")
         for parameter in model.score.parameters():

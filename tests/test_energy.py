@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+import toy
 
 from ear.randomness import generator
 from ear.scores.energy import EnergyScore, distance, energy_loss
@@ -184,7 +185,7 @@ def head(**options) -> EnergyScore:
         if isinstance(module, torch.nn.Linear):
             torch.nn.init.xavier_uniform_(module.weight, generator=generator(0, "head"))
             torch.nn.init.zeros_(module.bias)
-    score.network.zero_initialise()
+    score.initialise(generator(0, "head"))
     return score
 
 
@@ -235,71 +236,25 @@ def test_guidance_extrapolates_the_hidden_state():
     assert torch.equal(guided, by_hand)
 
 
-# --- A head alone learns a conditional mixture -----------------------------------------------------------------------
-
-
-def mixture(condition, count, source):
-    """Two Gaussians (sd 0.3, weights 0.3 and 0.7) at +-(cos, sin)(condition pi/4)."""
-    angle = condition * math.pi / 4
-    centre = torch.stack([angle.cos(), angle.sin()], dim=-1)
-    sign = torch.where(torch.rand(count, 1, generator=source) < 0.3, 1.0, -1.0)
-    return sign * centre + 0.3 * torch.randn(count, 2, generator=source)
-
-
-def fit(score: EnergyScore, *, steps=600, temperature=1.0):
-    """Train the head alone on random conditions in {-1, 1}; returns its averaged copy."""
-    from ear.ema import Average
-
-    source = generator(0, "mixture")
-    directions = torch.randn(1, 8, generator=source)
-    optimizer = torch.optim.AdamW(score.parameters(), lr=4e-3, weight_decay=0.0)
-    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    average = Average(score)
-    for _ in range(steps):
-        condition = torch.where(torch.rand(256, generator=source) < 0.5, 1.0, -1.0)
-        target = mixture(condition, 256, source)
-        loss = score.loss(condition[:, None] * directions, target, temperature=temperature, generator=source).mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        cosine.step()
-        average.update(score, 0.99)
-    return average.module, directions
-
-
-@torch.no_grad()
-def judge(score, directions, value):
-    """(squared energy distance to the truth, error of the first mode's weight) at one condition."""
-    condition = torch.full((4000,), value)
-    source = generator(1, "judge", value)
-    truth = mixture(condition, 4000, source)
-    drawn = score.sample(condition[:, None] * directions, source=source)
-    off = 4000 / 3999
-    squared = 2 * torch.cdist(drawn, truth).mean()
-    squared -= (torch.cdist(drawn, drawn).mean() + torch.cdist(truth, truth).mean()) * off
-    angle = value * math.pi / 4
-    share = (drawn @ torch.tensor([math.cos(angle), math.sin(angle)]) > 0).float().mean()
-    return float(squared), abs(float(share) - 0.3)
-
-
-@pytest.fixture
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+# A head alone learns a conditional mixture (tests/toy.py).
 
 
 @pytest.mark.parametrize("samples", [2, 4])
 def test_head_recovers_a_conditional_mixture(one_thread, samples):
-    score, directions = fit(head(samples=samples))
-    for value in (-1.0, 1.0):
-        squared, weight_error = judge(score, directions, value)
-        assert squared < 0.015
-        assert weight_error < 0.06
+    trained = toy.fit(head(samples=samples))
+    for condition in (-1.0, 1.0):
+        figures = toy.judge(trained, condition)
+        assert figures.squared_energy_distance < 0.015
+        assert figures.weight_error < 0.06
 
 
 def test_alpha_two_collapses_to_the_mean(one_thread):
     """What strict propriety buys: the squared distance, refused by the schema, learns the conditional mean alone."""
-    score, directions = fit(head(alpha=2.0), steps=300)
-    assert max(judge(score, directions, value)[0] for value in (-1.0, 1.0)) > 0.3
+    trained = toy.fit(head(alpha=2.0), steps=300)
+    assert max(toy.judge(trained, condition).squared_energy_distance for condition in (-1.0, 1.0)) > 0.3
+
+
+def test_low_training_temperature_narrows_the_forecast(one_thread):
+    """Training temperature below 1 is improper, as the closed form above says: it sharpens."""
+    sharp, proper = toy.fit(head(), temperature=0.8), toy.fit(head())
+    assert toy.judge(sharp, 1.0).spread < 0.95 * toy.judge(proper, 1.0).spread

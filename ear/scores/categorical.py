@@ -1,0 +1,85 @@
+"""The discrete baseline: tokens quantised with a k-means codebook, scored by the logarithm (cross-entropy).
+
+The same transformer on the same latents, so that the question whether quantisation hurts can be asked.
+Shapes: N tokens, D token channels, W hidden width, V codes.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ear.randomness import Source, uniform
+from ear.scores.score import Score
+
+_INIT_SD = 0.02
+
+
+class CategoricalScore(Score):
+    """Cross-entropy over the codebook; the logits are linear in the hidden state."""
+
+    options = ("codes",)
+
+    def __init__(
+        self,
+        *,
+        hidden_width: int,
+        token_channels: int,
+        width: int,  # not used: the head is one linear layer
+        depth: int,  # not used
+        codes: int,
+    ):
+        super().__init__()
+        self.projection = nn.Linear(hidden_width, codes)
+        self.register_buffer("codebook", torch.zeros(codes, token_channels))
+
+    def initialise(self, generator: torch.Generator) -> None:
+        """Small logits."""
+        nn.init.normal_(self.projection.weight, std=_INIT_SD, generator=generator)
+
+    def learn(self, tokens: Tensor, seed: int) -> None:
+        """The codebook is the k-means centres of `tokens` [N, D]; raises ValueError for fewer tokens than codes."""
+        from sklearn.cluster import KMeans
+
+        if len(tokens) < len(self.codebook):
+            raise ValueError(
+                f"score.codes is {len(self.codebook)}, more than the {len(tokens)} tokens to learn them from; lower it."
+            )
+        centres = KMeans(len(self.codebook), n_init=1, random_state=seed % 2**32).fit(tokens.cpu().numpy())
+        self.codebook.copy_(torch.as_tensor(centres.cluster_centers_))
+
+    def quantise(self, tokens: Tensor) -> Tensor:
+        """tokens [..., D] => numbers of their nearest codes [...]."""
+        flat = tokens.float().reshape(-1, tokens.shape[-1])
+        return torch.cdist(flat, self.codebook).argmin(-1).view(tokens.shape[:-1])
+
+    def represent(self, tokens: Tensor) -> Tensor:
+        """tokens [..., D] => their nearest codes [..., D]."""
+        return self.codebook[self.quantise(tokens)]
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """hidden [N, W] => [N, V] in float32."""
+        with torch.autocast(hidden.device.type, enabled=False):
+            return self.projection(hidden.float())
+
+    def loss(self, hidden: Tensor, target: Tensor, *, temperature: float, generator: torch.Generator) -> Tensor:
+        """hidden [N, W], target [N, D] => cross-entropy [N] in nats; training temperature has no meaning here."""
+        return F.cross_entropy(self.logits(hidden), self.quantise(target), reduction="none")
+
+    def sample(
+        self,
+        hidden: Tensor,
+        *,
+        source: Source,
+        temperature: float = 1.0,  # divides the logits; 0 takes the likeliest code
+        unconditional: Tensor | None = None,
+        guidance: float = 1.0,
+    ) -> Tensor:
+        """hidden [N, W] => codes [N, D]; guidance extrapolates the logits."""
+        logits = self.logits(hidden)
+        if unconditional is not None:
+            logits = guidance * logits + (1 - guidance) * self.logits(unconditional)
+        threshold = uniform((len(hidden), 1), source, hidden.device)
+        if temperature == 0:
+            return self.codebook[logits.argmax(-1)]
+        cumulative = (logits / temperature).softmax(-1).cumsum(-1)
+        return self.codebook[(cumulative < threshold * cumulative[:, -1:]).sum(-1).clamp(max=len(self.codebook) - 1)]

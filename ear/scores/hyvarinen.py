@@ -1,0 +1,173 @@
+"""The Hyvarinen score averaged over noise levels: the diffusion loss of MAR (Li et al., 2024; Nichol & Dhariwal, 2021).
+
+Denoising score matching at every level of a Gaussian path; a small MLP predicts the noise, conditioned on the hidden
+state, and a learned variance between the two bounds of the posterior.
+Shapes: N tokens, D token channels, W hidden width, h head width, T training steps, S sampling steps.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from ear.randomness import Source, normal, uniform
+from ear.scores.modulated_mlp import ModulatedMLP
+from ear.scores.score import Score
+
+TRAINING_STEPS = 1000
+_TIME_CHANNELS = 256
+_INIT_SD = 0.02
+
+
+class Schedule:
+    """Tables of a Gaussian diffusion in float64, made from the cumulative signal levels of its steps."""
+
+    def __init__(self, alpha_bar: Tensor):
+        before = torch.cat([alpha_bar.new_ones(1), alpha_bar[:-1]])
+        beta = 1 - alpha_bar / before
+        variance = beta * (1 - before) / (1 - alpha_bar)
+        self.steps = len(alpha_bar)
+        self.signal, self.noise = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
+        self.log_beta = beta.log()
+        # At the first step the posterior variance is 0; the second one's stands in for its logarithm.
+        self.log_variance = torch.cat([variance[1:2] if len(variance) > 1 else beta, variance[1:]]).log()
+        # Posterior mean of x_{t-1} = of_data * x_0 + of_noised * x_t.
+        self.of_data = beta * before.sqrt() / (1 - alpha_bar)
+        self.of_noised = (1 - before) * (1 - beta).sqrt() / (1 - alpha_bar)
+
+
+def cosine_alpha_bar(steps: int) -> Tensor:
+    """float64 [T]: the cosine schedule, betas capped at 0.999 (Nichol & Dhariwal, 2021, equation 17)."""
+    time = torch.arange(steps + 1, dtype=torch.float64) / steps
+    level = torch.cos((time + 0.008) / 1.008 * math.pi / 2).square()
+    beta = (1 - level[1:] / level[:-1]).clamp(max=0.999)
+    return (1 - beta).cumprod(0)
+
+
+def respaced(steps: int) -> Tensor:
+    """int64 [S]: the training steps that S sampling steps visit, evenly spaced from the first to the last."""
+    if steps == 1:
+        return torch.tensor([TRAINING_STEPS - 1])
+    return torch.tensor([round(i * (TRAINING_STEPS - 1) / (steps - 1)) for i in range(steps)])
+
+
+class HyvarinenScore(Score):
+    """Diffusion loss per token and the ancestral sampler of its head."""
+
+    options = ("samples", "sampling_steps", "denoised_limit")
+
+    def __init__(
+        self,
+        *,
+        hidden_width: int,
+        token_channels: int,
+        width: int,
+        depth: int,
+        samples: int,  # (noise level, noise) draws per token
+        sampling_steps: int,
+        denoised_limit: float,  # predicted tokens are clamped to +- this; 0 for no limit, as published
+    ):
+        super().__init__()
+        self.samples, self.channels, self.limit = samples, token_channels, denoised_limit
+        self.evaluations_per_token = sampling_steps
+        self.token_embedding = nn.Linear(token_channels, width)
+        self.hidden_embedding = nn.Linear(hidden_width, width)
+        self.time_embedding = nn.Sequential(nn.Linear(_TIME_CHANNELS, width), nn.SiLU(), nn.Linear(width, width))
+        self.network = ModulatedMLP(width=width, depth=depth, out_channels=2 * token_channels)
+        alpha_bar = cosine_alpha_bar(TRAINING_STEPS)
+        self.times = respaced(sampling_steps)
+        self.training_schedule, self.sampling_schedule = Schedule(alpha_bar), Schedule(alpha_bar[self.times])
+
+    def initialise(self, generator: torch.Generator) -> None:
+        """Time embedding N(0, 0.02^2); the untrained head predicts 0."""
+        for layer in (self.time_embedding[0], self.time_embedding[2]):
+            nn.init.normal_(layer.weight, std=_INIT_SD, generator=generator)
+        self.network.zero_initialise()
+
+    def predict(self, noised: Tensor, time: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """noised [N, D], time [N] (training steps), hidden [N, W] => predicted noise, variance fraction [N, D] each."""
+        condition = self.time_embedding(_sinusoids(time)) + self.hidden_embedding(hidden)
+        noise, fraction = self.network(self.token_embedding(noised), condition).chunk(2, dim=-1)
+        return noise, (fraction + 1) / 2
+
+    def loss(self, hidden: Tensor, target: Tensor, *, temperature: float, generator: torch.Generator) -> Tensor:
+        """hidden [N, W], target [N, D] => loss [N]: mean squared error of the noise plus the variance's bound.
+
+        The bound, in bits per channel, trains the variance alone; its term at the first step, a likelihood of 8-bit
+        pixels in the published code, is left out. Training temperature has no meaning here.
+        """
+        rows, device = len(target), target.device
+        hidden, target = hidden.repeat(self.samples, 1), target.repeat(self.samples, 1).float()
+        time = (uniform((len(target),), generator, device) * TRAINING_STEPS).long().clamp(max=TRAINING_STEPS - 1)
+        noise = normal(target.shape, generator, device)
+        schedule = self.training_schedule
+        noised = _at(schedule.signal, time) * target + _at(schedule.noise, time) * noise
+        predicted, fraction = self.predict(noised, time, hidden)
+        with torch.autocast(device.type, enabled=False):
+            error = (noise - predicted).square().mean(-1)
+            bound = self._variance_bound(target, noised, time, predicted.detach(), fraction)
+            return (error + bound).view(self.samples, rows).mean(0)
+
+    def _variance_bound(
+        self, target: Tensor, noised: Tensor, time: Tensor, predicted: Tensor, fraction: Tensor
+    ) -> Tensor:
+        """KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)) in bits per channel [N]; 0 at the first step."""
+        schedule = self.training_schedule
+        true_mean = _at(schedule.of_data, time) * target + _at(schedule.of_noised, time) * noised
+        denoised = (noised - _at(schedule.noise, time) * predicted) / _at(schedule.signal, time)
+        mean = _at(schedule.of_data, time) * denoised + _at(schedule.of_noised, time) * noised
+        true_log, model_log = _at(schedule.log_variance, time), _log_variance(schedule, time, fraction)
+        ratio = (true_log - model_log).exp() + (true_mean - mean).square() * (-model_log).exp()
+        divergence = 0.5 * (model_log - true_log + ratio - 1)
+        return torch.where(time > 0, divergence.mean(-1) / math.log(2), 0.0)
+
+    def sample(
+        self,
+        hidden: Tensor,
+        *,
+        source: Source,
+        temperature: float = 1.0,  # multiplies the noise that each step adds
+        unconditional: Tensor | None = None,
+        guidance: float = 1.0,
+    ) -> Tensor:
+        """hidden [N, W] => [N, D] by ancestral sampling; guidance extrapolates the predicted noise."""
+        x = normal((len(hidden), self.channels), source, hidden.device)
+        both = hidden if unconditional is None else torch.cat([hidden, unconditional])
+        for step in reversed(range(self.sampling_schedule.steps)):
+            time = self.times[step].expand(len(both)).to(hidden.device)
+            noise, fraction = self.predict(x if unconditional is None else x.repeat(2, 1), time, both)
+            if unconditional is not None:
+                (conditional, null), fraction = noise.chunk(2), fraction.chunk(2)[0]
+                noise = null + guidance * (conditional - null)
+            mean, log_variance = self._step(x, noise, fraction, step)
+            added = normal(x.shape, source, x.device) if step else torch.zeros_like(x)
+            x = mean + temperature * (0.5 * log_variance).exp() * added
+        return x
+
+    def _step(self, x: Tensor, noise: Tensor, fraction: Tensor, step: int) -> tuple[Tensor, Tensor]:
+        """Mean and log-variance of x_{t-1} given x_t and the predicted noise."""
+        schedule = self.sampling_schedule
+        time = torch.full((len(x),), step, device=x.device)
+        denoised = (x - _at(schedule.noise, time) * noise) / _at(schedule.signal, time)
+        if self.limit:
+            denoised = denoised.clamp(-self.limit, self.limit)
+        mean = _at(schedule.of_data, time) * denoised + _at(schedule.of_noised, time) * x
+        return mean, _log_variance(schedule, time, fraction)
+
+
+def _at(table: Tensor, time: Tensor) -> Tensor:
+    """table [T] in float64, time [N] => float32 [N, 1]."""
+    return table.to(time.device)[time].float()[:, None]
+
+
+def _log_variance(schedule: Schedule, time: Tensor, fraction: Tensor) -> Tensor:
+    """Between the posterior's variance (fraction 0) and beta (fraction 1), in logarithms."""
+    return fraction * _at(schedule.log_beta, time) + (1 - fraction) * _at(schedule.log_variance, time)
+
+
+def _sinusoids(time: Tensor) -> Tensor:
+    """time [N] => cosines and sines of 128 frequencies, from 1 to 1/10000 [N, 256]."""
+    half = _TIME_CHANNELS // 2
+    frequencies = torch.exp(-math.log(10_000) * torch.arange(half, device=time.device) / half)
+    angles = time[:, None].float() * frequencies
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)

@@ -1,0 +1,49 @@
+"""What the model asks of a score and its head.
+
+Shapes: N tokens, D token channels, W hidden width.
+"""
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor, nn
+
+from ear.randomness import Source
+
+
+class Score(nn.Module, ABC):
+    """A strictly proper score with the head that it trains; the transformer never knows which one it serves."""
+
+    options: tuple[str, ...] = ()  # keys of the score section that the score takes
+    evaluations_per_token: int = 1  # network evaluations that drawing one token takes
+
+    @abstractmethod
+    def initialise(self, generator: torch.Generator) -> None:
+        """Set the head's weights where they differ from xavier-uniform matrices and zero biases."""
+
+    @abstractmethod
+    def loss(self, hidden: Tensor, target: Tensor, *, temperature: float, generator: torch.Generator) -> Tensor:
+        """hidden [N, W], target [N, D] => negative score per token [N], float32.
+
+        `temperature` is the training temperature, the weight of the repulsion between samples; scores without such a
+        term have no use for it.
+        """
+
+    @abstractmethod
+    def sample(
+        self,
+        hidden: Tensor,
+        *,
+        source: Source,
+        temperature: float = 1.0,
+        unconditional: Tensor | None = None,  # hidden states of the null class, for guidance
+        guidance: float = 1.0,
+    ) -> Tensor:
+        """hidden [N, W] => one token per row [N, D]."""
+
+    def learn(self, tokens: Tensor, seed: int) -> None:
+        """Look at training tokens [N, D] once, before training; nothing by default."""
+
+    def represent(self, tokens: Tensor) -> Tensor:
+        """tokens [..., D] => the nearest ones that the head can draw; a continuous head can draw them all."""
+        return tokens

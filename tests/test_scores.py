@@ -1,0 +1,287 @@
+"""Every score behind the one interface: propriety, closed forms, and a head that learns a conditional mixture."""
+
+import math
+
+import pytest
+import torch
+import toy
+from factories import SCORE, tiny_model
+
+from ear import scores
+from ear.randomness import ImageStreams, generator
+from ear.sampling import sample
+from ear.scores import hyvarinen
+from ear.scores.kernel import KernelScore
+from ear.scores.logarithmic import Mixture, guided
+
+DOUBLE = torch.float64
+TOY = {
+    "energy": {},
+    "kernel": {"samples": 4},
+    "logarithmic": {"components": 4},
+    "hyvarinen": {"samples": 4, "denoised_limit": 3.0},
+}
+
+
+def head(name: str, *, token_channels=2, width=32, seed=0, **options) -> scores.Score:
+    sizes = {"hidden_width": toy.HIDDEN, "token_channels": token_channels, "width": width, "depth": 2}
+    score = scores.build({**SCORE, "noise_channels": 16, **options, "name": name}, **sizes)
+    source = generator(seed, "head")
+    for module in score.modules():
+        if isinstance(module, torch.nn.Linear):
+            torch.nn.init.xavier_uniform_(module.weight, generator=source)
+            torch.nn.init.zeros_(module.bias)
+    score.initialise(source)
+    return score
+
+
+@pytest.mark.parametrize("name", TOY)
+def test_head_recovers_a_conditional_mixture(one_thread, name):
+    steps = 1000 if name == "hyvarinen" else 600
+    trained = toy.fit(head(name, **TOY[name]), steps=steps)
+    for condition in (-1.0, 1.0):
+        figures = toy.judge(trained, condition, count=2000)
+        assert figures.squared_energy_distance < 0.02, figures
+        assert figures.weight_error < 0.06, figures
+
+
+@pytest.mark.parametrize("covariance", ["diagonal", "full"])
+def test_one_gaussian_cannot_but_a_mixture_can(one_thread, covariance):
+    """The toy problem discriminates: a single Gaussian misses it."""
+    one = toy.fit(head("logarithmic", components=1, covariance=covariance), steps=300)
+    assert toy.judge(one, 1.0).squared_energy_distance > 0.03
+
+
+@pytest.mark.parametrize("name", scores.SCORES)
+def test_every_score_serves_model_and_sampler(name):
+    model = tiny_model(name=name, samples=2)
+    latents = torch.randn(64, 3, 4, 4, generator=generator(0))
+    model.score.learn(latents.permute(0, 2, 3, 1).reshape(-1, 3), seed=0)
+    labels = torch.arange(64) % 3
+    loss = model.loss(latents, labels, temperature=1.0, generator=generator(1))
+    loss.backward()
+    assert loss.isfinite()
+    assert sum(p.grad.abs().sum() for p in model.score.parameters() if p.grad is not None) > 0
+    options = {"steps": 3, "guidance": 2.0, "temperature": 0.9}
+    together = sample(model, labels[:4], source=ImageStreams(3, range(4)), **options)
+    apart = sample(model, labels[2:4], source=ImageStreams(3, [2, 3]), **options)
+    torch.testing.assert_close(together[2:], apart, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", scores.SCORES)
+def test_network_evaluations_are_counted(name):
+    """evaluations_per_token is what a hook on the head's last layer counts."""
+    score = head(name, sampling_steps=7)
+    last = score.projection if hasattr(score, "projection") else score.network.output
+    calls = []
+    last.register_forward_hook(lambda *_: calls.append(1))
+    score.sample(torch.zeros(3, toy.HIDDEN), source=generator(0))
+    assert len(calls) == score.evaluations_per_token == (7 if name == "hyvarinen" else 1)
+
+
+def test_unknown_score_lists_the_known_ones():
+    with pytest.raises(ValueError, match="energy, kernel, logarithmic, hyvarinen, categorical"):
+        head("brier")
+
+
+# Kernel score
+
+
+def test_kernel_score_is_bounded_and_maximal_at_the_truth():
+    """Expected loss of N(0, sigma^2) for data N(0, 1) in closed form: E exp(-x^2 / 2s^2) for x ~ N(0, v)."""
+    score = head("kernel", token_channels=1, bandwidths=(0.5, 1.0))
+    assert isinstance(score, KernelScore)
+    far = score.distance(torch.zeros(1, 1), torch.full((1, 1), 1e4))
+    assert far.item() == 1.0
+
+    def expected(v):
+        return sum(1 - (1 + v / s**2) ** -0.5 for s in (0.5, 1.0)) / 2
+
+    x, y = torch.randn(2, 100_000, 1, generator=generator(0))
+    assert abs(score.distance(x, y).mean() - expected(2.0)) < 0.005
+    sigma = torch.arange(0.3, 3, 0.001, dtype=DOUBLE)
+    loss = 2 * expected(1 + sigma**2) - expected(2 * sigma**2)
+    assert abs(sigma[loss.argmin()] - 1) < 0.0011
+
+
+# Logarithmic score
+
+
+def random_mixture(full: bool, n=5, k=3, d=4) -> Mixture:
+    source = generator(0, "mixture", full)
+    draw = lambda *shape: torch.randn(*shape, generator=source, dtype=DOUBLE)  # noqa: E731 - a shorthand
+    if full:
+        factors = draw(n, k, d, d).tril(-1) + torch.diag_embed(draw(n, k, d).abs() + 0.3)
+    else:
+        factors = draw(n, k, d).abs() + 0.3
+    return Mixture(draw(n, k), draw(n, k, d), factors)
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_mixture_density_against_torch(full):
+    m = random_mixture(full)
+    y = torch.randn(5, 4, generator=generator(1), dtype=DOUBLE)
+    covariance = {"scale_tril": m.factors if full else torch.diag_embed(m.factors)}
+    parts = torch.distributions.MultivariateNormal(m.means, **covariance)
+    expected = torch.distributions.MixtureSameFamily(torch.distributions.Categorical(logits=m.logits), parts)
+    assert torch.allclose(m.log_density(y), expected.log_prob(y), atol=1e-10)
+
+
+def test_density_integrates_to_one():
+    score = head("logarithmic", token_channels=1, components=3)
+    grid = torch.linspace(-30, 30, 60_001)[:, None]
+    hidden = torch.randn(1, toy.HIDDEN, generator=generator(0)).expand(len(grid), -1)
+    density = score.mixture(hidden).log_density(grid).exp()
+    assert abs(torch.trapezoid(density.double(), grid[:, 0].double()) - 1) < 1e-4
+
+
+def test_expected_log_score_is_maximal_at_the_truth():
+    sigma = torch.arange(0.3, 3, 0.001, dtype=DOUBLE)
+    expected = sigma.log() + 1 / (2 * sigma**2)  # cross-entropy of N(0, sigma^2) for data N(0, 1), up to a constant
+    assert abs(sigma[expected.argmin()] - 1) < 0.0011
+    y = torch.randn(200_000, 1, generator=generator(0), dtype=DOUBLE)
+    for value, exact in zip(sigma[::900], expected[::900], strict=True):
+        forecast = Mixture(torch.zeros(1, 1, dtype=DOUBLE), torch.zeros(1, 1, 1, dtype=DOUBLE), value.view(1, 1, 1))
+        estimate = -forecast.log_density(y).mean() - 0.5 * math.log(2 * math.pi)
+        assert abs(estimate - exact) < 0.03 * (1 + 1 / value**2)
+
+
+def test_components_start_different_so_that_they_can_part(one_thread):
+    trained = toy.fit(head("logarithmic", components=4), steps=200)
+    assert trained.mixture(toy.hidden(torch.ones(1))).means.std(dim=1).max() > 0.1
+
+
+def test_full_covariance_learns_a_negative_correlation(one_thread):
+    score = head("logarithmic", components=1, covariance="full")
+    optimizer = torch.optim.Adam(score.parameters(), lr=0.02)
+    source, state = generator(0, "correlated"), torch.ones(256, toy.HIDDEN)
+    for _ in range(300):
+        x = torch.randn(256, 2, generator=source)
+        target = torch.stack([x[:, 0], -0.8 * x[:, 0] + 0.6 * x[:, 1]], dim=-1)
+        optimizer.zero_grad()
+        score.loss(state, target, temperature=1.0, generator=source).mean().backward()
+        optimizer.step()
+    with torch.no_grad():
+        drawn = score.sample(torch.ones(4000, toy.HIDDEN), source=source)
+    assert abs(torch.corrcoef(drawn.T)[0, 1] + 0.8) < 0.05
+
+
+@pytest.mark.parametrize("scale", [1.0, 1.4, 0.5])
+def test_guided_gaussian_is_the_product_of_powers(scale):
+    """Against moments on a grid of p_c^scale p_u^(1 - scale), in one dimension, and full against diagonal."""
+    c = Mixture(*(torch.tensor(v, dtype=DOUBLE).view(1, 1, -1) for v in (0.0, 0.7, 0.5)))
+    u = Mixture(*(torch.tensor(v, dtype=DOUBLE).view(1, 1, -1) for v in (0.0, -0.4, 0.9)))
+    grid = torch.linspace(-12, 12, 400_001, dtype=DOUBLE)
+    log = -scale * (grid - 0.7) ** 2 / (2 * 0.25) - (1 - scale) * (grid + 0.4) ** 2 / (2 * 0.81)
+    weight = (log - log.max()).exp()
+    mean = (weight * grid).sum() / weight.sum()
+    sd = ((weight * (grid - mean) ** 2).sum() / weight.sum()).sqrt()
+    g = guided(c, u, scale)
+    assert abs(g.means.item() - mean) < 1e-6
+    assert abs(g.factors.item() - sd) < 1e-6
+    full = guided(*(Mixture(m.logits, m.means, m.factors[..., None]) for m in (c, u)), scale)
+    assert torch.allclose(full.means, g.means)
+    assert torch.allclose(full.factors[..., 0], g.factors)
+
+
+def test_guidance_that_is_no_density_falls_back_to_the_condition():
+    c = Mixture(*(torch.tensor(v).view(1, 1, -1) for v in (0.0, 0.7, 2.0)))
+    u = Mixture(*(torch.tensor(v).view(1, 1, -1) for v in (0.0, -0.4, 0.1)))
+    g = guided(c, u, 3.0)
+    assert g.means.item() == pytest.approx(0.7)
+    assert g.factors.item() == 2.0
+
+
+# Hyvarinen score
+
+
+def test_cosine_schedule_and_posterior_tables():
+    alpha_bar = hyvarinen.cosine_alpha_bar(1000)
+    assert alpha_bar[-1].item() == pytest.approx(2.4e-9, rel=0.05)
+    schedule = hyvarinen.Schedule(alpha_bar)
+    # The posterior mean of a fixed point is the point: x_0 = x_t = 0 aside, weights keep the signal level.
+    before = torch.cat([torch.ones(1, dtype=DOUBLE), alpha_bar[:-1]])
+    assert torch.allclose(schedule.of_data + schedule.of_noised * schedule.signal, before.sqrt(), atol=1e-9)
+
+
+def test_respaced_steps_span_the_training_steps():
+    assert hyvarinen.respaced(100)[[0, 1, -1]].tolist() == [0, 10, 999]
+    assert hyvarinen.respaced(1000).tolist() == list(range(1000))
+    assert hyvarinen.respaced(1).tolist() == [999]
+
+
+class ExactGaussian(hyvarinen.HyvarinenScore):
+    """Predicts the noise of N(0.7, 0.4^2) exactly, and the optimal variance."""
+
+    def predict(self, noised, time, hidden):
+        level = hyvarinen.cosine_alpha_bar(hyvarinen.TRAINING_STEPS)[time].float()[:, None]
+        variance = level * 0.16 + 1 - level
+        noise = (noised - level.sqrt() * 0.7) * (1 - level).sqrt() / variance
+        return noise, self.fraction(time)
+
+    def fraction(self, time):
+        """Between the logarithms of posterior variance and beta: the exact variance of x_{t-1} given x_t."""
+        s = self.sampling_schedule
+        step = int((self.times == time[0]).nonzero()[0])
+        level = (s.signal[step] ** 2).item()
+        of_data, remaining = s.of_data[step].item(), 1 - level
+        given = 0.16 * remaining / (level * 0.16 + remaining)  # variance of x_0 given x_t
+        log = math.log(max(math.exp(s.log_variance[step].item()) + of_data**2 * given, 1e-30))
+        low, high = s.log_variance[step].item(), s.log_beta[step].item()
+        return torch.full((len(time), 1), (log - low) / (high - low) if high > low else 0.0)
+
+
+def test_ancestral_sampler_with_the_exact_score_and_variance():
+    sizes = {"hidden_width": 4, "token_channels": 1, "width": 8, "depth": 1}
+    sampler = ExactGaussian(**sizes, samples=2, sampling_steps=100, denoised_limit=0.0)
+    drawn = sampler.sample(torch.zeros(100_000, 4), source=generator(0))
+    assert abs(drawn.mean() - 0.7) < 0.014
+    assert abs(drawn.std() / 0.4 - 1) < 0.02
+
+
+def test_hyvarinen_regret_is_the_fisher_divergence_and_blind_to_weights():
+    """Its regret is E|grad log p - grad log q|^2: far modes of other weights go unseen until noise joins them."""
+    x = torch.linspace(-20, 20, 400_001, dtype=DOUBLE)
+
+    def mixture(weight, mode, variance):
+        parts = [torch.exp(-((x - m) ** 2) / (2 * variance)) / math.sqrt(2 * math.pi * variance) for m in (-mode, mode)]
+        return weight * parts[0] + (1 - weight) * parts[1]
+
+    def regrets(p, q):
+        gradient = [torch.gradient(d.clamp_min(1e-300).log(), spacing=(x,))[0] for d in (p, q)]
+        fisher = torch.trapezoid(q * (gradient[0] - gradient[1]) ** 2, x)
+        return fisher, torch.trapezoid(q * (q / p).log(), x)
+
+    fisher, kullback = regrets(mixture(0.9, 6.0, 1.0), mixture(0.5, 6.0, 1.0))
+    assert fisher < 1e-5
+    assert kullback > 0.3
+    noised, _ = regrets(mixture(0.9, 6.0, 17.0), mixture(0.5, 6.0, 17.0))
+    assert noised > 1e-3
+
+
+# Categorical score
+
+
+def test_codebook_is_learned_and_tokens_are_represented_by_it():
+    score = head("categorical", codes=4)
+    centres = torch.tensor([[0.0, 0.0], [0.0, 5.0], [5.0, 0.0], [5.0, 5.0]])
+    tokens = centres.repeat_interleave(50, 0) + 0.1 * torch.randn(200, 2, generator=generator(0))
+    score.learn(tokens, seed=0)
+    assert torch.cdist(centres, score.codebook).min(dim=1).values.max() < 0.1
+    represented = score.represent(tokens)
+    assert (represented - tokens).norm(dim=-1).max() < 0.6
+    assert len(represented.unique(dim=0)) == 4
+    with pytest.raises(ValueError, match=r"score\.codes is 4, more than the 3 tokens"):
+        score.learn(tokens[:3], seed=0)
+
+
+def test_categorical_sampling_follows_its_probabilities():
+    score = head("categorical", codes=3)
+    with torch.no_grad():
+        score.codebook.copy_(torch.tensor([[0.0, 0], [1, 0], [2, 0]]))
+        score.projection.weight.zero_()
+        score.projection.bias.copy_(torch.tensor([0.2, 0.3, 0.5]).log())
+        hidden = torch.zeros(20_000, toy.HIDDEN)
+        drawn = score.sample(hidden, source=generator(0))[:, 0].long()
+        assert (torch.bincount(drawn, minlength=3) / 20_000 - torch.tensor([0.2, 0.3, 0.5])).abs().max() < 0.02
+        assert (score.sample(hidden[:5], source=generator(0), temperature=0.0)[:, 0] == 2).all()
