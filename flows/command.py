@@ -1,0 +1,71 @@
+"""Run one command as a process group of its own: live lines, and nothing left behind when it is stopped."""
+
+import contextlib
+import os
+import signal
+import subprocess
+from collections.abc import Callable, Mapping, Sequence
+
+import psutil
+
+GRACE_SECONDS = 10.0
+
+
+def stream(
+    command: Sequence[str],
+    *,
+    line: Callable[[str], None],
+    environment: Mapping[str, str] | None = None,
+    grace: float = GRACE_SECONDS,
+) -> int:
+    """Run `command`, hand each line of its output (stdout and stderr as one) to `line` at once, return its exit code.
+
+    Whatever interrupts the wait (Ctrl-C, a signal handler that raises, an error in `line`) stops the command and all
+    its descendants before it goes on: SIGINT to each, `grace` seconds to clean up, then SIGKILL.
+    """
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        bufsize=1,
+        env=environment,
+        # A group of its own: a signal meant for this process reaches the command in the one way that ends it cleanly.
+        start_new_session=True,
+    )
+    with process.stdout:
+        try:
+            for text in process.stdout:
+                line(text.rstrip())
+            return process.wait()
+        finally:
+            if process.poll() is None:
+                _stop(process, grace)
+
+
+def _stop(process: subprocess.Popen, grace: float) -> None:
+    """End `process` and its descendants, also those that left its group (torchrun gives workers their own session)."""
+    family = _family(process.pid)
+    try:
+        _signal(family, signal.SIGINT)
+        psutil.wait_procs(family, timeout=grace)
+    finally:  # reached at once where a second Ctrl-C cuts the wait short
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        _signal(family, signal.SIGKILL)
+        process.wait()
+
+
+def _family(pid: int) -> list[psutil.Process]:
+    try:
+        parent = psutil.Process(pid)
+        return [parent, *parent.children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return []
+
+
+def _signal(processes: list[psutil.Process], number: signal.Signals) -> None:
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.send_signal(number)

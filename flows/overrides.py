@@ -1,0 +1,94 @@
+"""Change values in params.yaml: checked before the file is touched, comments kept, the file replaced whole."""
+
+import io
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from ruamel.yaml import YAML
+from ruamel.yaml.comments import CommentedMap, CommentedSeq
+from ruamel.yaml.error import YAMLError
+from ruamel.yaml.scalarstring import DoubleQuotedScalarString
+
+from ear import config, records
+
+
+def parse(texts: Iterable[str]) -> dict[str, Any]:
+    """["section.key=value", ...] => {"section.key": value}, values read as DVC reads YAML. Raises ValueError."""
+    values = {}
+    for text in texts:
+        key, equals, value = text.partition("=")
+        if not (key and equals):
+            raise ValueError(f"{text!r} sets nothing; write SECTION.KEY=VALUE, such as sample.guidance=2.0.")
+        try:
+            values[key] = YAML(typ="safe", pure=True).load(value)
+        except YAMLError as error:
+            raise ValueError(f"{key}: {value!r} is not a YAML value; quote it.") from error
+    return values
+
+
+def apply(path: str | Path, values: Mapping[str, Any]) -> None:
+    """Set {"section.key": value} in the parameter file at `path`, after ear.config has accepted the whole.
+
+    Raises ValueError or FileNotFoundError with one sentence, and leaves the file as it was.
+    """
+    before = config.load(path)
+    content = check(path, values)
+    if config.parse(_plain(content)) == before:
+        return
+    text = io.StringIO()
+    _yaml().dump(content, text)
+    with records.whole_file(path) as partial:
+        partial.write_text(text.getvalue())
+
+
+def check(path: str | Path, values: Mapping[str, Any]) -> CommentedMap:
+    """The content of the parameter file at `path` with {"section.key": value} set; the file is only read.
+
+    Raises ValueError or FileNotFoundError with one sentence.
+    """
+    config.load(path)  # the file must be sound before anything is put on top
+    content = _yaml().load(Path(path).read_text())
+    for key, value in values.items():
+        _set(content, key, value)
+    config.parse(_plain(content), origin="overrides")
+    return content
+
+
+def _yaml() -> YAML:
+    """A reader and writer that keeps comments, quotes and lines."""
+    yaml = YAML()
+    yaml.preserve_quotes, yaml.width = True, 4096
+    return yaml
+
+
+def _set(content: dict, key: str, value: Any) -> None:
+    *sections, name = key.split(".")
+    for depth, section in enumerate(sections, start=1):
+        content = content.setdefault(section, {})
+        if not isinstance(content, dict):
+            raise ValueError(f"overrides: {key} is not a known key; {'.'.join(sections[:depth])} is a single value.")
+    content[name] = _styled(value)
+
+
+def _styled(value: Any) -> Any:
+    """A value in the style of params.yaml: texts in double quotes, lists on one line."""
+    if isinstance(value, str):
+        return DoubleQuotedScalarString(value)
+    if isinstance(value, list | tuple):
+        items = CommentedSeq(map(_styled, value))
+        items.fa.set_flow_style()
+        return items
+    return value
+
+
+def _plain(node: Any) -> Any:
+    """ruamel's scalars and containers as the plain types they stand for."""
+    if isinstance(node, Mapping):
+        return {str(key): _plain(value) for key, value in node.items()}
+    if isinstance(node, list):
+        return [_plain(value) for value in node]
+    for kind in (bool, int, float, str):
+        if isinstance(node, kind):
+            return kind(node)
+    return node

@@ -1,0 +1,204 @@
+"""What DVC knows and does: the graph of stages, what is out of date and why, runs, metrics. No Prefect here."""
+
+import difflib
+import json
+import os
+import re
+import subprocess
+import sys
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping
+from graphlib import TopologicalSorter
+from pathlib import Path
+from typing import Any
+
+from flows import command
+
+# --wait-for-lock: without it a stage that has finished is reported failed where another DVC process holds the lock.
+DVC = [sys.executable, "-m", "dvc", "--wait-for-lock"]
+_LINES_KEPT = 200
+# What DVC says about git after every run; not news to the reader of a flow's log.
+_ADVICE = (
+    "To track the changes with git",
+    "\tgit add",
+    "To enable auto staging",
+    "\tdvc config core.autostage",
+    "Use `dvc push`",
+    "To apply the results of an experiment",
+    "\tdvc exp apply",
+)
+
+
+class RepositoryError(RuntimeError):
+    """DVC refused or failed; the message is its own last error line."""
+
+
+class BusyError(RepositoryError):
+    """Another DVC process works on the same files; waiting helps."""
+
+
+def environment() -> dict[str, str]:
+    """The environment for DVC: its stages' `python` is this Python, and their lines come at once."""
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
+    return {**os.environ, "PATH": path, "PYTHONUNBUFFERED": "1", "DVC_NO_ANALYTICS": "1"}
+
+
+def ask(*arguments: str) -> str:
+    """The standard output of a DVC command that changes nothing. Raises RepositoryError, BusyError."""
+    done = subprocess.run([*DVC, *arguments], capture_output=True, text=True, env=environment())
+    if done.returncode:
+        raise failure(done.stderr.splitlines())
+    return done.stdout
+
+
+def act(*arguments: str, line: Callable[[str], None]) -> None:
+    """Run a DVC command and hand each line of its output to `line` at once. Raises RepositoryError, BusyError."""
+    kept: deque[str] = deque(maxlen=_LINES_KEPT)
+
+    def keep(text: str) -> None:
+        if text and not text.startswith(_ADVICE):
+            kept.append(text)
+            line(text)
+
+    if command.stream([*DVC, *arguments], line=keep, environment=environment()):
+        raise failure(kept)
+
+
+def failure(lines: Iterable[str]) -> RepositoryError:
+    """The error that DVC's output tells of: the failed program's own last line where it ran, else DVC's."""
+    lines = [text.strip() for text in lines if text.strip()]
+    errors = [text.removeprefix("ERROR: ") for text in lines if text.startswith("ERROR: ")]
+    said = errors[-1] if errors else (lines or ["DVC failed and said nothing"])[-1]
+    if "is busy, it is being blocked by" in said or "Unable to acquire lock" in said:
+        return BusyError(said)
+    if "failed to run: " in said:
+        starts = [i for i, text in enumerate(lines) if text.startswith("> ")]
+        own = lines[starts[-1] + 1 :] if starts else lines
+        own = [text for text in own if not text.startswith(("ERROR: failed to reproduce", "(details: "))]
+        said = own[-1] if own else said
+    return RepositoryError(said)
+
+
+def graph() -> dict[str, set[str]]:
+    """Every stage of dvc.yaml => the stages it needs directly, in an order in which they can run.
+
+    Raises FileNotFoundError outside the repository's root, RepositoryError where DVC cannot read dvc.yaml.
+    """
+    if not Path("dvc.yaml").is_file():
+        raise FileNotFoundError(f"dvc.yaml is not in {Path.cwd()}; run the flow from the repository's root.")
+    upstream: dict[str, set[str]] = {name: set() for name in ask("stage", "list", "--name-only").split()}
+    for before, after in re.findall(r'"([^"]+)" -> "([^"]+)"', ask("dag", "--dot")):
+        if before in upstream and after in upstream:  # .dvc files are nodes too, but nothing to run
+            upstream[after].add(before)
+    return {name: upstream[name] for name in TopologicalSorter(upstream).static_order()}
+
+
+def known(names: Iterable[str], stages: Iterable[str]) -> list[str]:
+    """`names`, if all of them are among `stages`; else raises ValueError naming the first that is not."""
+    names, stages = list(names), list(stages)
+    for name in names:
+        if name not in stages:
+            near = difflib.get_close_matches(name, stages, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"stages here: {', '.join(stages)}."
+            raise ValueError(f"{name!r} is not a stage that would run; {hint}")
+    return names
+
+
+def with_upstream(graph: dict[str, set[str]], names: Iterable[str]) -> list[str]:
+    """`names` and all that they need, in the order of `graph`."""
+    wanted: set[str] = set()
+    pending = list(names)
+    while pending:
+        name = pending.pop()
+        if name not in wanted:
+            wanted.add(name)
+            pending.extend(graph[name])
+    return [name for name in graph if name in wanted]
+
+
+def changes(*names: str) -> dict[str, str]:
+    """Stage => why it is out of date, for those that are; all stages, or only `names`. Raises as `ask` does."""
+    return {name: reason(entries) for name, entries in json.loads(ask("status", "--json", *names) or "{}").items()}
+
+
+def reason(entries: list) -> str:
+    """One phrase from DVC's status of a stage, such as `parameters: sample modified; code: ear/ema.py modified`."""
+    said: dict[str, list[str]] = {}
+    for entry in entries:
+        if isinstance(entry, str):  # "changed command", "always changed"
+            said.setdefault(entry, [])
+            continue
+        for kind, paths in entry.items():
+            for path, change in paths.items():
+                group, text = _change(kind, path, change)
+                said.setdefault(group, []).append(text)
+    return "; ".join(f"{group}: {', '.join(texts)}" if texts else group for group, texts in said.items())
+
+
+def _change(kind: str, path: str, change: str | dict) -> tuple[str, str]:
+    if isinstance(change, dict):
+        return "parameters", ", ".join(f"{key} {how}" for key, how in change.items())
+    if Path(path).name == "params.yaml":
+        return "parameters", f"{path} {change}"
+    if kind == "changed outs":
+        return "outputs", f"{path} {change}"
+    return ("code" if path.endswith(".py") else "inputs"), f"{path} {change}"
+
+
+def reproduce(name: str, *, force: bool, line: Callable[[str], None]) -> str:
+    """Bring one stage up to date, its upstream unseen; returns `ran`, `restored` (run cache) or `up to date`.
+
+    Raises RepositoryError with the stage's own last error line, BusyError.
+    """
+    outcome = "up to date"
+
+    def watch(text: str) -> None:
+        nonlocal outcome
+        if text.startswith(f"Running stage '{name}'"):
+            outcome = "ran"
+        elif text.startswith(f"Stage '{name}' is cached - skipping run"):
+            outcome = "restored"
+        line(text)
+
+    act("repro", "--single-item", *(["--force"] if force else []), name, line=watch)
+    return outcome
+
+
+def metrics() -> dict[str, dict]:
+    """File => its metrics, for the metrics files that exist. Raises RepositoryError."""
+    shown = json.loads(ask("metrics", "show", "--json") or "{}")
+    files = shown.get("", {}).get("data", {})
+    return {path: entry["data"] for path, entry in files.items() if isinstance(entry.get("data"), dict)}
+
+
+def experiment(name: str, values: Mapping[str, Any], *, line: Callable[[str], None]) -> None:
+    """Run the pipeline as the DVC experiment `name` with {"section.key": value} changed, in a copy of the workspace.
+
+    The workspace stays as it is. The copy holds what git tracks, as edited here, and what is new and not ignored;
+    outputs come from DVC's cache. An experiment of this name on the same commit is replaced.
+    Raises RepositoryError, BusyError.
+    """
+    if name in ask("exp", "list", "--name-only").split():
+        act("exp", "remove", name, line=line)
+    copied = [part for path in _new_files() for part in ("--copy-paths", path)]
+    changed = [part for key, value in values.items() for part in ("--set-param", f"{key}={json.dumps(value)}")]
+    act("exp", "run", "--temp", "--name", name, *copied, *changed, line=line)
+
+
+def _new_files() -> list[str]:
+    """Files that git neither tracks nor ignores; without a new dvc.lock every stage would run again in the copy."""
+    listed = subprocess.run(
+        ["git", "ls-files", "-z", "--others", "--exclude-standard"], capture_output=True, text=True, check=True
+    )
+    return [path for path in listed.stdout.split("\0") if path]
+
+
+def experiment_metrics() -> dict[str, dict[str, dict]]:
+    """Experiment of the current commit => metrics file => its metrics. Raises RepositoryError."""
+    found = {}
+    for commit in json.loads(ask("exp", "show", "--json")):
+        for entry in commit.get("experiments") or []:
+            data = entry["revs"][0]["data"] or {}
+            files = {path: file["data"] for path, file in data.get("metrics", {}).items() if "data" in file}
+            found[entry["name"]] = files
+    return found

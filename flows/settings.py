@@ -1,0 +1,18 @@
+"""Prefect's settings for this project; what the user has set in the environment stands.
+
+Prefect reads the environment when it is imported, so import this module before prefect.
+"""
+
+import os
+from pathlib import Path
+
+DEFAULTS = {
+    "PREFECT_HOME": str(Path.cwd() / ".prefect"),
+    # The first start migrates a database, which takes 15 to 25 s on two cores; Prefect's own limit is 20 s.
+    "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",
+    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+    "DO_NOT_TRACK": "1",
+}
+
+for _name, _value in DEFAULTS.items():
+    os.environ.setdefault(_name, _value)

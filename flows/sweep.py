@@ -1,0 +1,197 @@
+"""Compare parameters: every combination runs as a DVC experiment, and a table and a plot of one metric remain.
+
+    python -m flows.sweep --set sample.guidance=1.0,1.5,2.0 sample.temperature=0.7,1.0
+
+The experiments run one after another in a copy of the workspace, which itself stays as it is; `dvc exp apply NAME`
+brings one of them into it. The table is written anew after each, so a stopped sweep keeps what it has.
+"""
+
+# isort: off
+import flows.settings  # noqa: F401 - first: Prefect reads its settings when it is imported
+
+# isort: on
+import argparse
+import csv
+import itertools
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from prefect import State, flow, get_run_logger, task
+from prefect.artifacts import create_table_artifact
+from prefect.states import Completed, Failed
+
+from ear import records
+from flows import overrides, repository
+from flows.pipeline import OPTIONS, PARAMETERS, failed, metric_rows, report
+from flows.repository import RepositoryError
+
+
+@task(task_run_name="{name}", **OPTIONS)
+def run_experiment(name: str, values: dict[str, Any]) -> State:
+    """Run one combination as a DVC experiment."""
+    try:
+        repository.experiment(name, values, line=get_run_logger().info)
+    except RepositoryError as error:
+        return failed(error)
+    return Completed(message=f"`dvc exp apply {name}` brings it into the workspace")
+
+
+@flow(name="sweep")
+def sweep(
+    parameters: dict[str, list[Any]],
+    metric: str = "fid",
+    maximize: bool = False,
+    output: str = "work/sweep",
+) -> State:
+    """Run every combination of `parameters` and compare one metric.
+
+    Args:
+        parameters: {"section.key": values to try}.
+        metric: a name in a metrics file, or FILE:NAME where several files have that name.
+        maximize: whether a higher metric is better (accuracy) rather than a lower one (FID).
+        output: folder for table.csv and plot.png.
+    """
+    try:
+        runs = grid(parameters)
+        for values in runs.values():
+            overrides.check(PARAMETERS, values)
+        rows = compare(runs, metric, maximize, lambda rows: write(rows, list(parameters), metric, Path(output)))
+    except (ValueError, FileNotFoundError, RepositoryError) as error:
+        return Failed(message=str(error))
+    create_table_artifact(key="sweep", table=rows, description=f"{metric} by {', '.join(parameters)}")
+    return summary(rows, metric, output)
+
+
+def grid(parameters: dict[str, list[Any]]) -> dict[str, dict[str, Any]]:
+    """Experiment name => {"section.key": value}, for every combination. Raises ValueError where there is none."""
+    for key, values in parameters.items():
+        if not values:
+            raise ValueError(f"{key} has no values to try; give at least one.")
+    if not parameters:
+        raise ValueError("a sweep needs at least one parameter; give SECTION.KEY and its values.")
+    combinations = [dict(zip(parameters, values, strict=True)) for values in itertools.product(*parameters.values())]
+    return {experiment_name(values): values for values in combinations}
+
+
+def experiment_name(values: dict[str, Any]) -> str:
+    """A readable name that git accepts: sweep-sample.guidance=2.0-sample.temperature=1.0."""
+    return "-".join(["sweep", *(f"{key}={quote(str(value), safe='')}" for key, value in values.items())])
+
+
+def compare(
+    runs: dict[str, dict[str, Any]], metric: str, maximize: bool, save: Callable[[list[dict]], None]
+) -> list[dict]:
+    """Run the experiments in turn; one row each: experiment, values, metric (None if it failed), best, error.
+
+    `save` is called with the rows so far after each run. Raises ValueError where no metrics file has `metric`.
+    """
+    rows: list[dict] = []
+    for name, values in runs.items():
+        state = run_experiment(name, values, return_state=True)
+        found = find(metric, repository.experiment_metrics()[name]) if state.is_completed() else None
+        error = "" if state.is_completed() else state.message
+        rows.append({"experiment": name, **values, metric: found, "best": False, "error": error})
+        mark_best(rows, metric, maximize)
+        save(rows)
+    return rows
+
+
+def find(metric: str, files: dict[str, dict]) -> float:
+    """The value of `metric`, given as NAME or FILE:NAME. Raises ValueError unless exactly one file has it."""
+    named = {f"{row['file']}:{row['metric']}": row["value"] for row in metric_rows(files)}
+    matches = [full for full in named if metric in (full, full.rpartition(":")[2])]
+    if not matches:
+        raise ValueError(f"metric {metric!r} is in no metrics file; there are: {', '.join(named) or 'none'}.")
+    if len(matches) > 1:
+        raise ValueError(f"metric {metric!r} is in several files; choose {' or '.join(matches)}.")
+    return named[matches[0]]
+
+
+def mark_best(rows: list[dict], metric: str, maximize: bool) -> None:
+    """Set `best` in the row with the best metric, the first of equals."""
+    measured = [row for row in rows if row[metric] is not None]
+    best = (max if maximize else min)(measured, key=lambda row: row[metric], default=None)
+    for row in rows:
+        row["best"] = row is best
+
+
+def write(rows: list[dict], keys: list[str], metric: str, folder: Path) -> None:
+    """table.csv and plot.png in `folder`, each whole or not at all."""
+    with records.whole_file(folder / "table.csv") as partial, partial.open("w", newline="") as file:
+        table = csv.DictWriter(file, rows[0].keys(), lineterminator="\n")
+        table.writeheader()
+        table.writerows(rows)
+    with records.whole_file(folder / "plot.png") as partial:
+        draw(rows, keys, metric).savefig(partial, format="png", dpi=120)
+
+
+def draw(rows: list[dict], keys: list[str], metric: str):
+    """A matplotlib figure of the metric: a line for one parameter, a heat map for two, bars for more."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.4, 4.8), layout="constrained")
+    axes = figure.add_subplot()
+    values = [float("nan") if row[metric] is None else row[metric] for row in rows]
+    if len(keys) == 1:
+        axes.plot([str(row[keys[0]]) for row in rows], values, marker="o")
+        axes.set(xlabel=keys[0], ylabel=metric)
+    elif len(keys) == 2:
+        heat_map(axes, rows, keys, values)
+        figure.colorbar(axes.images[0], label=metric)
+    else:
+        axes.barh([row["experiment"].removeprefix("sweep-") for row in rows], values)
+        axes.set(xlabel=metric)
+    best = [row["experiment"].removeprefix("sweep-") for row in rows if row["best"]]
+    axes.set_title(f"best: {best[0]}" if best else "no run succeeded", fontsize="medium")
+    return figure
+
+
+def heat_map(axes, rows: list[dict], keys: list[str], values: list[float]) -> None:
+    """The metric as colour and number; the first parameter downwards, the second to the right."""
+    down, right = (list(dict.fromkeys(str(row[key]) for row in rows)) for key in keys)
+    cells = [[float("nan")] * len(right) for _ in down]
+    for row, value in zip(rows, values, strict=True):
+        i, j = down.index(str(row[keys[0]])), right.index(str(row[keys[1]]))
+        cells[i][j] = value
+        text = "failed" if value != value else f"{value:.4g}"
+        weight = "bold" if row["best"] else "normal"
+        axes.text(j, i, text, ha="center", va="center", weight=weight, bbox={"facecolor": "white", "alpha": 0.7})
+    axes.imshow(cells, aspect="auto")
+    axes.set_xticks(range(len(right)), right)
+    axes.set_yticks(range(len(down)), down)
+    axes.set(xlabel=keys[1], ylabel=keys[0])
+
+
+def summary(rows: list[dict], metric: str, output: str) -> State:
+    """The flow's last state: the best run, or how many failed, in one line."""
+    best = "".join(f"best {metric} {row[metric]:.6g}: {row['experiment']}" for row in rows if row["best"])
+    errors = [f"{row['experiment']}: {row['error']}" for row in rows if row["error"]]
+    if errors:
+        return Failed(message=f"{len(errors)} of {len(rows)} runs failed ({errors[0]}); {best or 'none is left'}")
+    return Completed(message=f"{best}; see {output}/table.csv and {output}/plot.png")
+
+
+def main() -> int:
+    """The command line; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m flows.sweep", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--set", nargs="+", action="extend", required=True, metavar="KEY=VALUE,VALUE,...")
+    parser.add_argument("--metric", default="fid", help="NAME, or FILE:NAME where several files have it (default: fid)")
+    parser.add_argument("--maximize", action="store_true", help="a higher metric is better")
+    parser.add_argument("--output", default="work/sweep", help="folder for table.csv and plot.png")
+    arguments = parser.parse_args()
+    try:
+        parameters = overrides.parse([text.replace("=", "=[", 1) + "]" for text in arguments.set])
+    except ValueError as error:
+        print(f"sweep: {error}", file=sys.stderr)
+        return 1
+    options = {"metric": arguments.metric, "maximize": arguments.maximize, "output": arguments.output}
+    return report("sweep", lambda: sweep(parameters, **options, return_state=True))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
