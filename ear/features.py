@@ -1,0 +1,342 @@
+"""Features of images: a classifier trained on them, or Inception, both as feature extractors of torch-fidelity.
+
+Images go from HDF5 to the extractor batch by batch; no image file lies in between. N is a number of images, D of
+features, K of classes, S a side in pixels.
+"""
+
+import json
+import urllib.error
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+import h5py
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch_fidelity.feature_extractor_base import FeatureExtractorBase
+from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
+from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY, register_feature_extractor
+from torch_fidelity.utils import create_feature_extractor
+
+from ear import records
+from ear.images import to_signed
+from ear.progress import Progress
+
+CLASSIFIER, INCEPTION = "ear-classifier", "inception-v3-compat"
+SAMPLES_FORMAT = "ear-samples-1"
+FEATURES = 64  # of the classifier
+_LAYERS = {CLASSIFIER: ("features", "logits"), INCEPTION: ("2048", "logits_unbiased")}
+# Published weights carry the first 8 digits of their SHA-256 in their name.
+_PUBLISHED_FILE = Path(URL_INCEPTION_V3).name
+_PUBLISHED_DIGEST = Path(_PUBLISHED_FILE).stem.rpartition("-")[2]
+
+
+class Classifier(nn.Module):
+    """A small convolutional network for square images of side >= 4; its features are the mean of its last maps."""
+
+    def __init__(self, classes: int, image_size: int):
+        super().__init__()
+        self.classes, self.image_size = classes, image_size
+        levels = max((image_size // 4).bit_length() - 1, 1)  # down to 4 x 4 cells, or 2 x 2 for the smallest images
+        widths = [FEATURES // 2, *[FEATURES] * levels]
+        layers = [_convolution(3, widths[0])]
+        for before, after in pairwise(widths):
+            layers += [_convolution(before, before, stride=2), _convolution(before, after)]
+        self.body = nn.Sequential(*layers)
+        self.head = nn.Linear(FEATURES, classes)
+
+    def initialise(self, generator: torch.Generator) -> "Classifier":
+        """Draw the weights anew from `generator` (He et al. 2015); returns itself."""
+        for layer in self.modules():
+            if isinstance(layer, (nn.Conv2d, nn.Linear)):
+                nn.init.kaiming_normal_(layer.weight, nonlinearity="relu", generator=generator)
+            if isinstance(layer, nn.Linear):
+                nn.init.zeros_(layer.bias)
+        return self
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Signed float32 [N, 3, S, S] in [-1, 1] => features [N, 64], logits [N, K]."""
+        features = self.body(images).mean((2, 3))
+        return features, self.head(features)
+
+    def loss(self, images: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:
+        """Mean cross-entropy of signed images [N, 3, S, S], randomly shifted, and their labels int64 [N]."""
+        _, logits = self(shifted(images, generator))
+        return functional.cross_entropy(logits, labels)
+
+
+def _convolution(before: int, after: int, stride: int = 1) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(before, after, 3, stride, 1, bias=False),
+        nn.GroupNorm(8, after),  # unlike batch norm, an image's features do not depend on its batch
+        nn.ReLU(inplace=True),
+    )
+
+
+def shifted(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Each image [N, C, S, S] moved by up to S / 16 (at least 1) pixels along both sides, its edge repeated."""
+    count, side = len(images), images.shape[-1]
+    reach = max(side // 16, 1)
+    padded = functional.pad(images, (reach,) * 4, mode="replicate")
+    offsets = torch.randint(2 * reach + 1, (2, count), generator=generator).to(images.device)
+    rows, columns = offsets[..., None] + torch.arange(side, device=images.device)
+    image = torch.arange(count, device=images.device)
+    # Indices around a slice put the channels last.
+    return padded[image[:, None, None], :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+
+
+class ClassifierExtractor(FeatureExtractorBase):
+    """The trained classifier under torch-fidelity's name "ear-classifier"; its weights file is `save_classifier`'s."""
+
+    def __init__(self, name: str, features_list: Sequence[str], feature_extractor_weights_path=None, **_):
+        super().__init__(name, features_list)
+        if not feature_extractor_weights_path:
+            raise ValueError(
+                f"{CLASSIFIER} needs feature_extractor_weights_path; give data/reference/extractor.safetensors."
+            )
+        self.classifier = load_classifier(feature_extractor_weights_path)
+
+    @staticmethod
+    def get_provided_features_list() -> tuple[str, ...]:
+        """The names of the layers."""
+        return _LAYERS[CLASSIFIER]
+
+    @staticmethod
+    def get_default_feature_layer_for_metric(metric: str) -> str:
+        """The layer that a metric of torch-fidelity uses."""
+        return "logits" if metric == "isc" else "features"
+
+    @staticmethod
+    def can_be_compiled() -> bool:
+        """Whether torch-fidelity may compile it."""
+        return False
+
+    @staticmethod
+    def get_dummy_input_for_compile() -> Tensor:
+        """An input of the right form."""
+        return torch.zeros(1, 3, 4, 4, dtype=torch.uint8)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        """uint8 [N, 3, S, S] => the layers in the order of `features_list`; raises ValueError for another S."""
+        side = self.classifier.image_size
+        if images.shape[1:] != (3, side, side):
+            raise ValueError(
+                f"the images are {images.shape[2]} x {images.shape[3]} pixels, but {CLASSIFIER} was trained on "
+                f"{side} x {side}; run the reference stage on images of this size."
+            )
+        features, logits = self.classifier(to_signed(images.movedim(1, -1)))
+        layers = {"features": features, "logits": logits}
+        return tuple(layers[name] for name in self.features_list)
+
+
+if CLASSIFIER not in FEATURE_EXTRACTORS_REGISTRY:  # the registry refuses a second time, such as on a reload
+    register_feature_extractor(CLASSIFIER, ClassifierExtractor)
+
+
+def save_classifier(path: str | Path, classifier: Classifier, *, classes: Sequence[str]) -> None:
+    """Write the classifier's weights and the names of its classes."""
+    description = {"name": CLASSIFIER, "classes": list(classes), "image_size": classifier.image_size}
+    records.write_tensors(path, classifier.state_dict(), description)
+
+
+def load_classifier(path: str | Path) -> Classifier:
+    """The classifier of `save_classifier`, in eval mode; raises FileNotFoundError or ValueError."""
+    tensors, description = records.read_tensors(path)
+    if description.get("name") != CLASSIFIER:
+        raise ValueError(f"{path} holds no classifier of this project; run the reference stage again.")
+    classifier = Classifier(len(description["classes"]), description["image_size"])
+    try:
+        classifier.load_state_dict(tensors)
+    except RuntimeError as error:
+        raise ValueError(
+            f"{path} belongs to a classifier of another structure; run the reference stage again."
+        ) from error
+    return classifier.eval()
+
+
+def save_inception(path: str | Path, *, weights: str) -> None:
+    """Write which Inception weights the features come from: the file `weights`, or the published ones where it is ''.
+
+    Raises FileNotFoundError or ValueError where they are absent, cannot be downloaded or are no weights.
+    """
+    file = inception_weights(weights)
+    records.write_tensors(path, {}, {"name": INCEPTION, "weights": weights, "sha256": records.sha256(file)})
+
+
+def inception_weights(weights: str) -> Path:
+    """The checked weights file: `weights`, or for '' the published one, downloaded once into torch's hub folder."""
+    if weights and not Path(weights).is_file():
+        raise FileNotFoundError(
+            f"reference.weights is {weights!r}, which does not exist; give the path of {_PUBLISHED_FILE}, or '' to "
+            "download it."
+        )
+    path = Path(weights) if weights else _downloaded()
+    try:
+        torch.load(path, map_location="cpu", weights_only=True, mmap=True)  # torch-fidelity itself unpickles anything
+    except Exception as error:  # torch names no common type for a file that is not its own
+        raise ValueError(
+            f"{path} is not a file of plain weights ({type(error).__name__}); give {_PUBLISHED_FILE}."
+        ) from error
+    return path
+
+
+def _downloaded() -> Path:
+    """The published weights in torch's hub folder."""
+    path = Path(torch.hub.get_dir()) / "checkpoints" / _PUBLISHED_FILE
+    if path.is_file():
+        return path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        torch.hub.download_url_to_file(URL_INCEPTION_V3, str(path), hash_prefix=_PUBLISHED_DIGEST, progress=False)
+    except (urllib.error.URLError, RuntimeError, OSError) as error:
+        raise FileNotFoundError(
+            f"the Inception weights cannot be downloaded ({error}); get {_PUBLISHED_FILE} elsewhere and name it in "
+            "reference.weights, or set reference.extractor to classifier."
+        ) from error
+    return path
+
+
+@dataclass(frozen=True)
+class Extractor:
+    """A network of torch-fidelity that gives features and logits, and what identifies it."""
+
+    module: FeatureExtractorBase
+    name: str
+    sha256: str  # of the weights file
+    layers: tuple[str, str]  # torch-fidelity's names of features and logits
+    device: torch.device
+
+    @property
+    def dimension(self) -> int:
+        """D, the number of features."""
+        return FEATURES if self.name == CLASSIFIER else int(self.layers[0])
+
+    @property
+    def published(self) -> bool:
+        """Whether published figures were made with these weights."""
+        return self.name == INCEPTION and self.sha256.startswith(_PUBLISHED_DIGEST)
+
+    @torch.no_grad()
+    def __call__(self, images: np.ndarray) -> tuple[Tensor, Tensor]:
+        """uint8 [n, S, S, 3] => float32 features [n, D] and logits [n, K] on the CPU."""
+        batch = torch.from_numpy(np.ascontiguousarray(images)).movedim(-1, 1).to(self.device)
+        # TensorFloat-32 would keep 10 bits of every factor.
+        with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
+            features, logits = self.module(batch)
+        return features.float().cpu(), logits.float().cpu()
+
+
+def open_extractor(path: str | Path, device: torch.device) -> Extractor:
+    """The extractor that `save_classifier` or `save_inception` described.
+
+    Raises FileNotFoundError, or ValueError where the weights are not the ones described.
+    """
+    _, description = records.read_tensors(path)
+    name = description.get("name")
+    if name == CLASSIFIER:
+        weights = Path(path)
+    elif name == INCEPTION:
+        weights = inception_weights(description["weights"])
+    else:
+        raise ValueError(f"{path} describes no feature extractor; run the reference stage again.")
+    digest = records.sha256(weights)
+    if name == INCEPTION and digest != description["sha256"]:
+        raise ValueError(
+            f"{weights} has changed since the reference stage used it (SHA-256 {digest[:12]}, was "
+            f"{description['sha256'][:12]}); run that stage again."
+        )
+    module = create_feature_extractor(
+        name, list(_LAYERS[name]), cuda=False, verbose=False, feature_extractor_weights_path=str(weights)
+    )
+    return Extractor(module.to(device), name, digest, _LAYERS[name], device)
+
+
+class Source(Protocol):
+    """Labelled images that come in batches: uint8 [n, S, S, 3] and int [n]."""
+
+    def __len__(self) -> int: ...
+
+    def batches(self, batch_size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]: ...  # noqa: D102
+
+
+class Batch(NamedTuple):
+    """What an extractor says of n consecutive images."""
+
+    features: Tensor  # float32 [n, D]
+    logits: Tensor  # float32 [n, K]
+    labels: Tensor  # int64 [n]
+
+
+def stream(source: Source, extractor: Extractor, *, batch_size: int, title: str) -> Iterator[Batch]:
+    """Yield features, logits and labels of all images in order.
+
+    Raises ValueError where there is no image, or a feature is infinite or NaN.
+    """
+    if not len(source):
+        raise ValueError(f"{title}: there are no images; run the stage that writes them again.")
+    with Progress(title, len(source)) as progress:
+        for images, labels in source.batches(batch_size):
+            features, logits = extractor(images)
+            finite = features.isfinite().all(1) & logits.isfinite().all(1)
+            if not finite.all():
+                first = progress.done + int((~finite).nonzero()[0])
+                raise ValueError(
+                    f"{title}: the features of image {first} are infinite or NaN; check the extractor's weights."
+                )
+            yield Batch(features, logits, torch.from_numpy(np.asarray(labels, dtype=np.int64)))
+            progress.advance(len(images))
+
+
+def extract(source: Source, extractor: Extractor, *, batch_size: int, title: str) -> Batch:
+    """`stream`, gathered: features of all N images (the images themselves are never all in memory)."""
+    return Batch(*map(torch.cat, zip(*stream(source, extractor, batch_size=batch_size, title=title), strict=True)))
+
+
+class GeneratedImages:
+    """The images of a samples.h5, opened while read.
+
+    Raises FileNotFoundError, or ValueError where the file is of another format or empty.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        if not self.path.is_file():
+            raise FileNotFoundError(f"{path} does not exist; run the stage that writes it (`dvc repro`).")
+        try:
+            with h5py.File(self.path) as file:
+                self._describe(file)
+        except (OSError, KeyError) as error:
+            raise ValueError(
+                f"{path} is not a readable file of samples ({error}); run the sample stage again."
+            ) from error
+
+    def _describe(self, file: h5py.File) -> None:
+        if file.attrs.get("format") != SAMPLES_FORMAT:
+            raise ValueError(
+                f"{self.path} has format {file.attrs.get('format')!r}, not {SAMPLES_FORMAT!r}; run the sample stage "
+                "again."
+            )
+        images, self.labels = file["images"], file["labels"][:].astype(np.int64)
+        side = images.shape[1] if images.ndim == 4 else 0
+        if images.dtype != np.uint8 or images.shape != (len(self.labels), side, side, 3):
+            raise ValueError(
+                f"{self.path} holds images {images.dtype} {list(images.shape)} and {len(self.labels)} labels, not "
+                "uint8 [N, S, S, 3] and N labels; run the sample stage again."
+            )
+        if not len(images):
+            raise ValueError(f"{self.path} holds no images; raise sample.count and run the sample stage again.")
+        self.image_size, self.sampling = side, json.loads(file.attrs["sampling"])
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def batches(self, batch_size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Yield (uint8 [n, S, S, 3], int64 [n]) in order."""
+        with h5py.File(self.path) as file:
+            for start in range(0, len(self), batch_size):
+                rows = slice(start, start + batch_size)
+                yield file["images"][rows], self.labels[rows]

@@ -1,0 +1,234 @@
+"""The reference and the evaluate stage on the digits, in a repository of their own."""
+
+import importlib
+import json
+import os
+import shutil
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+import torch
+from omegaconf import OmegaConf
+from safetensors.numpy import load_file
+
+from ear import config, features
+from stages import program
+
+ROOT = Path(__file__).parent.parent
+SHORT = {"reference.images": 9600, "reference.batch_size": 32, "reference.learning_rate": 3e-3}
+DEFAULT = {"reference.images": 60_000, "reference.batch_size": 64, "reference.learning_rate": 1e-3}
+CPU = torch.device("cpu")
+
+
+def run(stage: str, **changes) -> None:
+    """One stage in the current folder, with a shorter and faster training of the classifier than the default."""
+    torch.set_num_threads(1)
+    content = OmegaConf.to_container(OmegaConf.load(ROOT / "params.yaml"))
+    content["compute"]["threads"], content["runtime"]["device"] = 1, "cpu"
+    for key, value in {**SHORT, **changes}.items():
+        section, name = key.split(".")
+        content[section][name] = value
+    parameters = program.visible(config.parse(content), program.declared(stage).get("params", []))
+    importlib.import_module(f"stages.{stage}").work(parameters)
+
+
+def images_of(split: str) -> tuple[np.ndarray, np.ndarray]:
+    from ear.prepared import PreparedImages
+
+    source = PreparedImages("data/prepared", split)
+    return source.images(np.arange(len(source))), source.labels
+
+
+def write_samples(images: np.ndarray, labels: np.ndarray, classes: int = 10) -> None:
+    sampling = {
+        "count": len(images),
+        "steps": 8,
+        "guidance": 1.5,
+        "schedule": "linear",
+        "temperature": 1.0,
+        "seed": 0,
+        "model_sha256": "ab" * 32,
+        "tokenizer_sha256": "cd" * 32,
+        "classes": [str(k) for k in range(classes)],
+    }
+    Path("data/samples").mkdir(parents=True, exist_ok=True)
+    with h5py.File("data/samples/samples.h5", "w") as file:
+        file["images"], file["labels"] = images, labels.astype(np.int32)
+        file["seed"] = np.int64(0)
+        file.attrs.update({"format": "ear-samples-1", "sampling": json.dumps(sampling)})
+
+
+def reference_bytes() -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(Path("data/reference").iterdir())}
+
+
+def evaluated() -> dict:
+    return json.loads(Path("data/evaluation/metrics.json").read_text())
+
+
+def link_code(folder: Path) -> Path:
+    for name in ("ear", "stages", "dvc.yaml"):
+        (folder / name).symlink_to(ROOT / name)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    """A repository whose reference stage is done and whose samples are the held-out digits themselves."""
+    folder, before = link_code(tmp_path_factory.mktemp("repository")), Path.cwd()
+    os.chdir(folder)
+    try:
+        for stage in ("fetch", "prepare", "reference"):
+            run(stage)
+        write_samples(*images_of("val"))
+    finally:
+        os.chdir(before)
+    return folder
+
+
+@pytest.fixture
+def repository(finished, tmp_path, monkeypatch) -> Path:
+    """A copy to spoil."""
+    shutil.copytree(finished / "data", tmp_path / "data")
+    monkeypatch.chdir(link_code(tmp_path))
+    return tmp_path
+
+
+def test_reference_describes_all_training_images(repository):
+    extractor = features.open_extractor("data/reference/extractor.safetensors", CPU)
+    images, labels = images_of("train")
+    found, logits = extractor(images)
+    reference = load_file("data/reference/features.safetensors")
+    np.testing.assert_allclose(reference["features"], found, atol=1e-5)
+    np.testing.assert_allclose(reference["mu"], found.double().mean(0), atol=1e-6)
+    np.testing.assert_allclose(reference["sigma"], np.cov(found.double().numpy(), rowvar=False), atol=1e-6)
+    figures = json.loads(Path("data/reference/metrics.json").read_text())
+    assert figures["train_images"] == len(labels) == 1437
+    assert figures["val_images"] == 360
+    assert figures["train_accuracy"] == pytest.approx((logits.argmax(1).numpy() == labels).mean(), abs=1e-5)
+    assert figures["val_accuracy"] > 0.95
+    assert 0 < figures["fid"] < 1
+    assert figures["kid_subset_size"] == 360
+
+
+def test_stopped_and_resumed_reference_ends_in_the_same_bytes(repository, monkeypatch):
+    whole = reference_bytes()
+    shutil.rmtree("data/reference")
+    calls, loss = [], features.Classifier.loss
+
+    def stopping(*arguments):
+        calls.append(1)
+        if len(calls) == 137:  # of 300 steps, between two checkpoints
+            raise KeyboardInterrupt
+        return loss(*arguments)
+
+    monkeypatch.setattr(features.Classifier, "loss", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        run("reference")
+    assert not Path("data/reference").exists()
+    run("reference")
+    assert len(calls) == 137 + 180  # goes on from the checkpoint after 120 steps
+    assert reference_bytes() == whole
+
+
+def test_held_out_digits_score_as_the_floor(repository, capsys):
+    run("evaluate")
+    figures, real = evaluated(), json.loads(Path("data/reference/metrics.json").read_text())
+    assert figures["fid"] == pytest.approx(real["fid"], rel=1e-4)
+    assert figures["fid_ratio"] == pytest.approx(1, rel=1e-4)
+    assert figures["class_accuracy"] == pytest.approx(real["val_accuracy"], abs=1e-5)
+    assert figures["inception_score"] > 6
+    assert figures["precision"] > 0.7
+    assert figures["recall"] > 0.7
+    out = capsys.readouterr().out
+    assert "guidance: 1.5" in out
+    assert "Do not compare with published figures: 360 generated images, fewer than 50000; " in out
+
+
+def test_protocol_names_what_the_figures_depend_on(repository):
+    run("evaluate")
+    figures = evaluated()
+    assert figures["comparable_with_published"] is False
+    assert len(figures["why"]) == 3
+    protocol = figures["protocol"]
+    counts = np.bincount(images_of("val")[1])
+    assert protocol["images"] == 360
+    assert protocol["images_per_class"] == {"least": counts.min(), "most": counts.max()}
+    assert protocol["sampling"]["model_sha256"] == "ab" * 32
+    assert protocol["extractor"]["name"] == "ear-classifier"
+    assert protocol["extractor"]["sha256"] == features.records.sha256("data/reference/extractor.safetensors")
+    assert protocol["extractor"]["features"] == 64
+    assert protocol["reference"]["images"] == 1437
+    assert protocol["reference"]["sha256"] == features.records.sha256("data/reference/features.safetensors")
+
+
+def test_evaluation_repeats_its_bytes(repository):
+    run("evaluate")
+    first = Path("data/evaluation/metrics.json").read_bytes()
+    run("evaluate")
+    assert Path("data/evaluation/metrics.json").read_bytes() == first
+
+
+def test_bad_images_score_badly(repository):
+    images, labels = images_of("val")
+    write_samples(np.random.RandomState(0).randint(0, 256, images.shape, dtype=np.uint8), labels)
+    run("evaluate")
+    figures = evaluated()
+    assert figures["fid_ratio"] > 20
+    assert figures["class_accuracy"] < 0.3
+    assert figures["recall"] < 0.1
+
+
+def spoil_size(images, labels):
+    write_samples(images.repeat(2, axis=1).repeat(2, axis=2), labels)
+
+
+def spoil_classes(images, labels):
+    write_samples(images, labels, classes=9)
+
+
+def spoil_count(images, labels):
+    write_samples(images[:0], labels[:0])
+
+
+def spoil_extractor(images, labels):
+    classifier = features.Classifier(10, 16)
+    features.save_classifier("data/reference/extractor.safetensors", classifier, classes=[str(k) for k in range(10)])
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (spoil_size, "the generated images have 32 pixels a side, but the reference images 16"),
+        (spoil_classes, "the generated images have 9 classes .*, but the reference images 10"),
+        (spoil_count, "holds no images"),
+        (spoil_extractor, "the reference features were made by extractor"),
+    ],
+)
+def test_refused_samples_leave_the_earlier_figures(repository, spoil, message):
+    run("evaluate")
+    before = Path("data/evaluation/metrics.json").read_bytes()
+    spoil(*images_of("val"))
+    with pytest.raises(ValueError, match=message):
+        run("evaluate")
+    assert Path("data/evaluation/metrics.json").read_bytes() == before
+
+
+def test_too_large_subsets_are_named(repository):
+    with pytest.raises(ValueError, match=r"evaluate\.kid_subset_size is 361, .* 360 generated and 1437 real"):
+        run("evaluate", **{"evaluate.kid_subset_size": 361})
+
+
+def test_failed_reference_leaves_the_earlier_one(repository):
+    before = reference_bytes()
+    with pytest.raises(FileNotFoundError, match=r"reference\.weights is 'nowhere\.pth'"):
+        run("reference", **{"reference.extractor": "inception", "reference.weights": "nowhere.pth"})
+    assert reference_bytes() == before
+
+
+@pytest.mark.slow
+def test_default_classifier_knows_held_out_digits(repository):
+    run("reference", **DEFAULT)
+    assert json.loads(Path("data/reference/metrics.json").read_text())["val_accuracy"] >= 0.98
