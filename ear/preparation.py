@@ -1,0 +1,272 @@
+"""From listed image files to the shards of `ear.prepared`: decoded in parallel, resumable, nothing left out unsaid.
+
+The rows of a split lie in an order shuffled by the digests of their paths, so that reading
+in order mixes the classes; a shard holds the readable ones of its slice of that order. Bytes depend on the images, the
+parameters and the libraries' versions, not on the number of workers or on interruptions.
+"""
+
+import csv
+import functools
+import hashlib
+import io
+import multiprocessing
+import os
+import shutil
+import signal
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import h5py
+import numpy as np
+
+from ear import records
+from ear.images import center_crop, decode
+from ear.prepared import FORMAT
+from ear.progress import Progress
+
+_NAMED = 20  # rejected images that an error message names
+
+
+class Item(NamedTuple):
+    """An image to prepare: its path below the root, its class, its size in bytes when it was listed."""
+
+    path: str
+    label: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One file to write; all that its content depends on."""
+
+    name: str
+    root: str
+    items: tuple[Item, ...]
+    image_size: int
+    compression: str  # none or gzip
+
+    def digest(self) -> str:
+        """Changes with whatever the file's content depends on."""
+        return hashlib.sha256(repr(self).encode()).hexdigest()
+
+
+def prepare(
+    splits: Mapping[str, Sequence[Item]],  # train and val
+    *,
+    root: str | Path,  # where the paths of the items start
+    classes: Sequence[str],
+    scratch: Path,  # keeps finished shards from one run to the next
+    target: Path,  # the folder to write, whole or not at all
+    rejected_list: Path,  # the csv that an error about unreadable images refers to
+    image_size: int,
+    shard_size: int,  # images per file
+    compression: str,
+    max_rejected: int,
+    workers: int,  # processes; 0 and 1 decode in this one. Each holds one shard in memory
+) -> None:
+    """Decode, crop and store all images; run again after an interruption, go on with the shards that are missing.
+
+    Writes the shards, classes.json, rejected.csv (path, reason) and index.json (rows and SHA-256 of every shard).
+    Raises ValueError, and leaves `target` as it was, where the root is gone, the disk is too small, more than
+    `max_rejected` images are unreadable or none of a class or split is left; OSError where a file cannot be written
+    or a worker dies.
+    """
+    if not Path(root).is_dir():
+        raise ValueError(f"the folder of the images, {root}, is gone; set data.path and run fetch again.")
+    shards = {
+        split: plan(split, items, root=root, image_size=image_size, shard_size=shard_size, compression=compression)
+        for split, items in splits.items()
+    }
+    with records.whole_folder(target) as folder:  # first, so that a target which cannot be written costs no time
+        every = [shard for part in shards.values() for shard in part]
+        _tidy(scratch, every)
+        summaries = write_shards(every, scratch, workers)
+        rejected = sorted(tuple(entry) for summary in summaries.values() for entry in summary["rejected"])
+        if len(rejected) > max_rejected:
+            _write_rejected(rejected_list, rejected)
+            raise ValueError(_complaint(rejected, max_rejected, rejected_list))
+        _check_classes(splits, {path for path, _ in rejected}, classes)
+        for shard in every:
+            _link(scratch / shard.name, folder / shard.name)
+        _write_rejected(folder / "rejected.csv", rejected)
+        records.write_json(folder / "classes.json", {"classes": list(classes)})
+        records.write_json(folder / "index.json", _index(shards, summaries, image_size))
+
+
+def plan(
+    split: str, items: Sequence[Item], *, root: str | Path, image_size: int, shard_size: int, compression: str
+) -> list[Shard]:
+    """The shards of one split: its images in the order of their paths' digests, cut every `shard_size`."""
+    order = sorted(items, key=lambda item: hashlib.sha256(b"order/" + os.fsencode(item.path)).digest())
+    slices = [tuple(order[k : k + shard_size]) for k in range(0, len(order), shard_size)]
+    return [
+        Shard(f"{split}-{k:05d}-of-{len(slices):05d}.h5", str(root), part, image_size, compression)
+        for k, part in enumerate(slices)
+    ]
+
+
+def write_shards(shards: Sequence[Shard], folder: Path, workers: int) -> dict[str, dict]:
+    """Summaries by name of all shards, which then stand in `folder`; see `write_shard`."""
+    write = functools.partial(write_shard, folder=folder)
+    with Progress("prepare", sum(len(shard.items) for shard in shards)) as progress:
+        summaries = {}
+        for shard, summary in _parallel(write, shards, workers):
+            summaries[shard.name] = summary
+            progress.advance(len(shard.items))
+    return summaries
+
+
+def _parallel(function: Callable[[Shard], dict], shards: Sequence[Shard], workers: int) -> Iterator[tuple[Shard, dict]]:
+    """Yield (shard, function(shard)) as they are ready, computed by `workers` processes."""
+    if min(workers, len(shards)) < 2:
+        yield from ((shard, function(shard)) for shard in shards)
+        return
+    spawn = multiprocessing.get_context("spawn")  # fork is unsafe beside HDF5's locks and a caller's threads
+    pool = ProcessPoolExecutor(min(workers, len(shards)), mp_context=spawn, initializer=_follow_parent)
+    try:
+        futures = {pool.submit(function, shard): shard for shard in shards}
+        for future in as_completed(futures):
+            yield futures[future], future.result()
+    except BrokenProcessPool as error:
+        raise ChildProcessError(
+            "a process that decodes images died, perhaps for want of memory; finished shards are kept: run again, "
+            "with a lower runtime.workers or prepare.shard_size if it recurs."
+        ) from error
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _follow_parent() -> None:
+    """In a worker: end when the parent is killed, or else it would write on beside the next run; end on Ctrl-C."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    parent = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+
+
+def write_shard(shard: Shard, folder: Path) -> dict:
+    """Write folder/NAME and, beside it, its summary: the shard's digest, rows, sha256, rejected [path, reason].
+
+    What an earlier run finished is kept if it is the same shard, whole, and its rejected images are still unreadable.
+    """
+    path, note = folder / shard.name, folder / f"{shard.name}.json"
+    if note.is_file() and path.is_file():
+        summary = records.read_json(note)
+        if summary["shard"] == shard.digest() and summary["sha256"] == records.sha256(path):
+            items = {item.path: item for item in shard.items}
+            if all(isinstance(_read(shard, items[p]), str) for p, _ in summary["rejected"]):
+                return summary
+    images, labels, rejected = _decode(shard)
+    with records.whole_file(path) as partial:
+        _store(partial, images, labels, shard)
+    summary = {
+        "shard": shard.digest(),
+        "rows": len(labels),
+        "sha256": records.sha256(path),
+        "rejected": rejected,
+    }
+    records.write_json(note, summary)
+    return summary
+
+
+def _decode(shard: Shard) -> tuple[np.ndarray, np.ndarray, list[list[str]]]:
+    """(uint8 [n, S, S, 3], int32 [n], [path, reason] of the images left out)."""
+    images = np.empty((len(shard.items), shard.image_size, shard.image_size, 3), np.uint8)
+    labels, rejected = [], []
+    for item in shard.items:
+        found = _read(shard, item)
+        if isinstance(found, str):
+            rejected.append([item.path, found])
+        else:
+            images[len(labels)] = found
+            labels.append(item.label)
+    return images[: len(labels)], np.array(labels, np.int32), rejected
+
+
+def _read(shard: Shard, item: Item) -> np.ndarray | str:
+    """uint8 [S, S, 3], or the reason why the image cannot be read."""
+    try:
+        content = Path(shard.root, item.path).read_bytes()
+        if len(content) != item.bytes:
+            return f"has {len(content)} bytes, but had {item.bytes} when it was listed"
+        return center_crop(decode(io.BytesIO(content)), shard.image_size)
+    except (FileNotFoundError, PermissionError) as error:  # other OSErrors are the machine's: they stop the run
+        return str(error.strerror)
+    except ValueError as error:
+        return str(error)
+
+
+def _store(path: Path, images: np.ndarray, labels: np.ndarray, shard: Shard) -> None:
+    layout = {}
+    if shard.compression == "gzip" and len(images):
+        layout = {"chunks": (1, *images.shape[1:]), "compression": "gzip"}
+    with h5py.File(path, "w") as file:
+        file.create_dataset("images", data=images, **layout)
+        file.create_dataset("labels", data=labels)
+        file.attrs["format"] = FORMAT
+        file.attrs["image_size"] = shard.image_size
+
+
+def _tidy(scratch: Path, shards: Sequence[Shard]) -> None:
+    """Remove what no shard of this run can use; raise ValueError where the rest will not fit on the disk."""
+    expected = {f"{shard.name}{ending}" for shard in shards for ending in ("", ".json")}
+    for path in scratch.iterdir():
+        if path.name not in expected:
+            path.unlink()
+    missing = [shard for shard in shards if shard.compression == "none" and not (scratch / shard.name).exists()]
+    needed = sum(len(shard.items) * shard.image_size**2 * 3 for shard in missing)
+    free = shutil.disk_usage(scratch).free
+    if needed > free:
+        raise ValueError(
+            f"the prepared images need {needed / 1e9:.1f} GB, but {scratch.resolve()} has {free / 1e9:.1f} GB left; "
+            "free some space, or set prepare.compression to gzip."
+        )
+
+
+def _complaint(rejected: Sequence[tuple[str, str]], allowed: int, whole: Path) -> str:
+    named = "; ".join(f"{path}: {reason}" for path, reason in rejected[:_NAMED])
+    more = f"; and {len(rejected) - _NAMED} more" if len(rejected) > _NAMED else ""
+    return (
+        f"{len(rejected)} images cannot be read, and prepare.max_rejected allows {allowed}: {named}{more} (all of them "
+        f"are in {whole}); repair or remove them and list the images again with `dvc repro --single-item --force "
+        "fetch`, or raise prepare.max_rejected."
+    )
+
+
+def _write_rejected(path: Path, rejected: Sequence[tuple[str, str]]) -> None:
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerows([("path", "reason"), *rejected])
+    with records.whole_file(path) as partial:
+        partial.write_bytes(text.getvalue().encode(errors="surrogateescape"))
+
+
+def _check_classes(splits: Mapping[str, Sequence[Item]], rejected: set[str], classes: Sequence[str]) -> None:
+    for split, items in splits.items():
+        left = {item.label for item in items if item.path not in rejected}
+        if not left:
+            raise ValueError(f"split {split} has no readable image; repair some, or give another source.")
+        missing = set(range(len(classes))) - left
+        if split == "train" and missing:
+            raise ValueError(f"class {classes[min(missing)]!r} has no readable training image; repair or remove it.")
+
+
+def _link(source: Path, target: Path) -> None:
+    """A second name for the file, or a copy on another disk: scratch stays whole until everything is in place."""
+    try:
+        os.link(source, target)
+    except OSError:
+        with records.whole_file(target) as partial:
+            shutil.copyfile(source, partial)
+
+
+def _index(shards: Mapping[str, Sequence[Shard]], summaries: Mapping[str, dict], image_size: int) -> dict:
+    splits = {
+        split: [{"file": s.name, **{key: summaries[s.name][key] for key in ("rows", "sha256")}} for s in part]
+        for split, part in shards.items()
+    }
+    return {"format": FORMAT, "image_size": image_size, "shards": splits}
