@@ -67,7 +67,7 @@ def prepare(
     shard_size: int,  # images per file
     compression: str,
     max_rejected: int,
-    workers: int,  # processes; 0 and 1 decode in this one. Each holds one shard in memory
+    workers: int,  # processes; 0 and 1 decode in this one. Each holds one shard twice in memory
 ) -> None:
     """Decode, crop and store all images; run again after an interruption, go on with the shards that are missing.
 
@@ -162,7 +162,7 @@ def write_shard(shard: Shard, folder: Path) -> dict:
                 return summary
     images, labels, rejected = _decode(shard)
     with records.whole_file(path) as partial:
-        _store(partial, images, labels, shard)
+        partial.write_bytes(_encode(images, labels, shard))
     summary = {
         "shard": shard.digest(),
         "rows": len(labels),
@@ -200,15 +200,18 @@ def _read(shard: Shard, item: Item) -> np.ndarray | str:
         return str(error)
 
 
-def _store(path: Path, images: np.ndarray, labels: np.ndarray, shard: Shard) -> None:
+def _encode(images: np.ndarray, labels: np.ndarray, shard: Shard) -> memoryview:
+    """The bytes of the shard's file. They are made in memory, for HDF5 crashes the process where a disk is full."""
     layout = {}
     if shard.compression == "gzip" and len(images):
         layout = {"chunks": (1, *images.shape[1:]), "compression": "gzip"}
-    with h5py.File(path, "w") as file:
+    content = io.BytesIO()
+    with h5py.File(content, "w") as file:
         file.create_dataset("images", data=images, **layout)
         file.create_dataset("labels", data=labels)
         file.attrs["format"] = FORMAT
         file.attrs["image_size"] = shard.image_size
+    return content.getbuffer()
 
 
 def _tidy(scratch: Path, shards: Sequence[Shard]) -> None:
