@@ -1,8 +1,8 @@
 """From listed image files to the shards of `ear.prepared`: decoded in parallel, resumable, nothing left out unsaid.
 
-The rows of a split lie in an order shuffled by the digests of their paths, so that reading
-in order mixes the classes; a shard holds the readable ones of its slice of that order. Bytes depend on the images, the
-parameters and the libraries' versions, not on the number of workers or on interruptions.
+The rows of a split lie in an order shuffled by the digests of their paths, so that reading in order mixes the classes;
+a shard holds the readable ones of its slice of that order. Bytes depend on the images, the parameters and the
+libraries' versions, not on the number of workers or on interruptions.
 """
 
 import csv
@@ -154,23 +154,23 @@ def write_shard(shard: Shard, folder: Path) -> dict:
     What an earlier run finished is kept if it is the same shard, whole, and its rejected images are still unreadable.
     """
     path, note = folder / shard.name, folder / f"{shard.name}.json"
-    if note.is_file() and path.is_file():
+    if path.is_file() and note.is_file():
         summary = records.read_json(note)
-        if summary["shard"] == shard.digest() and summary["sha256"] == records.sha256(path):
-            items = {item.path: item for item in shard.items}
-            if all(isinstance(_read(shard, items[p]), str) for p, _ in summary["rejected"]):
-                return summary
+        if _is_good(summary, shard, path):
+            return summary
     images, labels, rejected = _decode(shard)
     with records.whole_file(path) as partial:
         partial.write_bytes(_encode(images, labels, shard))
-    summary = {
-        "shard": shard.digest(),
-        "rows": len(labels),
-        "sha256": records.sha256(path),
-        "rejected": rejected,
-    }
+    summary = {"shard": shard.digest(), "rows": len(labels), "sha256": records.sha256(path), "rejected": rejected}
     records.write_json(note, summary)
     return summary
+
+
+def _is_good(summary: dict, shard: Shard, path: Path) -> bool:
+    if summary["shard"] != shard.digest() or summary["sha256"] != records.sha256(path):
+        return False
+    rejected = {path for path, _ in summary["rejected"]}
+    return all(isinstance(_read(shard, item), str) for item in shard.items if item.path in rejected)
 
 
 def _decode(shard: Shard) -> tuple[np.ndarray, np.ndarray, list[list[str]]]:
