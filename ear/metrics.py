@@ -275,15 +275,6 @@ def incomparable(*, images: int, published_extractor: bool, published_reference:
     return [reason for reason, holds in reasons.items() if holds]
 
 
-def rounded(figures: object) -> object:
-    """The same nested content with floats to six significant digits: beyond them, thread counts of BLAS show."""
-    if isinstance(figures, dict):
-        return {name: rounded(value) for name, value in figures.items()}
-    if isinstance(figures, list):
-        return [rounded(value) for value in figures]
-    return float(f"{figures:.6g}") if isinstance(figures, float) else figures
-
-
 def readable(figures: dict, indent: str = "") -> list[str]:
     """One line per entry of a nested dictionary, digests shortened to 12 characters."""
     lines = []

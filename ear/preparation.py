@@ -92,7 +92,7 @@ def prepare(
             raise ValueError(_complaint(rejected, max_rejected, rejected_list))
         _check_classes(splits, {path for path, _ in rejected}, classes)
         for shard in every:
-            _link(scratch / shard.name, folder / shard.name)
+            records.link(scratch / shard.name, folder / shard.name)
         _write_rejected(folder / "rejected.csv", rejected)
         records.write_json(folder / "classes.json", {"classes": list(classes)})
         records.write_json(folder / "index.json", _index(shards, summaries, image_size))
@@ -256,15 +256,6 @@ def _check_classes(splits: Mapping[str, Sequence[Item]], rejected: set[str], cla
         missing = set(range(len(classes))) - left
         if split == "train" and missing:
             raise ValueError(f"class {classes[min(missing)]!r} has no readable training image; repair or remove it.")
-
-
-def _link(source: Path, target: Path) -> None:
-    """A second name for the file, or a copy on another disk: scratch stays whole until everything is in place."""
-    try:
-        os.link(source, target)
-    except OSError:
-        with records.whole_file(target) as partial:
-            shutil.copyfile(source, partial)
 
 
 def _index(shards: Mapping[str, Sequence[Shard]], summaries: Mapping[str, dict], image_size: int) -> dict:

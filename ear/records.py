@@ -54,10 +54,28 @@ def replace_folder(source: Path, target: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
+def link(source: Path, target: Path) -> None:
+    """Give the finished file a second name, or a copy on another disk: the first one stays until all is in place."""
+    try:
+        os.link(source, target)
+    except OSError:
+        with whole_file(target) as partial:
+            shutil.copyfile(source, partial)
+
+
 def write_json(path: str | Path, content: object) -> None:
     """Write readable JSON, whole or not at all."""
     with whole_file(path) as partial:
         partial.write_text(json.dumps(content, indent=1, sort_keys=False) + "\n")
+
+
+def rounded(figures: object) -> object:
+    """The same nested content with floats to six significant digits: beyond them, thread counts of BLAS show."""
+    if isinstance(figures, dict):
+        return {name: rounded(value) for name, value in figures.items()}
+    if isinstance(figures, list):
+        return [rounded(value) for value in figures]
+    return float(f"{figures:.6g}") if isinstance(figures, float) else figures
 
 
 def read_json(path: str | Path) -> dict:

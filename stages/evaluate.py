@@ -45,8 +45,8 @@ def work(parameters) -> None:
     )
     protocol = describe(samples, reference, extractor, real) | {"evaluation": asdict(options)}
     report = figures | {"comparable_with_published": not why, "why": why, "protocol": protocol}
-    records.write_json(TARGET, metrics.rounded(report))
-    print("\n".join(metrics.readable(metrics.rounded(figures | {"protocol": protocol}))))
+    records.write_json(TARGET, records.rounded(report))
+    print("\n".join(metrics.readable(records.rounded(figures | {"protocol": protocol}))))
     if why:
         print(f"Do not compare with published figures: {'; '.join(why)}.")
 

@@ -5,12 +5,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from ear.latents import LatentStore, latent_batches, normalised
 
 from ear import device as devices
 from ear import model as models
 from ear import randomness
 from ear.config import Train
+from ear.latents import LatentStore, latent_batches, normalised
 from ear.model import Model
 from ear.optimizer import adamw, schedule
 from ear.records import whole_folder, write_json, write_tensors

@@ -35,8 +35,8 @@ def work(parameters) -> None:
         extractor = features.open_extractor(file, device)
         reference, figures = describe(train, val, extractor, options)
         reference.save(folder / "features.safetensors")
-        records.write_json(folder / "metrics.json", metrics.rounded(figures))
-    print("\n".join(metrics.readable(metrics.rounded(figures))))
+        records.write_json(folder / "metrics.json", records.rounded(figures))
+    print("\n".join(metrics.readable(records.rounded(figures))))
 
 
 def train_classifier(train: PreparedImages, options, folder: Path, device: torch.device) -> features.Classifier:

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import h5py
 import numpy as np
-from ear.pictures import grid, save_png
 
 from ear import device as devices
 from ear import records
 from ear.generation import Generator, balanced_labels, batches
+from ear.pictures import grid, save_png
 from ear.progress import Progress
 from stages import program
 

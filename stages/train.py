@@ -6,9 +6,8 @@ on from its last checkpoint and ends in the same bytes.
 
 from dataclasses import asdict
 
-from ear.latents import LatentStore
-
 from ear import randomness, scores
+from ear.latents import LatentStore
 from ear.model import Model, Shape
 from stages import phase, program
 

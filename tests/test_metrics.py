@@ -6,7 +6,7 @@ import torch
 
 from ear import metrics
 from ear.metrics import Gaussian, Moments, Reference
-from ear.records import sha256
+from ear.records import rounded, sha256
 
 torch.set_num_threads(1)
 
@@ -251,7 +251,7 @@ def test_only_the_published_protocol_is_comparable():
 
 def test_figures_are_rounded_and_readable():
     figures = {"fid": 1.23456789, "n": 3, "deep": {"sha256": "0123456789abcdef", "list": [0.1234567]}}
-    assert metrics.rounded(figures) == {
+    assert rounded(figures) == {
         "fid": 1.23457,
         "n": 3,
         "deep": {"sha256": "0123456789abcdef", "list": [0.123457]},

@@ -1,0 +1,153 @@
+"""From prepared images to the shards of `ear.latents`: encoded plain and mirrored, resumable, refused where infinite.
+
+One shard of latents per shard of images, with the same rows. Bytes depend on the images, the tokenizer, the batch
+size, the number of threads and the machine, not on interruptions.
+"""
+
+import io
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import h5py
+import numpy as np
+import torch
+from torch import Tensor
+
+from ear import posterior, records
+from ear.autoencoder import Tokenizer
+from ear.images import to_signed
+from ear.latents import FORMAT, STATS, Statistics
+from ear.prepared import PreparedImages
+from ear.progress import Progress
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """A tokenizer on its device, and how it is used."""
+
+    tokenizer: Tokenizer
+    fingerprint: str  # SHA-256 of the tokenizer's file
+    batch_size: int
+    device: torch.device
+
+    @torch.inference_mode()
+    def moments(self, images: np.ndarray) -> Tensor:
+        """uint8 [n, S, S, 3] => float16 [n, 2, 2C, H, W] on the CPU: of the images and of their mirror images."""
+        signed = to_signed(torch.from_numpy(images).to(self.device))
+        both = [self.tokenizer.encode(view) for view in (signed, signed.flip(-1))]
+        return torch.stack(both, dim=1).half().cpu()
+
+
+def cache(
+    prepared: Path,  # the folder of prepared images
+    target: Path,  # the folder to write, whole or not at all
+    *,
+    encoder: Encoder,
+    scratch: Path,  # keeps finished shards from one run to the next
+) -> None:
+    """Encode all images; run again after an interruption, go on with the shards that are missing.
+
+    Writes the shards and stats.json. The statistics are those of the plain training images. Raises ValueError, and
+    leaves `target` as it was, where the images are not of the tokenizer's size or moments are not finite in float16.
+    """
+    index = records.read_json(prepared / "index.json")["shards"]
+    splits = {split: PreparedImages(prepared, split) for split in ("train", "val")}
+    _check_size(splits["train"], encoder.tokenizer, prepared)
+    with records.whole_folder(target) as folder, Progress("cache", sum(map(len, splits.values()))) as progress:
+        entries = {split: [] for split in splits}
+        for split, images in splits.items():
+            start = 0
+            for shard in index[split]:
+                rows = range(start, start + shard["rows"])
+                entries[split].append(write_shard(shard["file"], images, rows, encoder, scratch, progress))
+                records.link(scratch / shard["file"], folder / shard["file"])
+                start = rows.stop
+        stats = _stats(entries, splits["train"], encoder)
+        records.write_json(folder / STATS, stats)
+
+
+def _check_size(images: PreparedImages, tokenizer: Tokenizer, prepared: Path) -> None:
+    if images.image_size != tokenizer.image_size:
+        raise ValueError(
+            f"the images of {prepared} have {images.image_size} pixels a side, but the tokenizer was made for "
+            f"{tokenizer.image_size}; run the tokenizer stage again."
+        )
+
+
+def write_shard(
+    name: str, images: PreparedImages, rows: range, encoder: Encoder, folder: Path, progress: Progress
+) -> dict:
+    """Write folder/NAME and, beside it, its entry: file, rows, bytes, sha256 and sums (see `posterior.sums`).
+
+    What an earlier run finished is kept if it is whole.
+    """
+    path, note = folder / name, folder / f"{name}.json"
+    if path.is_file() and note.is_file():
+        entry = records.read_json(note)
+        if entry["sha256"] == records.sha256(path):
+            progress.advance(len(rows))
+            return entry
+    moments = np.concatenate(list(_encoded(name, images, rows, encoder, progress)))
+    with records.whole_file(path) as partial:
+        partial.write_bytes(_encode_file(moments, images.labels[rows.start : rows.stop], encoder.fingerprint))
+    entry = {
+        "file": name,
+        "rows": len(rows),
+        "bytes": path.stat().st_size,
+        "sha256": records.sha256(path),
+        "sums": _plain_sums(moments, encoder.batch_size).tolist(),
+    }
+    records.write_json(note, entry)
+    return entry
+
+
+def _encoded(
+    name: str, images: PreparedImages, rows: range, encoder: Encoder, progress: Progress
+) -> Iterator[np.ndarray]:
+    """Moments of the rows, batch by batch."""
+    for start in range(rows.start, rows.stop, encoder.batch_size):
+        part = np.arange(start, min(start + encoder.batch_size, rows.stop))
+        moments = encoder.moments(images.images(part)).numpy()
+        finite = np.isfinite(moments).reshape(len(part), -1).all(axis=1)
+        if not finite.all():
+            bad = int(part[np.argmin(finite)]) - rows.start
+            raise ValueError(
+                f"the latents of image {bad} of {name} are infinite or NaN in float16 (limit 65504); the tokenizer "
+                "diverged: train it with a lower tokenizer.learning_rate or a higher tokenizer.kl_weight."
+            )
+        progress.advance(len(part))
+        yield moments
+
+
+def _plain_sums(moments: np.ndarray, batch_size: int) -> Tensor:
+    """`posterior.sums` of the plain images as they are stored, a few at a time."""
+    plain = torch.from_numpy(moments[:, 0])
+    return sum(posterior.sums(part) for part in plain.split(batch_size))
+
+
+def _encode_file(moments: np.ndarray, labels: np.ndarray, fingerprint: str) -> memoryview:
+    """The bytes of the shard's file. They are made in memory, for HDF5 crashes the process where a disk is full."""
+    content = io.BytesIO()
+    with h5py.File(content, "w") as file:
+        file.create_dataset("moments", data=moments)  # contiguous: single rows are read at their offset
+        file.create_dataset("labels", data=labels.astype(np.int32))
+        file.attrs["format"] = FORMAT
+        file.attrs["tokenizer"] = fingerprint
+    return content.getbuffer()
+
+
+def _stats(entries: dict[str, list[dict]], images: PreparedImages, encoder: Encoder) -> dict:
+    sums = sum(torch.tensor(entry["sums"], dtype=torch.float64) for entry in entries["train"])
+    side = images.image_size // encoder.tokenizer.downsample
+    kept = ("file", "rows", "bytes", "sha256")
+    return {
+        "format": FORMAT,
+        "tokenizer": encoder.fingerprint,
+        "image_size": images.image_size,
+        "shape": [encoder.tokenizer.latent_channels, side, side],
+        "classes": list(images.classes),
+        "rows": {split: sum(entry["rows"] for entry in part) for split, part in entries.items()},
+        "statistics": Statistics.of(sums).as_dict(),
+        "shards": {split: [{key: entry[key] for key in kept} for entry in part] for split, part in entries.items()},
+    }
