@@ -118,7 +118,9 @@ class Score:
     covariance: str = option("logarithmic: diagonal or full", choices=("diagonal", "full"))
     scale_floor: float = option("logarithmic: least standard deviation, in units of the latents'", above=0)
     sampling_steps: int = option("hyvarinen: denoising steps per token, of 1000 in training", minimum=1, maximum=1000)
-    denoised_limit: float = option("hyvarinen: clamp of predicted tokens, in standard deviations; 0: none", minimum=0)
+    denoised_limit: float = option(
+        "hyvarinen: clamp of predicted tokens, in standard deviations; 0 for none", minimum=0
+    )
     codes: int = option("categorical: size of the k-means codebook", minimum=2)
 
 
