@@ -95,7 +95,15 @@ class Model:
     label_dropout: float = option(
         "share of training labels replaced by the null class, for guidance", minimum=0, maximum=1
     )
-    mask_ratio_min: float = option("least share of masked tokens in training", above=0, maximum=1)
+    attention: str = option(
+        "bidirectional (masked tokens, several per step) or causal (one token after the other)",
+        choices=("bidirectional", "causal"),
+    )
+    order: str = option(
+        "of the tokens: random (one per image) or raster (causal: row by row)", choices=("random", "raster")
+    )
+    target_positions: bool = option("causal: a slot knows which position it predicts; random order needs it")
+    mask_ratio_min: float = option("bidirectional: least share of masked tokens in training", above=0, maximum=1)
     head_width: int = option("width of the head's residual blocks", minimum=1)
     head_depth: int = option("residual blocks of the head", minimum=1)
 
@@ -109,6 +117,7 @@ class Score:
         choices=("energy", "kernel", "logarithmic", "hyvarinen", "categorical"),
     )
     samples: int = option("energy, kernel: samples per token, all pairs scored; hyvarinen: noisings", minimum=2)
+    targets: int = option("energy, kernel: draws of each target from the tokenizer's posterior", minimum=1)
     noise: str = option("energy, kernel: uniform on [-0.5, 0.5) or gaussian", choices=("uniform", "gaussian"))
     noise_channels: int = option("energy, kernel: noise dimensions per token", minimum=1)
     alpha: float = option("energy: exponent of the distance, strictly between 0 and 2", above=0, below=2)
@@ -164,7 +173,7 @@ class Sample:
     """How images are generated."""
 
     count: int = option("images, spread evenly over the classes", minimum=1)
-    steps: int = option("unmasking steps per image", minimum=1)
+    steps: int = option("unmasking steps per image; causal attention takes one step per token instead", minimum=1)
     guidance: float = option("classifier-free guidance scale; 1 is none", minimum=0)
     schedule: str = option(
         "guidance over the steps: linear (from 1 up to the scale) or constant", choices=("linear", "constant")
@@ -269,6 +278,16 @@ def _check_model(data: Data, tokenizer: Tokenizer, model: Model) -> None:
     if model.width % model.heads:
         raise ValueError(
             f"model.heads is {model.heads} and does not divide model.width, {model.width}; choose a divisor."
+        )
+    if model.attention == "bidirectional" and model.order == "raster":
+        raise ValueError(
+            "model.order is 'raster', but bidirectional attention predicts any tokens from any others; set it to "
+            "random, or model.attention to causal."
+        )
+    if model.attention == "causal" and model.order == "random" and not model.target_positions:
+        raise ValueError(
+            "model.target_positions is false, but with causal attention in random order nothing else tells a slot "
+            "which position it predicts; set it to true, or model.order to raster."
         )
 
 

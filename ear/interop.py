@@ -16,7 +16,8 @@ from ear.checkpoint import load_weights
 from ear.model import Model, Shape
 from ear.records import whole_file
 
-_SCORE = {"name": "energy", "alpha": 1.0, "samples": 2, "smoothing": 1e-6, "noise": "uniform"}  # of the published runs
+# Of the published runs; what no tensor shows.
+_SCORE = {"name": "energy", "alpha": 1.0, "samples": 2, "targets": 1, "smoothing": 1e-6, "noise": "uniform"}
 _HEADS = {768: 12, 1024: 16, 1280: 16}  # attention heads of the published widths: base, large, huge
 _BUFFER = 64
 # Published name => ours; the first pattern that matches a whole prefix applies.
@@ -150,6 +151,9 @@ def _shape(
         "buffer_size": buffer_size,
         "dropout": 0.1,
         "label_dropout": 0.1,
+        "attention": "bidirectional",
+        "order": "random",
+        "target_positions": True,
         "mask_ratio_min": 0.7,
         "head_width": size("score.noise_embedding.weight", 0),
         "head_depth": _blocks(tensors, "score.network.blocks."),

@@ -46,7 +46,7 @@ class Statistics:
 
 
 def normalised(moments: Tensor, noise: Tensor, statistics: Statistics) -> Tensor:
-    """Moments [B, 2C, h, w] and standard normal noise [B, C, h, w] => latents for the transformer, [B, C, h, w].
+    """Moments [B, 2C, h, w] and standard normal noise [..., B, C, h, w] => latents for the transformer, like the noise.
 
     (posterior sample - mean) / std with the *global* mean and std: one shift and one scale for all channels keep the
     geometry that the tokenizer gave them. The published recipe, a factor of 0.2325 for KL-16, is the case of mean 0.

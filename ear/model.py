@@ -97,19 +97,30 @@ class Model(nn.Module):
         return self.transformer(sequence + self.positions)[:, self.buffer :]
 
     def loss(self, latents: Tensor, labels: Tensor, *, temperature: float, generator: torch.Generator) -> Tensor:
-        """Mean loss per masked token of normalised latents [B, C, h, w]; order, masks and noise come from `generator`.
+        """Mean loss per predicted token of normalised latents; orders, masks and noise come from `generator`.
+
+        latents: [B, C, h, w], or k posterior draws of the same images [k, B, C, h, w] where the score takes several
+        targets: the first one is what the transformer sees, all are targets (as in CALM, Shao et al., 2025).
+        """
+        draws = latents if latents.dim() == 5 else latents[None]
+        tokens = [self.score.represent(patchify(draw, self.patch)) for draw in draws]  # k of [B, L, D]
+        dropped = self.label_dropout if self.training else 0.0
+        null = randomness.uniform((len(labels),), generator, latents.device) < dropped
+        hidden, positions = self.predictions(tokens[0], labels, null, generator)
+        target = torch.stack([pick(draw, positions).flatten(0, 1) for draw in tokens]).squeeze(0)  # k = 1: [B n, D]
+        return self.score.loss(hidden.flatten(0, 1), target, temperature=temperature, generator=generator).mean()
+
+    def predictions(
+        self, tokens: Tensor, labels: Tensor, null: Tensor, generator: torch.Generator
+    ) -> tuple[Tensor, Tensor]:
+        """tokens [B, L, D] => hidden states [B, n, W] and the positions [B, n] that they predict, n masked at random.
 
         All images of the call have equally many masked tokens, so that the head runs on these alone.
         """
-        tokens, device = self.score.represent(patchify(latents, self.patch)), latents.device
-        images = len(tokens)
-        orders = random_orders(images, self.tokens, generator, device)
-        count = masked_count(self.tokens, self.mask_ratio_min, generator)
-        null = randomness.uniform((images,), generator, device) < (self.label_dropout if self.training else 0.0)
-        hidden = self.hidden(tokens, mask_first(orders, count), labels, null)
-        picked = orders[:, :count]  # [B, n]
-        hidden, target = (_pick(x, picked).flatten(0, 1) for x in (hidden, tokens))
-        return self.score.loss(hidden, target, temperature=temperature, generator=generator).mean()
+        orders = random_orders(len(tokens), self.tokens, generator, tokens.device)
+        masked = orders[:, : masked_count(self.tokens, self.mask_ratio_min, generator)]
+        hidden = self.hidden(tokens, mask_first(orders, masked.shape[1]), labels, null)
+        return pick(hidden, masked), masked
 
     def parameter_groups(self, *, weight_decay: float, head_rate: float) -> list[Group]:
         """The published groups: vectors and biases; the head's matrices, at a lower rate; the rest, decayed."""
@@ -123,7 +134,7 @@ class Model(nn.Module):
         ]
 
 
-def _pick(rows: Tensor, positions: Tensor) -> Tensor:
+def pick(rows: Tensor, positions: Tensor) -> Tensor:
     """rows [B, L, X], positions [B, n] => [B, n, X]."""
     return rows.gather(1, positions[..., None].expand(-1, -1, rows.shape[-1]))
 

@@ -15,7 +15,7 @@ def split(moments: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def posterior_sample(moments: Tensor, noise: Tensor) -> Tensor:
-    """Latents [B, C, h, w]: mean + standard deviation * noise, for standard normal noise of that shape."""
+    """Latents [..., B, C, h, w]: mean + standard deviation * noise, for standard normal noise of that shape."""
     mean, log_variance = split(moments)
     return mean + torch.exp(0.5 * log_variance) * noise
 

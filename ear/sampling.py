@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ear.guidance import scale_at
 from ear.masking import masked_after, random_orders
-from ear.model import Model, unpatchify
+from ear.model import Model, pick, unpatchify
 from ear.randomness import Source
 
 
@@ -38,10 +38,10 @@ def sample(
         scale = scale_at(schedule, guidance, tokens=model.tokens, masked=left)
         conditional, unconditional = _hidden(model, tokens, mask, labels, guided=guidance != 1.0)
         drawn = model.score.sample(
-            _rows(conditional, revealed),
+            pick(conditional, revealed).flatten(0, 1),
             source=source,
             temperature=temperature,
-            unconditional=None if unconditional is None else _rows(unconditional, revealed),
+            unconditional=None if unconditional is None else pick(unconditional, revealed).flatten(0, 1),
             guidance=scale,
         )
         drawn = drawn.unflatten(0, (images, -1)).to(tokens.dtype)  # [B, n, D]
@@ -60,8 +60,3 @@ def _hidden(
     null = torch.arange(2 * len(labels), device=labels.device) >= len(labels)
     both = model.hidden(tokens.repeat(2, 1, 1), mask.repeat(2, 1), labels.repeat(2), null)
     return both.chunk(2)
-
-
-def _rows(hidden: Tensor, positions: Tensor) -> Tensor:
-    """hidden [B, L, W], positions [B, n] => [B n, W], image by image."""
-    return hidden.gather(1, positions[..., None].expand(-1, -1, hidden.shape[-1])).flatten(0, 1)

@@ -90,9 +90,8 @@ class Phase:
     def _loss(self, model: Model, moments, labels, purpose: str, position: int, temperature: float):
         generator = randomness.generator(self.seed, purpose, position)
         moments, labels = moments.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
-        mean_shape = (len(moments), moments.shape[1] // 2, *moments.shape[2:])
-        noise = randomness.normal(mean_shape, generator, self.device)
-        latents = normalised(moments, noise, self.store.statistics)
+        draws = (model.score.targets, len(moments), moments.shape[1] // 2, *moments.shape[2:])
+        latents = normalised(moments, randomness.normal(draws, generator, self.device), self.store.statistics)
         with self._autocast():
             return model.loss(latents, labels, temperature=temperature, generator=generator)
 

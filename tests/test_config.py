@@ -34,6 +34,14 @@ def test_written_parameters_read_back_equal(tmp_path):
     [
         ("score.alpha", 2.0, ["score.alpha is 2.0", "above 0 and below 2"]),
         ("score.alpha", 0.0, ["score.alpha is 0.0", "above 0"]),
+        ("score.targets", 0, ["score.targets is 0", "at least 1"]),
+        ("score.components", 0, ["score.components is 0", "at least 1"]),
+        ("score.bandwidths", [1.0, -0.5], ["score.bandwidths[1] is -0.5", "above 0"]),
+        ("score.bandwidths", [], ["score.bandwidths is empty", "at least one"]),
+        ("score.sampling_steps", 1001, ["score.sampling_steps is 1001", "at most 1000"]),
+        ("score.covariance", "full_rank", ["score.covariance is 'full_rank'", "'diagonal' or 'full'"]),
+        ("model.attention", "both", ["model.attention is 'both'", "'bidirectional' or 'causal'"]),
+        ("model.order", "raster", ["model.order is 'raster'", "bidirectional", "causal"]),
         ("score.samples", 1, ["score.samples is 1", "at least 2"]),
         ("score.name", "enrgy", ["score.name is 'enrgy'", "'energy'"]),
         ("sample.guidance", -0.5, ["sample.guidance is -0.5", "at least 0"]),
@@ -61,6 +69,16 @@ def test_mistakes_are_one_sentence_with_key_value_and_remedy(key, value, words):
     message = str(caught.value)
     assert "\n" not in message
     assert all(word in message for word in words), message
+
+
+def test_causal_attention_in_random_order_needs_target_positions():
+    content = with_value("model.attention", "causal")
+    config.parse(content)
+    content["model"]["target_positions"] = False
+    with pytest.raises(ValueError, match=r"^origin: model\.target_positions is false.* or model\.order to raster\.$"):
+        config.parse(content, origin="origin")
+    content["model"]["order"] = "raster"
+    config.parse(content)
 
 
 def test_missing_and_foreign_sections_are_named():

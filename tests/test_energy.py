@@ -176,6 +176,7 @@ def head(**options) -> EnergyScore:
         "depth": 2,
         "alpha": 1.0,
         "samples": 2,
+        "targets": 1,
         "smoothing": 1e-6,
         "noise": "uniform",
         "noise_channels": 16,

@@ -63,6 +63,20 @@ def test_loss_is_a_function_of_its_generator():
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters() if p is not model.null_class)
 
 
+@pytest.mark.parametrize("name", ["energy", "kernel"])
+def test_several_draws_of_the_target_share_the_context_of_the_first(name):
+    """The loss of two draws is the mean of each one's loss, given the context of the first."""
+    model = tiny_model(name=name)
+    (a, labels), (b, _) = inputs(model), inputs(model, seed=1)
+    loss = lambda latents: model.loss(latents, labels, temperature=1.0, generator=generator(4))  # noqa: E731
+    of_a, of_both = loss(a), loss(torch.stack([a, b]))
+    context, predictions = patchify(a, 1), model.predictions
+    model.predictions = lambda _, *others: predictions(context, *others)
+    of_b = loss(b)
+    assert abs(of_a - of_b) > 1e-3
+    torch.testing.assert_close(of_both, (of_a + of_b) / 2)
+
+
 def test_labels_are_dropped_in_training_only():
     model = tiny_model()
     model.label_dropout = 1.0

@@ -79,6 +79,19 @@ def test_network_evaluations_are_counted(name):
     assert len(calls) == score.evaluations_per_token == (7 if name == "hyvarinen" else 1)
 
 
+@pytest.mark.parametrize("name", scores.SCORES)
+def test_facts_for_whoever_compares_scores(name):
+    score = head(name, targets=3)
+    assert score.strictly_proper
+    assert score.targets == (3 if name in ("energy", "kernel") else 1)
+    assert score.temperature_scales
+    assert score.guidance_extrapolates
+
+
+def test_alpha_two_declares_that_it_is_not_strictly_proper():
+    assert not head("energy", alpha=2.0).strictly_proper
+
+
 def test_unknown_score_lists_the_known_ones():
     with pytest.raises(ValueError, match="energy, kernel, logarithmic, hyvarinen, categorical"):
         head("brier")

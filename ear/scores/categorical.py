@@ -18,6 +18,8 @@ class CategoricalScore(Score):
     """Cross-entropy over the codebook; the logits are linear in the hidden state."""
 
     options = ("codes",)
+    temperature_scales = "the logits, which it divides"
+    guidance_extrapolates = "logits"
 
     def __init__(
         self,

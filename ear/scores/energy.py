@@ -43,6 +43,7 @@ class EnergyScore(GeneratorScore):
     def __init__(self, *, alpha: float, smoothing: float, **head):
         super().__init__(**head)
         self.alpha, self.smoothing = alpha, smoothing
+        self.strictly_proper = 0 < alpha < 2  # the squared distance identifies the mean alone
 
     def distance(self, a: Tensor, b: Tensor) -> Tensor:
         """The smoothed distance to the power alpha."""

@@ -47,7 +47,9 @@ def pairwise_loss(
 class GeneratorScore(Score):
     """A head that turns noise into tokens, x = g(hidden, noise), trained by the `distance` of a subclass."""
 
-    options = ("samples", "noise", "noise_channels")
+    options = ("samples", "targets", "noise", "noise_channels")
+    temperature_scales = "the noise's shift of the features in every block"
+    guidance_extrapolates = "hidden state"
 
     def __init__(
         self,
@@ -57,11 +59,13 @@ class GeneratorScore(Score):
         width: int,
         depth: int,
         samples: int,
+        targets: int,
         noise: str,  # uniform or gaussian
         noise_channels: int,
     ):
         super().__init__()
-        self.samples, self.noise, self.noise_channels = samples, noise, noise_channels
+        self.samples, self.targets = samples, targets
+        self.noise, self.noise_channels = noise, noise_channels
         self.hidden_embedding = nn.Linear(hidden_width, width)
         self.noise_embedding = nn.Linear(noise_channels, width)
         self.network = ModulatedMLP(width=width, depth=depth, out_channels=token_channels)

@@ -55,6 +55,8 @@ class HyvarinenScore(Score):
     """Diffusion loss per token and the ancestral sampler of its head."""
 
     options = ("samples", "sampling_steps", "denoised_limit")
+    temperature_scales = "the noise that each denoising step adds"
+    guidance_extrapolates = "predicted noise"
 
     def __init__(
         self,

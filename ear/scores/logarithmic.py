@@ -54,6 +54,8 @@ class LogarithmicScore(Score):
     """Log-likelihood of a K-component mixture whose parameters are linear in the hidden state."""
 
     options = ("components", "covariance", "scale_floor")
+    temperature_scales = "the standard deviations of the chosen component"
+    guidance_extrapolates = "log-density of the chosen component"
 
     def __init__(
         self,

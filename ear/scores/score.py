@@ -15,7 +15,12 @@ class Score(nn.Module, ABC):
     """A strictly proper score with the head that it trains; the transformer never knows which one it serves."""
 
     options: tuple[str, ...] = ()  # keys of the score section that the score takes
-    evaluations_per_token: int = 1  # network evaluations that drawing one token takes
+    targets: int = 1  # draws of a token from the tokenizer's posterior that its loss takes at once
+    # Facts, for whoever compares scores.
+    strictly_proper: bool = True  # at training temperature 1, over the tokens that the head can draw
+    evaluations_per_token: int = 1  # of the head's network, to draw one token without guidance
+    temperature_scales: str  # what the inference temperature multiplies (or divides)
+    guidance_extrapolates: str  # where conditional and unconditional prediction meet
 
     @abstractmethod
     def initialise(self, generator: torch.Generator) -> None:
@@ -25,6 +30,7 @@ class Score(nn.Module, ABC):
     def loss(self, hidden: Tensor, target: Tensor, *, temperature: float, generator: torch.Generator) -> Tensor:
         """hidden [N, W], target [N, D] => negative score per token [N], float32.
 
+        Where `targets` is above 1, target may be [targets, N, D]: several draws for the same hidden state.
         `temperature` is the training temperature, the weight of the repulsion between samples; scores without such a
         term have no use for it.
         """
