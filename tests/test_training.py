@@ -4,6 +4,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import time
 from pathlib import Path
 
 import pytest
@@ -151,6 +152,7 @@ def test_killed_process_resumes_to_the_same_bytes(tmp_path):
     child = subprocess.Popen([*command, str(tmp_path / "killed"), "0.02"], cwd=ROOT)
     while not list((tmp_path / "killed").glob("checkpoint-*.safetensors")):
         assert child.poll() is None
+        time.sleep(0.05)
     os.kill(child.pid, signal.SIGKILL)
     child.wait()
     subprocess.run([*command, str(tmp_path / "killed"), "0"], check=True, cwd=ROOT)
