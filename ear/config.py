@@ -212,6 +212,10 @@ class Runtime:
     """What must not change a result; DVC does not track it."""
 
     device: str = option("auto (cuda where there is one), cpu or cuda", choices=("auto", "cpu", "cuda"))
+    processes: int = option(
+        "processes per stage on this machine, one per GPU; fewer or more give the same batches and other last bits",
+        minimum=1,
+    )
     workers: int = option("processes that decode images or load latents", minimum=0)
     compile: bool = option("torch.compile the model in training (CUDA)")
 

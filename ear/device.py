@@ -2,11 +2,13 @@
 
 import torch
 
+from ear import distributed
+
 
 def prepare(device: str, threads: int) -> torch.device:
-    """Set the CPU threads and deterministic kernels; "auto", "cpu" or "cuda" => the device.
+    """Set the CPU threads and deterministic kernels; "auto", "cpu" or "cuda" => this process's device.
 
-    Raises ValueError where CUDA is asked for and absent.
+    Raises ValueError where CUDA is asked for and absent, or has fewer devices than this machine has processes.
     """
     torch.set_num_threads(threads)
     torch.use_deterministic_algorithms(True, warn_only=True)
@@ -14,4 +16,13 @@ def prepare(device: str, threads: int) -> torch.device:
     available = torch.cuda.is_available()
     if device == "cuda" and not available:
         raise ValueError("runtime.device is 'cuda', but torch finds no CUDA device; set it to auto or cpu.")
-    return torch.device("cuda" if available and device != "cpu" else "cpu")
+    if not available or device == "cpu":
+        return torch.device("cpu")
+    number, devices = distributed.local_rank(), torch.cuda.device_count()
+    if number >= devices:
+        raise ValueError(
+            f"process {number + 1} of this machine finds {devices} CUDA device(s), and each process needs one; set "
+            f"runtime.processes to {devices}, or runtime.device to cpu."
+        )
+    torch.cuda.set_device(number)
+    return torch.device("cuda", number)

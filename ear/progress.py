@@ -1,4 +1,4 @@
-"""Progress of long work: a bar on a terminal, plain lines with rates in a log."""
+"""Progress of long work: a bar on a terminal, plain lines with rates in a log; of many processes, one speaks."""
 
 import sys
 import time
@@ -6,6 +6,8 @@ from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
 from tqdm import tqdm
+
+from ear import distributed
 
 Item = TypeVar("Item")
 _SECONDS_BETWEEN_LINES = 5.0
@@ -18,7 +20,9 @@ class Progress:
         self.title, self.total, self.unit, self.done = title, total, unit, start
         self._start, self._begun, self._last_line = start, time.monotonic(), time.monotonic()
         self._note = ""
-        self._bar = tqdm(total=total, initial=start, desc=title, unit=unit) if sys.stderr.isatty() else None
+        self._silent = not distributed.is_main()
+        show_bar = sys.stderr.isatty() and not self._silent
+        self._bar = tqdm(total=total, initial=start, desc=title, unit=unit) if show_bar else None
 
     def __enter__(self) -> "Progress":
         return self
@@ -40,6 +44,8 @@ class Progress:
             self._line()
 
     def _line(self) -> None:
+        if self._silent:
+            return
         self._last_line = time.monotonic()
         rate = (self.done - self._start) / max(self._last_line - self._begun, 1e-9)
         left = (self.total - self.done) / rate if rate > 0 else float("inf")

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import SimpleNamespace
 
-from ear import config, records
+from ear import config, distributed, records
 
 LOGS = Path("work/logs")
 SCRATCH = Path("work")
@@ -47,8 +47,13 @@ def scratch(stage: str, parameters: SimpleNamespace, inputs: Iterable[str | Path
     """The folder where `stage` keeps unfinished work, named by its parameters, code and inputs.
 
     A killed run finds its own folder again; anything changed gives another one, and old ones are removed.
-    `inputs` are the small files that stand for the inputs (an index with digests, say); they must exist.
+    `inputs` are the small files that stand for the inputs (an index with digests, say); they must exist. The processes
+    of a stage share the folder.
     """
+    return distributed.from_main(lambda: _scratch(stage, parameters, inputs))
+
+
+def _scratch(stage: str, parameters: SimpleNamespace, inputs: Iterable[str | Path]) -> Path:
     tracked = {name: value for name, value in sorted(vars(parameters).items()) if name != "runtime"}
     plain = {n: dataclasses.asdict(v) if dataclasses.is_dataclass(v) else vars(v) for n, v in tracked.items()}
     code = [path for path in declared(stage).get("deps", []) if path.endswith(".py")]
@@ -64,22 +69,38 @@ def scratch(stage: str, parameters: SimpleNamespace, inputs: Iterable[str | Path
     return folder
 
 
-def run(stage: str, work: Callable[[SimpleNamespace], None], description: str | None) -> None:
-    """Run a stage as a program: exit code 0, or 1 after one line that says what to mend (traceback in work/logs)."""
+def run(
+    stage: str,
+    work: Callable[[SimpleNamespace], None],
+    description: str | None,
+    *,
+    many_processes: bool = False,  # `work` can run in all processes of `ear.distributed.group` at once
+) -> None:
+    """Run a stage as a program: exit code 0, or 1 after one line that says what to mend (traceback in work/logs).
+
+    A stage of many processes starts `runtime.processes` of them, unless a launcher such as torchrun has.
+    """
     parser = argparse.ArgumentParser(
         prog=f"python -m stages.{stage}", description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--params", default="params.yaml", help="parameter file (default: params.yaml)")
     arguments = parser.parse_args()
-    log = LOGS / f"{stage}.log"
     try:
         parameters = visible(config.load(arguments.params), declared(stage).get("params", []))
-        work(parameters)
+        if distributed.size() > 1 and not many_processes:
+            raise ValueError(f"{stage} works in one process, but the launcher started {distributed.size()}; start one.")
+        if many_processes and parameters.runtime.processes > 1 and not distributed.launched():
+            sys.exit(distributed.launch(f"stages.{stage}", sys.argv[1:], parameters.runtime.processes))
+        with distributed.group():
+            work(parameters)
+    except distributed.FailedElsewhere:
+        sys.exit(1)
     except (ValueError, OSError, MemoryError) as error:
         print(f"{stage}: {_sentence(error)}", file=sys.stderr)
-        _keep_traceback(log)
+        _keep_traceback(LOGS / f"{stage}.log")
         sys.exit(1)
-    shutil.rmtree(SCRATCH / stage, ignore_errors=True)
+    if distributed.is_main():
+        shutil.rmtree(SCRATCH / stage, ignore_errors=True)
 
 
 def _sentence(error: BaseException) -> str:

@@ -1,0 +1,46 @@
+"""Several gloo processes inside a test: forked, so that none has to import torch again."""
+
+import multiprocessing
+import os
+import socket
+import traceback
+from collections.abc import Callable
+
+import torch
+
+from ear import distributed
+
+_fork = multiprocessing.get_context("fork")
+
+
+def together(work: Callable[[], object], count: int = 2, seconds: float = 60.0) -> list:
+    """Run `work()` in `count` connected processes; what each returns (must pickle), or the exception that ended it."""
+    queue, port = _fork.Queue(), _free_port()
+    children = [
+        _fork.Process(target=_work, args=(work, rank, count, port, queue), daemon=True) for rank in range(count)
+    ]
+    for child in children:
+        child.start()
+    results = dict(queue.get(timeout=seconds) for _ in children)
+    for child in children:
+        child.join(seconds)
+    return [results[rank] for rank in range(count)]
+
+
+def _work(work: Callable, rank: int, count: int, port: int, queue) -> None:
+    torch.set_num_threads(1)
+    names = {"RANK": rank, "WORLD_SIZE": count, "LOCAL_RANK": rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in names.items()})
+    try:
+        with distributed.group():
+            result = work()
+    except Exception as error:
+        traceback.print_exc()
+        result = error
+    queue.put((rank, result))
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
