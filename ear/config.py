@@ -217,6 +217,7 @@ class Runtime:
         minimum=1,
     )
     workers: int = option("processes that decode images or load latents", minimum=0)
+    cluster: str = option("Dask scheduler that shards are sent to, such as tcp://host:8786; empty for this machine")
     compile: bool = option("torch.compile the model in training (CUDA)")
 
 

@@ -9,14 +9,9 @@ import csv
 import functools
 import hashlib
 import io
-import multiprocessing
 import os
 import shutil
-import signal
-import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -26,6 +21,7 @@ import numpy as np
 
 from ear import records
 from ear.images import center_crop, decode
+from ear.parallel import map_shards
 from ear.prepared import FORMAT
 from ear.progress import Progress
 
@@ -68,6 +64,7 @@ def prepare(
     compression: str,
     max_rejected: int,
     workers: int,  # processes; 0 and 1 decode in this one. Each holds one shard twice in memory
+    cluster: str = "",  # address of a Dask scheduler to use instead of processes
 ) -> None:
     """Decode, crop and store all images; run again after an interruption, go on with the shards that are missing.
 
@@ -85,7 +82,7 @@ def prepare(
     with records.whole_folder(target) as folder:  # first, so that a target which cannot be written costs no time
         every = [shard for part in shards.values() for shard in part]
         _tidy(scratch, every)
-        summaries = write_shards(every, scratch, workers)
+        summaries = write_shards(every, scratch, workers, cluster)
         rejected = sorted(tuple(entry) for summary in summaries.values() for entry in summary["rejected"])
         if len(rejected) > max_rejected:
             _write_rejected(rejected_list, rejected)
@@ -105,47 +102,20 @@ def plan(
     order = sorted(items, key=lambda item: hashlib.sha256(b"order/" + os.fsencode(item.path)).digest())
     slices = [tuple(order[k : k + shard_size]) for k in range(0, len(order), shard_size)]
     return [
-        Shard(f"{split}-{k:05d}-of-{len(slices):05d}.h5", str(root), part, image_size, compression)
+        Shard(f"{split}-{k:05d}-of-{len(slices):05d}.h5", os.path.abspath(root), part, image_size, compression)
         for k, part in enumerate(slices)
     ]
 
 
-def write_shards(shards: Sequence[Shard], folder: Path, workers: int) -> dict[str, dict]:
-    """Summaries by name of all shards, which then stand in `folder`; see `write_shard`."""
-    write = functools.partial(write_shard, folder=folder)
+def write_shards(shards: Sequence[Shard], folder: Path, workers: int, cluster: str = "") -> dict[str, dict]:
+    """Summaries by name of all shards, which then stand in `folder`; see `write_shard` and `parallel.map_shards`."""
+    write = functools.partial(write_shard, folder=folder.resolve())  # the workers of a cluster start elsewhere
     with Progress("prepare", sum(len(shard.items) for shard in shards)) as progress:
         summaries = {}
-        for shard, summary in _parallel(write, shards, workers):
+        for shard, summary in map_shards(write, shards, workers=workers, cluster=cluster):
             summaries[shard.name] = summary
             progress.advance(len(shard.items))
     return summaries
-
-
-def _parallel(function: Callable[[Shard], dict], shards: Sequence[Shard], workers: int) -> Iterator[tuple[Shard, dict]]:
-    """Yield (shard, function(shard)) as they are ready, computed by `workers` processes."""
-    if min(workers, len(shards)) < 2:
-        yield from ((shard, function(shard)) for shard in shards)
-        return
-    spawn = multiprocessing.get_context("spawn")  # fork is unsafe beside HDF5's locks and a caller's threads
-    pool = ProcessPoolExecutor(min(workers, len(shards)), mp_context=spawn, initializer=_follow_parent)
-    try:
-        futures = {pool.submit(function, shard): shard for shard in shards}
-        for future in as_completed(futures):
-            yield futures[future], future.result()
-    except BrokenProcessPool as error:
-        raise ChildProcessError(
-            "a process that decodes images died, perhaps for want of memory; finished shards are kept: run again, "
-            "with a lower runtime.workers or prepare.shard_size if it recurs."
-        ) from error
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def _follow_parent() -> None:
-    """In a worker: end when the parent is killed, or else it would write on beside the next run; end on Ctrl-C."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-    parent = multiprocessing.parent_process()
-    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
 def write_shard(shard: Shard, folder: Path) -> dict:

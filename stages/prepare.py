@@ -33,6 +33,7 @@ def work(parameters) -> None:
         compression=options.compression,
         max_rejected=options.max_rejected,
         workers=parameters.runtime.workers,
+        cluster=parameters.runtime.cluster,
     )
 
 

@@ -182,7 +182,7 @@ def test_a_killed_run_goes_on_and_ends_in_the_same_bytes(repository, digits):
     os.kill(workers_of(process)[0], signal.SIGKILL)
     sentence = one_line(process.communicate(timeout=60)[1], "prepare")
     assert process.returncode == 1
-    assert "a process that decodes images died" in sentence
+    assert "a worker process died" in sentence
     first = finished()
 
     process = repository.start("prepare")  # the whole program is killed

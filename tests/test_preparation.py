@@ -110,17 +110,15 @@ def test_the_index_describes_the_files(tree):
 
 
 @pytest.mark.parametrize("compression", ["none", "gzip"])
-def test_any_number_of_workers_gives_the_same_bytes(tree, compression):
+def test_any_number_of_workers_and_a_cluster_give_the_same_bytes(tree, cluster, compression):
     spoil(tree)
     results = []
-    for workers in (0, 1, 2):
-        base = tree.parent / f"{workers}"
+    for k, where in enumerate(({"workers": 0}, {"workers": 1}, {"workers": 2}, {"cluster": cluster})):
+        base = tree.parent / f"{k}"
         base.mkdir()
-        target = prepare(
-            tree, compression=compression, workers=workers, max_rejected=3, scratch=base / "s", target=base / "t"
-        )
+        target = prepare(tree, compression=compression, max_rejected=3, scratch=base / "s", target=base / "t", **where)
         results.append(digests(target))
-    assert results[0] == results[1] == results[2]
+    assert results[0] == results[1] == results[2] == results[3]
 
 
 def test_compression_is_lossless(tree):
