@@ -35,6 +35,18 @@ def mask_first(orders: Tensor, count: int) -> Tensor:
     return mask.scatter_(1, orders[:, :count], True)
 
 
+def masked_before_known(orders: Tensor, mask: Tensor) -> tuple[Tensor, int]:
+    """Orders [B, L] and a mask bool [B, L] => the orders with masked tokens moved to their start, and their number.
+
+    Raises ValueError where two images have different numbers of masked tokens.
+    """
+    counts = mask.sum(dim=1)
+    if (counts != counts[0]).any():
+        raise ValueError(f"images have {counts.min()} to {counts.max()} masked tokens; batch those with equally many.")
+    known = ~mask.gather(1, orders)
+    return orders.gather(1, known.long().argsort(dim=1, stable=True)), int(counts[0])
+
+
 def masked_after(tokens: int, steps: int) -> list[int]:
     """Tokens still masked after each step: floor(L cos(pi/2 (s+1)/S)), at least 1 and at most one fewer than before.
 

@@ -68,13 +68,13 @@ class Model(nn.Module):
         self.positions = nn.Parameter(torch.empty(1, self.buffer + self.tokens, width))
         self.token_embedding = nn.Linear(token_channels, width)
         sizes = {key: options[key] for key in ("width", "depth", "heads", "mlp_ratio", "dropout")}
-        self.transformer = Transformer(**sizes)
+        self.transformer = Transformer(**sizes, causal=options["attention"] == "causal")
         head = {"width": options["head_width"], "depth": options["head_depth"]}
         self.score = scores.build(shape.score, hidden_width=width, token_channels=token_channels, **head)
 
     def initialise(self, generator: torch.Generator) -> "Model":
         """Draw the weights: embeddings N(0, 0.02^2), matrices xavier-uniform, biases and the head's output 0."""
-        for tensor in (self.class_embedding.weight, self.null_class, self.mask_token, self.positions):
+        for tensor in (self.class_embedding.weight, *self.parameters(recurse=False)):
             nn.init.normal_(tensor, std=_INIT_SD, generator=generator)
         for module in self.modules():
             if isinstance(module, nn.Linear):
@@ -83,17 +83,21 @@ class Model(nn.Module):
         self.score.initialise(generator)
         return self
 
+    def prefix(self, labels: Tensor, null: Tensor | None = None) -> Tensor:
+        """labels [B], null bool [B] (true: no class) => buffer tokens [B, P, W], without their positions."""
+        condition = self.class_embedding(labels)  # [B, W]
+        if null is not None:
+            condition = torch.where(null[:, None], self.null_class.to(condition.dtype), condition)
+        return condition[:, None].expand(-1, self.buffer, -1)
+
     def hidden(self, tokens: Tensor, mask: Tensor, labels: Tensor, null: Tensor | None = None) -> Tensor:
         """tokens [B, L, D], mask bool [B, L] (true: hidden), labels [B], null bool [B] (true: no class) => [B, L, W].
 
         The result does not depend on the tokens under the mask.
         """
-        condition = self.class_embedding(labels)  # [B, W]
-        if null is not None:
-            condition = torch.where(null[:, None], self.null_class.to(condition.dtype), condition)
         visible = self.token_embedding(tokens)  # [B, L, W]
         visible = torch.where(mask[..., None], self.mask_token.to(visible.dtype), visible)
-        sequence = torch.cat([condition[:, None].expand(-1, self.buffer, -1), visible], dim=1)  # [B, P + L, W]
+        sequence = torch.cat([self.prefix(labels, null), visible], dim=1)  # [B, P + L, W]
         return self.transformer(sequence + self.positions)[:, self.buffer :]
 
     def loss(self, latents: Tensor, labels: Tensor, *, temperature: float, generator: torch.Generator) -> Tensor:
@@ -134,6 +138,13 @@ class Model(nn.Module):
         ]
 
 
+def build(shape: Shape) -> Model:
+    """An uninitialised model of that shape: the masked one above or, for causal attention, that of ear.causal."""
+    from ear.causal import CausalModel  # which extends the class above
+
+    return (CausalModel if shape.model["attention"] == "causal" else Model)(shape)
+
+
 def pick(rows: Tensor, positions: Tensor) -> Tensor:
     """rows [B, L, X], positions [B, n] => [B, n, X]."""
     return rows.gather(1, positions[..., None].expand(-1, -1, rows.shape[-1]))
@@ -154,6 +165,6 @@ def load(path: str | Path) -> tuple[Model, dict]:
         raise ValueError(f"{path} has format {description.get('format')!r}, not {FORMAT!r}; it is no model of ours.")
     stored = description["shape"]
     shape = Shape(tuple(stored["latent"]), tuple(stored["classes"]), stored["model"], stored["score"])
-    model = Model(shape)
+    model = build(shape)
     load_weights(model, tensors, origin=str(path))
     return model.eval(), description

@@ -5,7 +5,6 @@ Continues the weights, their average and the optimiser of data/model; writes dat
 
 from ear import checkpoint, records
 from ear import model as models
-from ear.model import Model
 from stages import phase, program
 
 STATE = "data/model/state.safetensors"
@@ -16,7 +15,7 @@ def work(parameters) -> None:
     device = phase.start(parameters)
     trained, description = models.load("data/model/model.safetensors")
     state, seen = records.read_tensors(STATE)
-    model = Model(trained.shape).to(device)
+    model = models.build(trained.shape).to(device)
     if parameters.runtime.compile:
         model.transformer.compile()
     training = phase.Phase(

@@ -6,9 +6,10 @@ on from its last checkpoint and ends in the same bytes.
 
 from dataclasses import asdict
 
+from ear import model as models
 from ear import randomness, scores
 from ear.latents import LatentStore
-from ear.model import Model, Shape
+from ear.model import Shape
 from stages import phase, program
 
 
@@ -18,7 +19,7 @@ def work(parameters) -> None:
     options = parameters.train
     store = LatentStore("data/latents", "train")
     shape = Shape(store.shape, tuple(store.classes), asdict(parameters.model), scores.chosen(asdict(parameters.score)))
-    model = Model(shape).initialise(randomness.generator(options.seed, "weights")).to(device)
+    model = models.build(shape).initialise(randomness.generator(options.seed, "weights")).to(device)
     phase.learn_tokens(model, store, options.seed)
     if parameters.runtime.compile:
         model.transformer.compile()

@@ -1,5 +1,6 @@
 """Tiny models for tests."""
 
+from ear import model as models
 from ear import scores
 from ear.model import Model, Shape
 from ear.randomness import generator
@@ -22,8 +23,19 @@ SCORE = {
 }
 
 
-def tiny_model(*, latent=(3, 4, 4), classes=("a", "b", "c"), patch_size=1, seed=0, trained=True, **score) -> Model:
-    """A model of a few thousand weights; `trained` moves the zero-initialised head away from zero."""
+def tiny_model(
+    *,
+    latent=(3, 4, 4),
+    classes=("a", "b", "c"),
+    patch_size=1,
+    attention="bidirectional",
+    order="random",
+    target_positions=True,
+    seed=0,
+    trained=True,
+    **score,
+) -> Model:
+    """A model of a few thousand weights; `trained` moves what is zero-initialised away from zero."""
     sizes = {
         "patch_size": patch_size,
         "width": 32,
@@ -33,18 +45,19 @@ def tiny_model(*, latent=(3, 4, 4), classes=("a", "b", "c"), patch_size=1, seed=
         "buffer_size": 2,
         "dropout": 0.1,
         "label_dropout": 0.1,
-        "attention": "bidirectional",
-        "order": "random",
-        "target_positions": True,
+        "attention": attention,
+        "order": order,
+        "target_positions": target_positions,
         "mask_ratio_min": 0.5,
         "head_width": 24,
         "head_depth": 2,
     }
-    model = Model(Shape(latent, classes, sizes, scores.chosen({**SCORE, **score}))).initialise(
-        generator(seed, "weights")
-    )
+    shape = Shape(latent, classes, sizes, scores.chosen({**SCORE, **score}))
+    model = models.build(shape).initialise(generator(seed, "weights"))
     if trained:
         source = generator(seed, "head")
         for parameter in model.score.parameters():
             parameter.data += 0.3 * parameter.data.new_empty(parameter.shape).normal_(generator=source)
+        if attention == "causal" and target_positions:
+            model.target_positions.data.normal_(std=0.02, generator=source)
     return model.eval()
