@@ -67,8 +67,14 @@ class _Stored:
     offset: int  # of the moments' bytes in the file
     shape: tuple[int, ...]
 
-    def map(self) -> np.memmap:
-        return np.memmap(self.path, dtype="<f2", mode="r", offset=self.offset, shape=self.shape)
+    def map(self) -> np.ndarray:
+        """The moments as a read-only view of the file's pages."""
+        # numpy.memmap would keep a descriptor open per shard; ImageNet's 1251 shards exceed the usual limit of 1024.
+        size = self.path.stat().st_size
+        content = torch.from_file(str(self.path), shared=False, size=size, dtype=torch.uint8).numpy()
+        view = np.ndarray(self.shape, "<f2", buffer=content, offset=self.offset)
+        view.flags.writeable = False
+        return view
 
 
 class LatentStore:
@@ -95,7 +101,7 @@ class LatentStore:
         self.labels = np.concatenate([labels for _, labels in opened])
         self._stored = [stored for stored, _ in opened]
         self._ends = np.cumsum([stored.shape[0] for stored in self._stored])
-        self._maps: dict[int, np.memmap] = {}
+        self._maps: dict[int, np.ndarray] = {}
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -120,7 +126,7 @@ class LatentStore:
             out[places] = self._map(shard)[rows, mirrored[places]]
         return out, self.labels[indices]
 
-    def _map(self, shard: int) -> np.memmap:
+    def _map(self, shard: int) -> np.ndarray:
         if shard not in self._maps:
             self._maps[shard] = self._stored[shard].map()
         return self._maps[shard]

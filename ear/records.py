@@ -1,6 +1,7 @@
 """Files that appear whole or not at all: atomic files and folders, JSON, digests, safetensors with a description.
 
-Formats are byte-reproducible: sorted JSON keys, one metadata key in safetensors (several are written in random order).
+Formats are byte-reproducible: JSON keys in the order given, which is kept by reading and writing again; one metadata
+key in safetensors (several are written in random order).
 """
 
 import contextlib
@@ -66,7 +67,7 @@ def link(source: Path, target: Path) -> None:
 def write_json(path: str | Path, content: object) -> None:
     """Write readable JSON, whole or not at all."""
     with whole_file(path) as partial:
-        partial.write_text(json.dumps(content, indent=1, sort_keys=False) + "\n")
+        partial.write_text(json.dumps(content, indent=1) + "\n")
 
 
 def rounded(figures: object) -> object:
@@ -101,7 +102,7 @@ def write_tensors(path: str | Path, tensors: dict, description: dict) -> None:
 
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     with whole_file(path) as partial:
-        save_file(contiguous, partial, metadata={_DESCRIPTION: json.dumps(description, sort_keys=True)})
+        save_file(contiguous, partial, metadata={_DESCRIPTION: json.dumps(description)})
 
 
 def read_tensors(path: str | Path) -> tuple[dict, dict]:

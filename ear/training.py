@@ -31,7 +31,7 @@ class History:
 
 
 def write_table(path: str | Path, rows: list[dict]) -> None:
-    """Rows with equal keys => a tab-separated file that `dvc plots` draws; six significant digits."""
+    """Rows with the same keys, in one order => a tab-separated file that `dvc plots` draws; six significant digits."""
     text = io.StringIO()
     writer = csv.writer(text, delimiter="\t", lineterminator="\n")
     writer.writerow(rows[0] if rows else ["images"])

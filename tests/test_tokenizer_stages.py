@@ -1,0 +1,192 @@
+"""The tokenizer and the cache stage as a user runs them, in a repository of their own."""
+
+import importlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from omegaconf import OmegaConf
+from PIL import Image
+from prepared_sets import pixels, write_prepared
+
+from ear import config, records
+from ear.autoencoder import load_tokenizer
+from ear.latents import LatentStore
+from stages import program
+
+ROOT = Path(__file__).parent.parent
+LENGTHS, VAL = (20, 20, 8), 16
+TINY = {
+    "compute.threads": 1,
+    "runtime.device": "cpu",
+    "data.image_size": 8,
+    "tokenizer.downsample": 2,
+    "tokenizer.channels": 3,
+    "tokenizer.block_channels": [8, 16],
+    "tokenizer.images": 960,
+    "tokenizer.batch_size": 16,
+    "cache.batch_size": 8,
+}
+
+
+@pytest.fixture
+def repository(tmp_path, monkeypatch) -> Path:
+    """A folder that stages run in, with 48 training and 16 held-out images: smooth random ones of 8 x 8 pixels."""
+    for name in ("ear", "stages", "dvc.yaml"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    small = pixels(sum(LENGTHS) + VAL, size=2)
+    images = [np.asarray(Image.fromarray(image).resize((8, 8), Image.Resampling.BICUBIC)) for image in small]
+    write_prepared(tmp_path / "data/prepared", np.stack(images), LENGTHS, VAL)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def set_parameters(**changes) -> None:
+    """Write params.yaml: the default, made tiny."""
+    content = OmegaConf.load(ROOT / "params.yaml")
+    for key, value in {**TINY, **changes}.items():
+        OmegaConf.update(content, key, value)
+    OmegaConf.save(content, "params.yaml")
+
+
+def run(stage: str, **changes) -> None:
+    """One stage in this process."""
+    torch.set_num_threads(1)
+    set_parameters(**changes)
+    parameters = program.visible(config.load("params.yaml"), program.declared(stage).get("params", []))
+    importlib.import_module(f"stages.{stage}").work(parameters)
+
+
+def contents(folder: str) -> dict[str, str]:
+    return {path.name: records.sha256(path) for path in sorted(Path(folder).iterdir())}
+
+
+def kill_once(stage: str, pattern: str) -> None:
+    """Start the stage as a program, and kill it as soon as its scratch folder holds two files of this pattern."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"}
+    process = subprocess.Popen([sys.executable, "-m", f"stages.{stage}"], env=environment, stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while len(list(Path("work", stage).glob(f"*/{pattern}"))) < 2:
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+    os.kill(process.pid, signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+
+
+def test_tokenizer_learns_and_describes_itself(repository):
+    run("tokenizer", **{"tokenizer.images": 4800, "tokenizer.learning_rate": 4e-3})
+    assert set(contents("data/tokenizer")) == {
+        "tokenizer.safetensors",
+        "metrics.json",
+        "training.tsv",
+        "validation.tsv",
+        "reconstructions.png",
+    }
+    figures = records.read_json("data/tokenizer/metrics.json")
+    assert figures["psnr"] > 14  # images of one colour, their mean, would have about 12 dB
+    assert figures["psnr"] > figures["psnr_sampled"] - 1
+    assert len(figures["channel_std"]) == 3
+    tokenizer = load_tokenizer("data/tokenizer/tokenizer.safetensors")
+    assert figures["parameters"] == sum(p.numel() for p in tokenizer.parameters())
+    header, *rows = Path("data/tokenizer/validation.tsv").read_text().splitlines()
+    assert header.split("\t") == ["images", "loss", "reconstruction", "kl"]
+    losses = [float(row.split("\t")[1]) for row in rows]
+    assert len(rows) == 10
+    assert losses[-1] < 0.7 * losses[0]
+    with Image.open("data/tokenizer/reconstructions.png") as picture:
+        scale = 64 // 8
+        assert picture.size == (12 * (8 * scale + 2) + 2, 2 * (8 * scale + 2) + 2)
+
+
+def test_killed_tokenizer_training_ends_in_the_same_bytes(repository):
+    run("tokenizer")
+    whole = contents("data/tokenizer")
+    shutil.rmtree("data/tokenizer")
+    shutil.rmtree("work")
+    kill_once("tokenizer", "checkpoint-*.safetensors")
+    assert not Path("data/tokenizer").exists()
+    newest = max(Path("work/tokenizer").glob("*/checkpoint-*.safetensors")).name
+    assert newest < "checkpoint-000000000960.safetensors"
+    run("tokenizer")
+    assert contents("data/tokenizer") == whole
+
+
+def test_changed_parameters_start_afresh(repository, capsys):
+    run("tokenizer")
+    first = contents("data/tokenizer")
+    run("tokenizer", **{"tokenizer.seed": 1})
+    assert "continuing" not in capsys.readouterr().out
+    assert contents("data/tokenizer")["tokenizer.safetensors"] != first["tokenizer.safetensors"]
+
+
+def test_identity_needs_no_training_and_loses_nothing(repository):
+    run("tokenizer", **{"tokenizer.name": "identity"})
+    figures = records.read_json("data/tokenizer/metrics.json")
+    assert figures["psnr"] == figures["psnr_sampled"] == 100
+    assert figures["parameters"] == 0
+    run("cache")
+    assert LatentStore("data/latents", "train").shape == (12, 4, 4)
+
+
+def test_images_of_another_size_than_asked_for_are_refused(repository):
+    with pytest.raises(ValueError, match=r"have 8 pixels a side, but data\.image_size is 16; run the prepare stage"):
+        run("tokenizer", **{"data.image_size": 16, "model.patch_size": 1})
+    assert not Path("data/tokenizer").exists()
+
+
+@pytest.fixture
+def with_tokenizer(repository) -> Path:
+    run("tokenizer", **{"tokenizer.images": 16})
+    return repository
+
+
+def test_killed_cache_ends_in_the_same_bytes(with_tokenizer):
+    run("cache", **{"cache.batch_size": 1})
+    whole = contents("data/latents")
+    assert set(whole) == {*(f"train-{k:05d}-of-00003.h5" for k in range(3)), "val-00000-of-00001.h5", "stats.json"}
+    shutil.rmtree("data/latents")
+    shutil.rmtree("work")
+    kill_once("cache", "train-*.h5.json")
+    assert not Path("data/latents").exists()
+    kept = {path.name: path.stat().st_ino for path in Path("work/cache").glob("*/*.h5")}
+    assert 2 <= len(kept) < 4
+    run("cache", **{"cache.batch_size": 1})
+    assert contents("data/latents") == whole
+    finished = {name: Path("data/latents", name).stat().st_ino for name in kept}
+    assert list(finished.values())[:2] == list(kept.values())[:2]
+
+
+def test_latents_name_their_tokenizer(with_tokenizer):
+    run("cache")
+    store = LatentStore("data/latents", "val")
+    assert store.tokenizer == records.sha256("data/tokenizer/tokenizer.safetensors")
+    assert len(store) == VAL
+
+
+def test_cache_without_a_tokenizer_is_one_line_and_keeps_old_latents(with_tokenizer):
+    run("cache")
+    before = contents("data/latents")
+    path = Path("data/tokenizer/tokenizer.safetensors")
+    path.write_bytes(path.read_bytes()[:1000])
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "stages.cache"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1
+    sentence, details = done.stderr.splitlines()
+    assert sentence.startswith("cache: data/tokenizer/tokenizer.safetensors is not a readable safetensors file")
+    assert details == "(details: work/logs/cache.log)"
+    assert contents("data/latents") == before
+
+
+def test_metrics_hold_no_more_digits_than_every_machine_gives(with_tokenizer):
+    figures = json.loads(Path("data/tokenizer/metrics.json").read_text())
+    assert figures == records.rounded(figures)
