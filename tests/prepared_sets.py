@@ -15,7 +15,7 @@ def pixels(count: int, size: int = 8, seed: int = 0) -> np.ndarray:
 
 
 def write_prepared(folder: Path, images: np.ndarray, lengths: Sequence[int], val: int) -> Path:
-    """data/prepared with training shards of the given lengths and the last `val` images held out; labels are row % 3."""
+    """data/prepared: training shards of the given lengths, the last `val` images held out; labels are row % 3."""
     size, labels = images.shape[1], np.arange(len(images), dtype=np.int32) % 3
     assert sum(lengths) + val == len(images)
     folder.mkdir(parents=True, exist_ok=True)

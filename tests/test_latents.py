@@ -186,7 +186,7 @@ def test_truncated_and_damaged_shards_are_named(folder):
             ALL[:5, :, :2],
             LABELS[:5],
             {},
-            r"holds moments float16 \(5, 2, 2, 3, 4\) and 5 labels, not float16 \(5, 2, 4",
+            r"holds moments float16 \(5, 2, 2, 3, 4\) and 5 labels, not float16 \(5,",
         ),
         (ALL[:4], LABELS[:4], {}, r"holds moments float16 \(4,"),
         (ALL[:5], LABELS[:4], {}, ".* and 4 labels"),
