@@ -3,13 +3,19 @@
     import ear
     model = ear.load("data/finetuned")
     images = ear.generate("data", labels=[3, 7], steps=16, guidance=2.0, temperature=0.9, seed=0)
+    edited = ear.inpaint(images, mask, labels=[3, 7])  # redraws the pixels where mask is true
 
 `ear.interop` reads and writes published checkpoints.
 """
 
 import importlib
 
-_HOMES = {"load": "ear.generation", "generate": "ear.generation", "interop": "ear.interop"}
+_HOMES = {
+    "load": "ear.generation",
+    "generate": "ear.generation",
+    "inpaint": "ear.editing",
+    "interop": "ear.interop",
+}
 
 
 def __getattr__(name: str):
@@ -20,4 +26,4 @@ def __getattr__(name: str):
     return home if _HOMES[name] == f"ear.{name}" else getattr(home, name)
 
 
-__all__ = ["generate", "interop", "load"]
+__all__ = ["generate", "inpaint", "interop", "load"]

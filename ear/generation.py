@@ -82,9 +82,17 @@ class Generator:
             temperature=temperature,
             source=source,
         )
+        return self.pixels(latents, range(first, first + len(labels)), guidance=guidance)
+
+    def pixels(self, latents: torch.Tensor, numbers: Sequence[int], *, guidance: float) -> np.ndarray:
+        """Normalised latents [N, C, h, w] => uint8 [N, H, W, 3].
+
+        Raises ValueError where an image is not finite, with its number of `numbers` and the guidance behind it.
+        """
         decoded = self.tokenizer.decode(denormalised(latents, self.statistics))
-        if not decoded.isfinite().all():
-            bad = first + int((~decoded.flatten(1).isfinite().all(dim=1)).nonzero()[0])
+        finite = decoded.flatten(1).isfinite().all(dim=1)
+        if not finite.all():
+            bad = numbers[int((~finite).nonzero()[0])]
             raise ValueError(
                 f"image {bad} is not finite; the model diverged in training, or guidance {guidance} is too high."
             )

@@ -1,0 +1,53 @@
+"""Draw docs/inpainting.png: python -m examples.inpaint
+
+Each row is one held-out image of data/prepared: as it is, with a hole, the hole drawn three times with its own class,
+and drawn with another class.
+"""
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+
+import ear
+from ear.pictures import grid, readable_scale, save_png
+from ear.prepared import PreparedImages
+
+_GREY = 128
+_ROWS = 8
+
+
+def main() -> None:
+    """Read the pipeline's data folder, edit, write the picture."""
+    parser = argparse.ArgumentParser(prog="python -m examples.inpaint", description=__doc__)
+    parser.add_argument("--data", type=Path, default=Path("data"), help="the pipeline's folder (default: data)")
+    parser.add_argument("--output", type=Path, default=Path("docs/inpainting.png"), help="the picture to write")
+    arguments = parser.parse_args()
+    held_out = PreparedImages(arguments.data / "prepared", "val")
+    rows = first_of_each_class(held_out.labels)[:_ROWS]
+    images, labels = held_out.images(rows), held_out.labels[rows]
+    mask = lower_half(images)
+    options = {"data": arguments.data, "steps": 8, "guidance": 1.5}
+    columns = [images, np.where(mask[..., None], _GREY, images).astype(np.uint8)]
+    columns += [ear.inpaint(images, mask, labels.tolist(), seed=seed, **options) for seed in range(3)]
+    other = (labels + 1) % len(held_out.classes)
+    columns.append(ear.inpaint(images, mask, other.tolist(), seed=0, **options))
+    picture = np.stack(columns, axis=1).reshape(-1, *images.shape[1:])
+    save_png(arguments.output, grid(picture, columns=len(columns), scale=readable_scale(images.shape[1])))
+    print(f"wrote {arguments.output}")
+
+
+def first_of_each_class(labels: np.ndarray) -> np.ndarray:
+    """The row of the first image of each class."""
+    return np.unique(labels, return_index=True)[1]
+
+
+def lower_half(images: np.ndarray) -> np.ndarray:
+    """bool [N, H, W], true in the lower half."""
+    mask = np.zeros(images.shape[:3], dtype=bool)
+    mask[:, images.shape[1] // 2 :] = True
+    return mask
+
+
+if __name__ == "__main__":
+    main()
