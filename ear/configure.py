@@ -1,6 +1,7 @@
 """Compose conf/ into params.yaml: python -m ear.configure preset=NAME section.key=value ...
 
-Presets are the files of conf/preset/. The result is checked before params.yaml is touched, and replaces it whole.
+Presets are the files of conf/preset/; NAME_smoke is the laptop-size form of NAME, the whole pipeline in a minute or
+two. The result is checked before params.yaml is touched, and replaces it whole.
 """
 
 import argparse
@@ -40,9 +41,20 @@ def _one_line(error: Exception) -> str:
 
 def presets() -> list[str]:
     """Names of the files in conf/preset/."""
+    return sorted(path.stem for path in _preset_folder().glob("*.yaml"))
+
+
+def describe_preset(name: str) -> str:
+    """The first sentence of the comment in the preset's file."""
+    lines = (_preset_folder() / f"{name}.yaml").read_text().splitlines()
+    comment = " ".join(line.removeprefix("# ") for line in lines if line.startswith("# ") and "@" not in line)
+    return comment.partition(". ")[0].rstrip(".:")
+
+
+def _preset_folder() -> Path:
     import conf
 
-    return sorted(path.stem for path in (Path(conf.__file__).parent / "preset").glob("*.yaml"))
+    return Path(conf.__file__).parent / "preset"
 
 
 def to_yaml(parameters: config.Parameters, command: str) -> str:
@@ -68,7 +80,7 @@ def _scalar(value) -> str:
 
 def _help() -> str:
     sections = dataclasses.fields(config.Parameters)
-    lines = [__doc__, "presets: " + ", ".join(presets()), ""]
+    lines = [__doc__, *(f"  {name:<28} {describe_preset(name)}" for name in presets()), ""]
     for section in sections:
         for item in dataclasses.fields(section.type):
             lines.append(f"  {section.name + '.' + item.name:<28} {item.metadata['help']}")
