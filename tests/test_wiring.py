@@ -86,7 +86,7 @@ def test_declared_parameters_exist_and_none_is_unused():
 
 def test_a_stage_sees_declared_parameters_only():
     view = program.visible(config.load(ROOT / "params.yaml"), ["data.image_size", "prepare"])
-    assert view.data.image_size == 16
+    assert view.data.image_size == 8
     assert view.prepare.shard_size == 1024
     for hidden in (lambda: view.data.path, lambda: view.train):
         with pytest.raises(AttributeError):
