@@ -4,15 +4,13 @@ Images go from HDF5 to the extractor batch by batch; no image file lies in betwe
 features, K of classes, S a side in pixels.
 """
 
-import json
 import urllib.error
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
-import h5py
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -27,7 +25,6 @@ from ear.images import to_signed
 from ear.progress import Progress
 
 CLASSIFIER, INCEPTION = "ear-classifier", "inception-v3-compat"
-SAMPLES_FORMAT = "ear-samples-1"
 FEATURES = 64  # of the classifier
 _LAYERS = {CLASSIFIER: ("features", "logits"), INCEPTION: ("2048", "logits_unbiased")}
 # Published weights carry the first 8 digits of their SHA-256 in their name.
@@ -256,11 +253,14 @@ def open_extractor(path: str | Path, device: torch.device) -> Extractor:
 
 
 class Source(Protocol):
-    """Labelled images that come in batches: uint8 [n, S, S, 3] and int [n]."""
+    """Labelled images, such as `ear.prepared.PreparedImages` and `ear.samples.GeneratedImages`."""
+
+    labels: np.ndarray  # int64 [N]
 
     def __len__(self) -> int: ...
 
-    def batches(self, batch_size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]: ...  # noqa: D102
+    def images(self, rows: range) -> np.ndarray:
+        """uint8 [n, S, S, 3] of consecutive images."""
 
 
 class Batch(NamedTuple):
@@ -279,64 +279,26 @@ def stream(source: Source, extractor: Extractor, *, batch_size: int, title: str)
     if not len(source):
         raise ValueError(f"{title}: there are no images; run the stage that writes them again.")
     with Progress(title, len(source)) as progress:
-        for images, labels in source.batches(batch_size):
-            features, logits = extractor(images)
+        for first in range(0, len(source), batch_size):
+            rows = range(first, min(first + batch_size, len(source)))
+            features, logits = extractor(source.images(rows))
             finite = features.isfinite().all(1) & logits.isfinite().all(1)
             if not finite.all():
-                first = progress.done + int((~finite).nonzero()[0])
+                bad = first + int((~finite).nonzero()[0])
                 raise ValueError(
-                    f"{title}: the features of image {first} are infinite or NaN; check the extractor's weights."
+                    f"{title}: the features of image {bad} are infinite or NaN; check the extractor's weights."
                 )
-            yield Batch(features, logits, torch.from_numpy(np.asarray(labels, dtype=np.int64)))
-            progress.advance(len(images))
+            yield Batch(features, logits, torch.from_numpy(source.labels[rows.start : rows.stop]))
+            progress.advance(len(rows))
 
 
-def extract(source: Source, extractor: Extractor, *, batch_size: int, title: str) -> Batch:
-    """`stream`, gathered: features of all N images (the images themselves are never all in memory)."""
-    return Batch(*map(torch.cat, zip(*stream(source, extractor, batch_size=batch_size, title=title), strict=True)))
-
-
-class GeneratedImages:
-    """The images of a samples.h5, opened while read.
-
-    Raises FileNotFoundError, or ValueError where the file is of another format or empty.
-    """
-
-    def __init__(self, path: str | Path):
-        self.path = Path(path)
-        if not self.path.is_file():
-            raise FileNotFoundError(f"{path} does not exist; run the stage that writes it (`dvc repro`).")
-        try:
-            with h5py.File(self.path) as file:
-                self._describe(file)
-        except (OSError, KeyError) as error:
-            raise ValueError(
-                f"{path} is not a readable file of samples ({error}); run the sample stage again."
-            ) from error
-
-    def _describe(self, file: h5py.File) -> None:
-        if file.attrs.get("format") != SAMPLES_FORMAT:
-            raise ValueError(
-                f"{self.path} has format {file.attrs.get('format')!r}, not {SAMPLES_FORMAT!r}; run the sample stage "
-                "again."
-            )
-        images, self.labels = file["images"], file["labels"][:].astype(np.int64)
-        side = images.shape[1] if images.ndim == 4 else 0
-        if images.dtype != np.uint8 or images.shape != (len(self.labels), side, side, 3):
-            raise ValueError(
-                f"{self.path} holds images {images.dtype} {list(images.shape)} and {len(self.labels)} labels, not "
-                "uint8 [N, S, S, 3] and N labels; run the sample stage again."
-            )
-        if not len(images):
-            raise ValueError(f"{self.path} holds no images; raise sample.count and run the sample stage again.")
-        self.image_size, self.sampling = side, json.loads(file.attrs["sampling"])
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def batches(self, batch_size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Yield (uint8 [n, S, S, 3], int64 [n]) in order."""
-        with h5py.File(self.path) as file:
-            for start in range(0, len(self), batch_size):
-                rows = slice(start, start + batch_size)
-                yield file["images"][rows], self.labels[rows]
+def gather(batches: Iterable[Batch], images: int) -> Batch:
+    """All `images` rows of the batches in one, written where they will stay: never twice in memory."""
+    whole, done = None, 0
+    for batch in batches:
+        whole = whole or Batch(*(part.new_empty(images, *part.shape[1:]) for part in batch))
+        for target, part in zip(whole, batch, strict=True):
+            target[done : done + len(part)] = part
+        done += len(batch.labels)
+    assert done == images, f"{done} rows for {images} images"
+    return whole

@@ -47,6 +47,12 @@ class Generator:
             )
         return cls(loaded, load_tokenizer(tokenizer), Statistics(**description["statistics"]), device)
 
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """H, W, 3 of an image."""
+        _, height, width = self.model.shape.latent
+        return height * self.tokenizer.downsample, width * self.tokenizer.downsample, 3
+
     def labels(self, wanted: Sequence[int | str]) -> list[int]:
         """Class numbers of numbers or names; raises ValueError naming the first unknown class."""
         classes = self.model.shape.classes

@@ -1,9 +1,7 @@
 """The classifier, both extractors under torch-fidelity, and the way of images from HDF5 to features."""
 
-import json
 import pickle
 
-import h5py
 import numpy as np
 import pytest
 import torch
@@ -11,7 +9,7 @@ import torch_fidelity
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
 from ear import features, metrics
-from ear.features import Classifier, GeneratedImages
+from ear.features import Classifier
 from ear.images import to_signed
 
 torch.set_num_threads(1)
@@ -26,13 +24,22 @@ def pictures(count: int, size: int = 8, seed: int = 0) -> np.ndarray:
     return np.random.RandomState(seed).randint(0, 256, (count, size, size, 3), dtype=np.uint8)
 
 
-def write_samples(path, images, labels=None, **changes):
-    attributes = {"format": "ear-samples-1", "sampling": json.dumps({"classes": ["a", "b"], "steps": 4})} | changes
-    with h5py.File(path, "w") as file:
-        file["images"] = images
-        file["labels"] = np.arange(len(images), dtype=np.int32) % 2 if labels is None else labels
-        file.attrs.update(attributes)
-    return path
+class InMemory:
+    """A source of images whose labels alternate."""
+
+    def __init__(self, images: np.ndarray):
+        self._images, self.labels = images, np.arange(len(images)) % 2
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def images(self, rows: range) -> np.ndarray:
+        return self._images[rows.start : rows.stop]
+
+
+def extract(images: np.ndarray, extractor, batch_size: int) -> features.Batch:
+    batches = features.stream(InMemory(images), extractor, batch_size=batch_size, title="samples")
+    return features.gather(batches, len(images))
 
 
 @pytest.fixture
@@ -132,8 +139,7 @@ def test_torch_fidelity_agrees_from_images_to_figures(extractor, tmp_path):
         cache=False,
         verbose=False,
     )
-    samples = GeneratedImages(write_samples(tmp_path / "samples.h5", generated))
-    ours = features.extract(samples, extractor, batch_size=16, title="samples")
+    ours = extract(generated, extractor, batch_size=16)
     found, _ = extractor(real)
     moments = metrics.Moments()
     moments.add(found)
@@ -151,47 +157,23 @@ def test_torch_fidelity_agrees_from_images_to_figures(extractor, tmp_path):
     assert (figures["precision"], figures["recall"]) == pytest.approx((theirs["precision"], theirs["recall"]))
 
 
-def test_samples_come_in_order_whatever_the_batch(tmp_path, extractor):
+def test_images_come_in_order_whatever_the_batch(extractor):
     images = pictures(10)
-    samples = GeneratedImages(write_samples(tmp_path / "samples.h5", images))
-    assert (len(samples), samples.image_size, samples.sampling["steps"]) == (10, 8, 4)
-    batches = list(samples.batches(4))
-    assert [len(labels) for _, labels in batches] == [4, 4, 2]
-    assert np.array_equal(np.concatenate([part for part, _ in batches]), images)
-    small, large = (features.extract(samples, extractor, batch_size=size, title="samples") for size in (3, 10))
+    small, large = (extract(images, extractor, batch_size=size) for size in (3, 10))
     torch.testing.assert_close(small, large)
+    torch.testing.assert_close(large.features, extractor(images)[0])
     assert small.labels.tolist() == [0, 1] * 5
 
 
-@pytest.mark.parametrize(
-    ("images", "labels", "changes", "message"),
-    [
-        (pictures(0), None, {}, "holds no images; raise sample.count"),
-        (pictures(2), None, {"format": "other-1"}, "has format 'other-1', not 'ear-samples-1'"),
-        (pictures(2).astype(np.float32), None, {}, r"images float32 \[2, 8, 8, 3\]"),
-        (pictures(2)[:, :4], None, {}, r"images uint8 \[2, 4, 8, 3\]"),
-        (pictures(2), np.zeros(3, np.int32), {}, "and 3 labels"),
-    ],
-)
-def test_wrong_samples_are_refused(tmp_path, images, labels, changes, message):
-    path = write_samples(tmp_path / "samples.h5", images, labels, **changes)
-    with pytest.raises(ValueError, match=message):
-        GeneratedImages(path)
+def test_no_images_are_refused(extractor):
+    with pytest.raises(ValueError, match="samples: there are no images"):
+        extract(pictures(0), extractor, batch_size=3)
 
 
-def test_absent_and_broken_samples_are_refused(tmp_path):
-    with pytest.raises(FileNotFoundError, match="does not exist; run the stage"):
-        GeneratedImages(tmp_path / "samples.h5")
-    (tmp_path / "samples.h5").write_bytes(b"no HDF5")
-    with pytest.raises(ValueError, match="not a readable file of samples"):
-        GeneratedImages(tmp_path / "samples.h5")
-
-
-def test_non_finite_features_name_the_image(extractor, tmp_path):
-    samples = GeneratedImages(write_samples(tmp_path / "samples.h5", pictures(6)))
+def test_non_finite_features_name_the_image(extractor):
     extractor.module.classifier.head.bias.fill_(float("nan"))
     with pytest.raises(ValueError, match="samples: the features of image 0 are infinite or NaN"):
-        features.extract(samples, extractor, batch_size=4, title="samples")
+        extract(pictures(6), extractor, batch_size=4)
 
 
 def test_files_that_describe_no_extractor_are_refused(tmp_path):
