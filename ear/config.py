@@ -202,6 +202,9 @@ class Reference:
 class Evaluate:
     """How generated images are scored."""
 
+    repeats: int = option(
+        "runs of sample.count / repeats images scored on their own: figures are means, with their range", minimum=1
+    )
     kid_subset_size: int = option("KID: images per subset; at most the number of images", minimum=2)
     neighborhood: int = option("precision and recall: k of the k-nearest-neighbour manifolds", minimum=1)
     seed: int = option("seed of KID's subsets and Inception score's splits", minimum=0)
@@ -247,6 +250,11 @@ class Parameters:
             raise ValueError(
                 f"train.micro_batch_size is {self.train.micro_batch_size} and does not divide train.global_batch_size, "
                 f"{self.train.global_batch_size}; choose a divisor."
+            )
+        if self.sample.count % self.evaluate.repeats:
+            raise ValueError(
+                f"evaluate.repeats is {self.evaluate.repeats} and does not divide sample.count, {self.sample.count}; "
+                "published figures have 50,000 images per repeat."
             )
         if self.data.source == "folder" and not self.data.path:
             raise ValueError("data.path is empty, but data.source is folder; name the folder of class folders.")

@@ -263,6 +263,21 @@ class Source(Protocol):
         """uint8 [n, S, S, 3] of consecutive images."""
 
 
+class Selection:
+    """Some rows of a source that gives any rows, in the order given."""
+
+    def __init__(self, source: Source, rows: Tensor):
+        self._source, self._rows = source, rows.numpy()
+        self.labels = source.labels[self._rows]
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def images(self, rows: range) -> np.ndarray:
+        """uint8 [n, S, S, 3]."""
+        return self._source.images(self._rows[rows.start : rows.stop])
+
+
 class Batch(NamedTuple):
     """What an extractor says of n consecutive images."""
 

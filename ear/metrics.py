@@ -1,4 +1,4 @@
-"""Figures that compare generated with real images in a feature space, and the protocol they were measured under.
+"""Figures that compare generated with real images in a feature space.
 
 Frechet distance (Heusel et al. 2017, "GANs trained by a two time-scale update rule"), Inception score (Salimans et al.
 2016), kernel distance (Binkowski et al. 2018) and improved precision and recall (Kynkaanniemi et al. 2019), computed
@@ -7,6 +7,7 @@ by torch-fidelity from features extracted elsewhere, in float64. N is a number o
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from zipfile import BadZipFile
 
@@ -17,13 +18,12 @@ from torch_fidelity import metric_fid, metric_isc, metric_kid, metric_prc
 
 from ear.records import read_tensors, sha256, write_tensors
 
-PUBLISHED_IMAGES = 50_000  # generated images behind a published FID
 REFERENCE_ROWS = 10_000  # real images behind precision, recall and kernel distance, as in ADM's ImageNet reference
 FRECHET_METHOD = "float64 sums; eigenvalues of sigma1 sigma2; biased upward where images are few"
 _SPLITS = 10  # of the Inception score
 _SUBSETS = 100  # of the kernel distance
 _FLOOR_SUBSET = 1000  # images per subset of the floor's kernel distance, at most
-_ROWS_AT_ONCE = 2000  # of the distance matrix of precision and recall
+_ROWS_AT_ONCE = 1000  # of features in float64, and of the distance matrix of precision and recall
 
 
 @dataclass(frozen=True)
@@ -63,21 +63,23 @@ class Reference:
 
     gaussian: Gaussian
     features: Tensor  # float32 [rows, D], for the kernel distance, precision and recall
+    held_out: Gaussian  # of the held-out real images, which reconstructions of these are compared with
     description: dict
 
     def save(self, path: str | Path) -> None:
-        """Write tensors mu, sigma and features, and the description."""
-        write_tensors(path, {**vars(self.gaussian), "features": self.features}, self.description)
+        """Write tensors mu, sigma, features, held_out_mu and held_out_sigma, and the description."""
+        held_out = {f"held_out_{name}": tensor for name, tensor in vars(self.held_out).items()}
+        write_tensors(path, {**vars(self.gaussian), "features": self.features, **held_out}, self.description)
 
     @classmethod
     def load(cls, path: str | Path) -> "Reference":
         """Read what `save` wrote; raises FileNotFoundError or ValueError."""
         tensors, description = read_tensors(path)
-        if tensors.keys() != {"mu", "sigma", "features"}:
-            raise ValueError(
-                f"{path} holds {sorted(tensors)}, not mu, sigma and features; run the reference stage again."
-            )
-        return cls(Gaussian(tensors["mu"], tensors["sigma"]), tensors["features"], description)
+        names = ("mu", "sigma", "features", "held_out_mu", "held_out_sigma")
+        if tensors.keys() != set(names):
+            raise ValueError(f"{path} holds {sorted(tensors)}, not {', '.join(names)}; run the reference stage again.")
+        mu, sigma, features, *held_out = (tensors[name] for name in names)
+        return cls(Gaussian(mu, sigma), features, Gaussian(*held_out), description)
 
     def check(self, *, extractor_sha256: str, image_size: int, classes: list[str]) -> None:
         """Raise ValueError unless generated images of this size and these classes can be compared with it."""
@@ -109,10 +111,15 @@ class Summary:
     accuracy: float  # share of images whose largest logit is that of their label
 
 
+def evenly(images: int, rows: int) -> Tensor:
+    """Numbers of `rows` of the images (of all, if there are no more) at even distances, int64."""
+    rows = min(rows, images)
+    return torch.arange(rows) * images // rows
+
+
 def summarise(batches: Iterable[tuple[Tensor, Tensor, Tensor]], *, images: int, rows: int) -> Summary:
     """One pass over (features [n, D], logits [n, K], labels [n]) of all `images`; at most `rows` features are kept."""
-    rows = min(rows, images)
-    chosen = torch.arange(rows) * images // rows
+    chosen = evenly(images, rows)
     moments, kept, hits = Moments(), [], 0.0
     for features, logits, labels in batches:
         first, last = torch.searchsorted(chosen, torch.tensor([moments.count, moments.count + len(features)]))
@@ -168,37 +175,44 @@ def frechet_distance(first: Gaussian, second: Gaussian) -> float:
 def inception_score(logits: Tensor, *, seed: int) -> tuple[float, float]:
     """(mean, standard deviation) over 10 random splits of exp(E KL(p(y|x) || p(y))), from logits [N, K].
 
-    Needs at least 10 images.
+    Needs at least 10 images. The splits are torch-fidelity's, taken one by one to save memory.
     """
-    score = metric_isc.isc_features_to_metric(logits, splits=_SPLITS, shuffle=True, rng_seed=seed)
-    return score[metric_isc.KEY_METRIC_ISC_MEAN], score[metric_isc.KEY_METRIC_ISC_STD]
+    order = torch.from_numpy(np.random.RandomState(seed).permutation(len(logits)))
+    ends = [k * len(logits) // _SPLITS for k in range(_SPLITS + 1)]
+    scores = [
+        metric_isc.isc_features_to_metric(logits[order[start:end]], splits=1, shuffle=False)
+        for start, end in pairwise(ends)
+    ]
+    return _spread([score[metric_isc.KEY_METRIC_ISC_MEAN] for score in scores])
 
 
 def kernel_distance(generated: Tensor, real: Tensor, *, subset_size: int, seed: int) -> tuple[float, float]:
     """(mean, standard deviation) over 100 random subsets of the squared MMD, kernel (x.y / D + 1)^3; [N, D] each.
 
-    Unbiased, so that values slightly below 0 are valid. A subset must not be larger than a set.
+    Unbiased, so that values slightly below 0 are valid. A subset must not be larger than a set. The subsets are
+    torch-fidelity's; only their rows are widened to float64.
     """
-    distance = metric_kid.kid_features_to_metric(
-        generated.double(),
-        real.double(),
-        kid_subsets=_SUBSETS,
-        kid_subset_size=subset_size,
-        rng_seed=seed,
-        verbose=False,
-    )
-    return distance[metric_kid.KEY_METRIC_KID_MEAN], distance[metric_kid.KEY_METRIC_KID_STD]
+    random, distances = np.random.RandomState(seed), []
+    for _ in range(_SUBSETS):
+        rows = [random.choice(len(x), subset_size, replace=False) for x in (generated, real)]
+        pair = (x[chosen].double().numpy() for x, chosen in zip((generated, real), rows, strict=True))
+        distances.append(metric_kid.kernel_mmd(*pair))
+    return _spread(distances)
+
+
+def _spread(values: list[float]) -> tuple[float, float]:
+    return float(np.mean(values)), float(np.std(values))
 
 
 def precision_recall(generated: Tensor, real: Tensor, *, neighborhood: int) -> tuple[float, float]:
     """(precision, recall) in [0, 1]: the shares of generated and of real images within the other set's manifold.
 
     The manifold is the union of balls that reach to each image's `neighborhood`-th nearest neighbour; [N, D] each.
-    Each set needs more images than `neighborhood`.
+    Each set needs more images than `neighborhood`. Distances are float32, as features are.
     """
     shares = metric_prc.prc_features_to_metric(
-        generated.double(),
-        real.double(),
+        generated,
+        real,
         prc_neighborhood=neighborhood,
         prc_batch_size=_ROWS_AT_ONCE,
         save_cpu_ram=True,
@@ -250,7 +264,8 @@ def compare(
 ) -> dict[str, float]:
     """All figures by name; `check_counts` says what they need."""
     moments = Moments()
-    moments.add(features)
+    for part in features.split(_ROWS_AT_ONCE):
+        moments.add(part)
     score, score_std = inception_score(logits, seed=seed)
     kid, kid_std = kernel_distance(features, reference.features, subset_size=kid_subset_size, seed=seed)
     precision, recall = precision_recall(features, reference.features, neighborhood=neighborhood)
@@ -265,22 +280,24 @@ def compare(
     }
 
 
-def incomparable(*, images: int, published_extractor: bool, published_reference: bool) -> list[str]:
-    """Reasons, possibly none, why the figures must not stand beside published ones."""
-    reasons = {
-        f"{images} generated images, fewer than {PUBLISHED_IMAGES}": images < PUBLISHED_IMAGES,
-        "another extractor than the published Inception weights": not published_extractor,
-        "another reference than published statistics (reference.statistics)": not published_reference,
+def across(blocks: list[dict[str, float]]) -> dict:
+    """Figures of seed blocks => their means and, where there are several blocks, the `range` of each, [least, most]."""
+    columns = {name: [block[name] for block in blocks] for name in blocks[0]}
+    means = {name: float(np.mean(values)) for name, values in columns.items()}
+    ranges = {name: [min(values), max(values)] for name, values in columns.items()}
+    return means | ({"range": ranges} if len(blocks) > 1 else {})
+
+
+def reconstruction(batches: Iterable[tuple[Tensor, ...]], reference: Reference) -> dict[str, float]:
+    """What the tokenizer alone does to held-out images, from the features of their reconstructions, batch by batch.
+
+    rfid: Frechet distance to the held-out images themselves. rfid_train: to the reference, as `fid` is measured.
+    """
+    moments = Moments()
+    for features, *_ in batches:
+        moments.add(features)
+    gaussian = moments.gaussian()
+    return {
+        "rfid": frechet_distance(gaussian, reference.held_out),
+        "rfid_train": frechet_distance(gaussian, reference.gaussian),
     }
-    return [reason for reason, holds in reasons.items() if holds]
-
-
-def readable(figures: dict, indent: str = "") -> list[str]:
-    """One line per entry of a nested dictionary, digests shortened to 12 characters."""
-    lines = []
-    for name, value in figures.items():
-        if isinstance(value, dict):
-            lines += [f"{indent}{name}:", *readable(value, indent + "  ")]
-        else:
-            lines.append(f"{indent}{name}: {value[:12] if name.endswith('sha256') and value else value}")
-    return lines

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from ear import device as devices
-from ear import features, metrics, randomness, records
+from ear import features, metrics, protocol, randomness, records
 from ear.images import to_signed
 from ear.optimizer import Group, adamw, schedule
 from ear.prepared import PreparedImages
@@ -36,7 +36,7 @@ def work(parameters) -> None:
         reference, figures = describe(train, val, extractor, options)
         reference.save(folder / "features.safetensors")
         records.write_json(folder / "metrics.json", records.rounded(figures))
-    print("\n".join(metrics.readable(records.rounded(figures))))
+    print("\n".join(protocol.readable(records.rounded(figures))))
 
 
 def train_classifier(train: PreparedImages, options, folder: Path, device: torch.device) -> features.Classifier:
@@ -74,21 +74,21 @@ def train_classifier(train: PreparedImages, options, folder: Path, device: torch
 def describe(train: PreparedImages, val: PreparedImages, extractor: features.Extractor, options):
     """(reference, figures), from one pass over the training and one over the held-out images."""
     identity = {"name": "training images", "images": len(train), "statistics_sha256": ""}
-    published = None
-    if options.statistics:  # read before the long work
+    published, seen = None, train
+    if options.statistics:  # read before the long work, which is then short: only single features are needed
         published, digest = metrics.read_statistics(options.statistics, dimension=extractor.dimension)
         identity = {"name": options.statistics, "images": None, "statistics_sha256": digest}
-    sets = {
-        title: metrics.summarise(
+        seen = features.Selection(train, metrics.evenly(len(train), metrics.REFERENCE_ROWS))
+    real, held_out = (
+        metrics.summarise(
             features.stream(images, extractor, batch_size=options.batch_size, title=f"{title} images"),
             images=len(images),
             rows=metrics.REFERENCE_ROWS,
         )
-        for title, images in {"training": train, "held-out": val}.items()
-    }
+        for title, images in {"training": seen, "held-out": val}.items()
+    )
     identity |= {"classes": list(train.classes), "image_size": train.image_size, "extractor_sha256": extractor.sha256}
-    real, held_out = sets["training"], sets["held-out"]
-    reference = metrics.Reference(published or real.gaussian, real.features, identity)
+    reference = metrics.Reference(published or real.gaussian, real.features, held_out.gaussian, identity)
     figures = {"train_images": len(train), "val_images": len(val)}
     if extractor.name == features.CLASSIFIER:
         figures |= {"train_accuracy": real.accuracy, "val_accuracy": held_out.accuracy}

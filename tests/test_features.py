@@ -146,7 +146,7 @@ def test_torch_fidelity_agrees_from_images_to_figures(extractor, tmp_path):
     figures = metrics.compare(
         ours.features,
         ours.logits,
-        metrics.Reference(moments.gaussian(), found, {}),
+        metrics.Reference(moments.gaussian(), found, moments.gaussian(), {}),
         kid_subset_size=20,
         neighborhood=3,
         seed=2020,

@@ -6,7 +6,7 @@ import torch
 
 from ear import metrics
 from ear.metrics import Gaussian, Moments, Reference
-from ear.records import rounded, sha256
+from ear.records import sha256
 
 torch.set_num_threads(1)
 
@@ -26,7 +26,7 @@ def gaussian(features: torch.Tensor) -> Gaussian:
 
 def reference(features: torch.Tensor, **changes) -> Reference:
     description = {"extractor_sha256": "a" * 64, "image_size": 16, "classes": ["0", "1"]}
-    return Reference(gaussian(features), features, description | changes)
+    return Reference(gaussian(features), features, gaussian(features), description | changes)
 
 
 def test_moments_in_batches_are_numpys_mean_and_covariance():
@@ -187,6 +187,7 @@ def test_reference_survives_the_disk_byte_for_byte(tmp_path):
     read = Reference.load(tmp_path / "a")
     assert torch.equal(read.features, written.features)
     assert torch.equal(read.gaussian.sigma, written.gaussian.sigma)
+    assert torch.equal(read.held_out.mu, written.held_out.mu)
     assert read.description == written.description
 
 
@@ -242,24 +243,17 @@ def test_absent_and_broken_statistics_are_refused(tmp_path):
         metrics.read_statistics(tmp_path / "array.npy", dimension=3)
 
 
-def test_only_the_published_protocol_is_comparable():
-    facts = {"images": 50_000, "published_extractor": True, "published_reference": True}
-    assert metrics.incomparable(**facts) == []
-    assert metrics.incomparable(**(facts | {"images": 1000})) == ["1000 generated images, fewer than 50000"]
-    assert len(metrics.incomparable(images=10, published_extractor=False, published_reference=False)) == 3
+def test_figures_across_blocks_are_means_with_their_range():
+    blocks = [{"fid": 2.0, "recall": 0.5}, {"fid": 4.0, "recall": 0.25}, {"fid": 3.0, "recall": 0.75}]
+    assert metrics.across(blocks) == {"fid": 3.0, "recall": 0.5, "range": {"fid": [2.0, 4.0], "recall": [0.25, 0.75]}}
+    assert metrics.across(blocks[:1]) == blocks[0]
 
 
-def test_figures_are_rounded_and_readable():
-    figures = {"fid": 1.23456789, "n": 3, "deep": {"sha256": "0123456789abcdef", "list": [0.1234567]}}
-    assert rounded(figures) == {
-        "fid": 1.23457,
-        "n": 3,
-        "deep": {"sha256": "0123456789abcdef", "list": [0.123457]},
-    }
-    assert metrics.readable(figures) == [
-        "fid: 1.23456789",
-        "n: 3",
-        "deep:",
-        "  sha256: 0123456789ab",
-        "  list: [0.1234567]",
-    ]
+def test_reconstructions_are_compared_with_their_originals_and_with_the_reference():
+    train, held_out = cloud(400), cloud(300, seed=1)
+    pair = Reference(gaussian(train), train, gaussian(held_out), {})
+    exact = metrics.reconstruction([(part,) for part in held_out.split(64)], pair)
+    assert exact["rfid"] == pytest.approx(0, abs=1e-9)
+    assert exact["rfid_train"] == pytest.approx(metrics.frechet_distance(gaussian(held_out), gaussian(train)))
+    shifted = metrics.reconstruction([(held_out + 1,)], pair)
+    assert shifted["rfid"] == pytest.approx(8)  # |mu1 - mu2|^2 in 8 dimensions

@@ -1,0 +1,91 @@
+"""What is said about how figures were measured."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from ear import features, protocol
+from ear.metrics import Gaussian, Reference
+from ear.records import rounded
+
+CLASSES = [str(k) for k in range(1000)]
+SAMPLING = {"steps": 64, "guidance": 3.0, "seed": 0, "classes": CLASSES}
+
+
+def reference(statistics_sha256: str = "5" * 64) -> Reference:
+    gaussian = Gaussian(torch.zeros(3).double(), torch.eye(3).double())
+    description = {"name": "adm.npz", "images": None, "statistics_sha256": statistics_sha256, "classes": CLASSES}
+    return Reference(gaussian, torch.zeros(7, 3), gaussian, description)
+
+
+def described(count: int = 50_000, *, blocks: int = 1, extractor_sha256: str = "6726825d" + "0" * 56, **changes):
+    """(protocol, reasons against comparing) of balanced labels and the published extractor and statistics."""
+    real = reference(**changes)
+    extractor = features.Extractor(
+        SimpleNamespace(), features.INCEPTION, extractor_sha256, ("2048", "logits_unbiased"), torch.device("cpu")
+    )
+    how = protocol.describe(
+        SAMPLING,
+        [np.arange(count) % 1000] * blocks,
+        extractor=extractor,
+        held_out_accuracy=None,
+        reference=real,
+        reference_sha256="7" * 64,
+        evaluation={"seed": 2020},
+    )
+    return how, protocol.incomparable(how, extractor=extractor, reference=real)
+
+
+def test_the_published_protocol_is_comparable():
+    how, why = described(blocks=3)
+    assert why == []
+    assert how["metric"] == "FID-50k"
+    assert (how["images"], how["blocks"]) == (50_000, 3)
+    assert how["images_per_class"] == {"least": 50, "most": 50}
+    assert how["sampling"] == {"steps": 64, "guidance": 3.0, "seed": 0}
+    assert how["extractor"]["features"] == 2048
+    assert how["reference"] == {"name": "adm.npz", "images": None, "sha256": "5" * 64, "rows": 7}
+    assert how["evaluation"] == {"seed": 2020}
+
+
+@pytest.mark.parametrize(
+    ("changes", "reasons"),
+    [
+        ({"count": 10_000}, ["10000 generated images, fewer than 50000"]),
+        ({"count": 50_010}, ["50 to 51 images per class"]),
+        ({"extractor_sha256": "0" * 64}, ["another extractor than the published Inception weights"]),
+        ({"statistics_sha256": ""}, ["another reference than published statistics (reference.statistics)"]),
+        ({"count": 10, "statistics_sha256": ""}, ["10 generated", "0 to 1 images per class", "another reference"]),
+    ],
+)
+def test_what_forbids_comparing_is_named(changes, reasons):
+    _, why = described(**changes)
+    assert len(why) == len(reasons)
+    assert all(found.startswith(reason) for found, reason in zip(why, reasons, strict=True))
+
+
+def test_own_statistics_are_named_by_their_file():
+    how, _ = described(statistics_sha256="")
+    assert how["reference"]["sha256"] == "7" * 64
+
+
+def test_distances_say_how_many_images_they_stand_on():
+    assert [protocol.fid_name(n) for n in (50_000, 1000, 360, 1500)] == ["FID-50k", "FID-1k", "FID-360", "FID-1500"]
+
+
+def test_figures_are_rounded_and_readable():
+    figures = {"fid": 1.23456789, "n": 3, "deep": {"sha256": "0123456789abcdef", "list": [0.1234567]}}
+    assert rounded(figures) == {
+        "fid": 1.23457,
+        "n": 3,
+        "deep": {"sha256": "0123456789abcdef", "list": [0.123457]},
+    }
+    assert protocol.readable(figures) == [
+        "fid: 1.23456789",
+        "n: 3",
+        "deep:",
+        "  sha256: 0123456789ab",
+        "  list: [0.1234567]",
+    ]
