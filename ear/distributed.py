@@ -140,6 +140,33 @@ def from_main(work: Callable[[], Result]) -> Result:
     return result[0]
 
 
+def in_turns(items: Sequence, work: Callable[[object], Result]) -> Iterator[Result]:
+    """`work(item)` of every item, one item per process at a time: all results in order, in the main process alone.
+
+    In the others the iterator yields nothing, but has to be exhausted all the same: that is where they work.
+    """
+    if size() == 1:
+        yield from map(work, items)
+        return
+    from torch import distributed
+
+    for start in range(0, len(items), size()):
+        own = start + rank()
+        result = work(items[own]) if own < len(items) else None
+        results = [None] * size() if is_main() else None
+        distributed.gather_object(result, results, dst=0)
+        yield from (results or [])[: len(items) - start]
+
+
+def on_main(results: Iterator, consume: Callable[[Iterator], Result]) -> Result | None:
+    """`consume(results)` in the main process; the others take part in making the results, and get None."""
+    if is_main():
+        return consume(results)
+    for _ in results:
+        pass
+    return None
+
+
 def launch(module: str, arguments: Sequence[str], processes: int) -> int:
     """Run `python -m module arguments` as `processes` processes on this machine; returns the exit code of the whole.
 

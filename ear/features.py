@@ -20,7 +20,7 @@ from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
 from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY, register_feature_extractor
 from torch_fidelity.utils import create_feature_extractor
 
-from ear import records
+from ear import distributed, records
 from ear.images import to_signed
 from ear.progress import Progress
 
@@ -289,22 +289,28 @@ class Batch(NamedTuple):
 def stream(source: Source, extractor: Extractor, *, batch_size: int, title: str) -> Iterator[Batch]:
     """Yield features, logits and labels of all images in order.
 
-    Raises ValueError where there is no image, or a feature is infinite or NaN.
+    Of many processes each looks at every so-manieth batch, and the main one yields all; so what comes of them does not
+    depend on their number (see `distributed.in_turns`). Raises ValueError where there is no image, or a feature is
+    infinite or NaN.
     """
     if not len(source):
         raise ValueError(f"{title}: there are no images; run the stage that writes them again.")
+
+    def look(first: int) -> Batch:
+        rows = range(first, min(first + batch_size, len(source)))
+        features, logits = extractor(source.images(rows))
+        finite = features.isfinite().all(1) & logits.isfinite().all(1)
+        if not finite.all():
+            bad = first + int((~finite).nonzero()[0])
+            raise ValueError(
+                f"{title}: the features of image {bad} are infinite or NaN; check the extractor's weights."
+            )
+        return Batch(features, logits, torch.from_numpy(source.labels[rows.start : rows.stop]))
+
     with Progress(title, len(source)) as progress:
-        for first in range(0, len(source), batch_size):
-            rows = range(first, min(first + batch_size, len(source)))
-            features, logits = extractor(source.images(rows))
-            finite = features.isfinite().all(1) & logits.isfinite().all(1)
-            if not finite.all():
-                bad = first + int((~finite).nonzero()[0])
-                raise ValueError(
-                    f"{title}: the features of image {bad} are infinite or NaN; check the extractor's weights."
-                )
-            yield Batch(features, logits, torch.from_numpy(source.labels[rows.start : rows.stop]))
-            progress.advance(len(rows))
+        for batch in distributed.in_turns(range(0, len(source), batch_size), look):
+            yield batch
+            progress.advance(len(batch.labels))
 
 
 def gather(batches: Iterable[Batch], images: int) -> Batch:

@@ -292,6 +292,7 @@ def reconstruction(batches: Iterable[tuple[Tensor, ...]], reference: Reference) 
     """What the tokenizer alone does to held-out images, from the features of their reconstructions, batch by batch.
 
     rfid: Frechet distance to the held-out images themselves. rfid_train: to the reference, as `fid` is measured.
+    images: how many there are.
     """
     moments = Moments()
     for features, *_ in batches:
@@ -300,4 +301,5 @@ def reconstruction(batches: Iterable[tuple[Tensor, ...]], reference: Reference) 
     return {
         "rfid": frechet_distance(gaussian, reference.held_out),
         "rfid_train": frechet_distance(gaussian, reference.gaussian),
+        "images": moments.count,
     }

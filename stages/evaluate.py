@@ -8,7 +8,7 @@ share of images that it takes for their class is a figure too.
 from dataclasses import asdict
 
 from ear import device as devices
-from ear import features, metrics, protocol, records
+from ear import distributed, features, metrics, protocol, records
 from ear.autoencoder import load_tokenizer
 from ear.prepared import PreparedImages
 from ear.reconstruction import Reconstructions
@@ -31,9 +31,13 @@ def work(parameters) -> None:
     counts = {key: options[key] for key in ("kid_subset_size", "neighborhood")}
     metrics.check_counts(generated=len(blocks[0]), real=len(reference.features), **counts)
 
-    figures = metrics.across([score(block, extractor, reference, options, size) for block in blocks])
+    blocks_figures = [score(block, extractor, reference, options, size) for block in blocks]
+    distances = reconstruct(extractor, reference, device, size)
+    if not distributed.is_main():
+        return
+    figures = metrics.across(blocks_figures)
     figures |= {"fid_floor": real["fid"], "fid_ratio": figures["fid"] / real["fid"] if real["fid"] > 0 else None}
-    figures["reconstruction"] = reconstruct(extractor, reference, device, size)
+    figures["reconstruction"] = distances | {"psnr": records.read_json(TOKENIZER_FIGURES)["psnr"]}
     described = protocol.describe(
         made.sampling,
         [block.labels for block in blocks],
@@ -52,22 +56,23 @@ def work(parameters) -> None:
 
 
 def score(block: Block, extractor: features.Extractor, reference: metrics.Reference, options: dict, batch_size: int):
-    """All figures of one block."""
+    """All figures of one block; None beside the main process."""
     batches = features.stream(block, extractor, batch_size=batch_size, title="samples")
-    generated = features.gather(batches, len(block))
+    generated = distributed.on_main(batches, lambda batches: features.gather(batches, len(block)))
+    if generated is None:
+        return None
     figures = metrics.compare(generated.features, generated.logits, reference, **options)
     if extractor.name == features.CLASSIFIER:
         figures["class_accuracy"] = metrics.class_accuracy(generated.logits, generated.labels)
     return figures
 
 
-def reconstruct(extractor: features.Extractor, reference: metrics.Reference, device, batch_size: int) -> dict:
+def reconstruct(extractor: features.Extractor, reference: metrics.Reference, device, batch_size: int) -> dict | None:
     """What the tokenizer costs: the distances of reconstructed held-out images to these and to the reference."""
     source = Reconstructions(PreparedImages("data/prepared", "val"), load_tokenizer(TOKENIZER), device)
     batches = features.stream(source, extractor, batch_size=batch_size, title="reconstructions")
-    distances = metrics.reconstruction(batches, reference)
-    return distances | {"psnr": records.read_json(TOKENIZER_FIGURES)["psnr"], "images": len(source)}
+    return distributed.on_main(batches, lambda batches: metrics.reconstruction(batches, reference))
 
 
 if __name__ == "__main__":
-    program.run("evaluate", work, __doc__)
+    program.run("evaluate", work, __doc__, many_processes=True)

@@ -8,8 +8,8 @@ from dataclasses import asdict
 from pathlib import Path
 
 from ear import device as devices
-from ear import records, samples
-from ear.generation import Generator, balanced_labels, batches
+from ear import distributed, records, samples
+from ear.generation import Generator, balanced_labels
 from ear.pictures import grid, save_png
 from ear.progress import Progress
 from stages import program
@@ -25,26 +25,41 @@ def work(parameters) -> None:
     generator = Generator.open(MODEL, TOKENIZER, device)
     classes = generator.model.shape.classes
     labels = balanced_labels(options.count, len(classes))
-    folder = program.scratch("sample", parameters, [MODEL, TOKENIZER])
-    file = folder / "samples.h5"
+    file = program.scratch("sample", parameters, [MODEL, TOKENIZER]) / "samples.h5"
+    missing = distributed.from_main(lambda: begin(file, generator, labels, options))
+    draw(generator, labels, missing, options, file)
+    if distributed.is_main():
+        publish(file, columns=min(len(classes), 10))
+
+
+def begin(file: Path, generator: Generator, labels: list[int], options) -> list[int]:
+    """Numbers of the first images of the batches that are missing in the file, which is laid out if it is new."""
     if not file.is_file():
         sources = {"model_sha256": records.sha256(MODEL), "tokenizer_sha256": records.sha256(TOKENIZER)}
-        sampling = {**asdict(options), "classes": list(classes), **sources}
+        sampling = {**asdict(options), "classes": list(generator.model.shape.classes), **sources}
         samples.create(file, labels=labels, image_shape=generator.image_shape, sampling=sampling)
-    draw(generator, labels, options, file)
-    publish(file, columns=min(len(classes), 10))
+    return [first for first in range(0, len(labels), options.batch_size) if not finished(file, first).exists()]
 
 
-def draw(generator: Generator, labels: list[int], options, file: Path) -> None:
-    """Fill the file batch by batch; an empty file beside it marks each one that is finished."""
+def finished(file: Path, first: int) -> Path:
+    """The empty file that marks a batch as finished."""
+    return file.with_name(f"finished-{first:09d}")
+
+
+def draw(generator: Generator, labels: list[int], missing: list[int], options, file: Path) -> None:
+    """Fill the file batch by batch, each process every so-manieth of them."""
     settings = {name: getattr(options, name) for name in ("steps", "guidance", "schedule", "temperature", "seed")}
-    with Progress("sampling", len(labels)) as progress:
-        for first, part in batches(labels, options.batch_size):
-            finished = file.with_name(f"finished-{first:09d}")
-            if not finished.exists():
-                samples.write(file, first, generator.images(part, first=first, **settings))
-                finished.touch()
-            progress.advance(len(part))
+
+    def batch(first: int) -> int:
+        images = generator.images(labels[first : first + options.batch_size], first=first, **settings)
+        samples.write(file, first, images)
+        finished(file, first).touch()
+        return len(images)
+
+    left = sum(len(labels[first : first + options.batch_size]) for first in missing)
+    with Progress("sampling", len(labels), start=len(labels) - left) as progress:
+        for count in distributed.in_turns(missing, batch):
+            progress.advance(count)
 
 
 def publish(file: Path, columns: int) -> None:
@@ -56,4 +71,4 @@ def publish(file: Path, columns: int) -> None:
 
 
 if __name__ == "__main__":
-    program.run("sample", work, __doc__)
+    program.run("sample", work, __doc__, many_processes=True)

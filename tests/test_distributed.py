@@ -53,6 +53,20 @@ def test_processes_add_decide_and_listen_to_the_main_one():
         assert found == (True, False)
 
 
+@pytest.mark.parametrize("items", [0, 1, 5, 6])
+def test_items_are_worked_on_in_turns_and_come_in_order(items):
+    def work():
+        worked = []
+        results = distributed.in_turns(range(items), lambda item: worked.append(item) or 10 * item)
+        return worked, distributed.on_main(results, list)
+
+    (first, results), (second, nothing) = together(work)
+    assert results == [10 * item for item in range(items)]
+    assert nothing is None
+    assert (first, second) == (list(range(0, items, 2)), list(range(1, items, 2)))
+    assert distributed.on_main(distributed.in_turns(range(items), lambda item: 10 * item), list) == results
+
+
 @pytest.mark.parametrize("failing", [0, 1])
 def test_one_failure_ends_all_and_is_told_once(failing):
     def work():

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from omegaconf import OmegaConf
+from processes import together
 from safetensors.numpy import load_file
 
 from ear import config, features
@@ -80,8 +81,8 @@ def finished(tmp_path_factory) -> Path:
     folder, before = link_code(tmp_path_factory.mktemp("repository")), Path.cwd()
     os.chdir(folder)
     try:
-        for stage in ("fetch", "prepare", "reference"):
-            run(stage)
+        for stage in ("fetch", "prepare", "reference", "tokenizer"):
+            run(stage, **{"tokenizer.name": "identity"})
         write_samples(*images_of("val"))
     finally:
         os.chdir(before)
@@ -151,7 +152,7 @@ def test_protocol_names_what_the_figures_depend_on(repository):
     run("evaluate")
     figures = evaluated()
     assert figures["comparable_with_published"] is False
-    assert len(figures["why"]) == 3
+    assert len(figures["why"]) == 4
     protocol = figures["protocol"]
     counts = np.bincount(images_of("val")[1])
     assert protocol["images"] == 359
@@ -164,11 +165,50 @@ def test_protocol_names_what_the_figures_depend_on(repository):
     assert protocol["reference"]["sha256"] == features.records.sha256("data/reference/features.safetensors")
 
 
-def test_evaluation_repeats_its_bytes(repository):
+def test_two_processes_leave_the_bytes_of_one(repository):
+    """359 held-out and 1438 training images in batches of 32: the last batches are short, the last rounds uneven."""
     run("evaluate")
-    first = Path("data/evaluation/metrics.json").read_bytes()
+    figures, reference = Path("data/evaluation/metrics.json").read_bytes(), reference_bytes()
+    shutil.rmtree("data/reference")
+    shutil.rmtree("data/evaluation")
+    assert together(lambda: run("reference")) == [None, None]
+    assert reference_bytes() == reference
+    assert together(lambda: run("evaluate")) == [None, None]
+    assert Path("data/evaluation/metrics.json").read_bytes() == figures
+
+
+def test_seed_blocks_have_figures_of_their_own(repository):
+    images, labels = images_of("train")
+    write_samples(images[:400], labels[:400])
+    changes = {"evaluate.repeats": 4, "evaluate.kid_subset_size": 100}
+    run("evaluate", **changes)
+    blocks = evaluated()
+    write_samples(images[200:300], labels[200:300])
+    run("evaluate", **{"evaluate.kid_subset_size": 100})
+    third = evaluated()
+    assert blocks["protocol"]["blocks"] == 4
+    assert blocks["protocol"]["metric"] == "FID-100"
+    assert blocks["protocol"]["images"] == 100
+    assert blocks["why"][0] == "100 generated images, fewer than 50000"
+    for name in ("fid", "kid", "inception_score", "class_accuracy"):
+        least, most = blocks["range"][name]
+        assert least < most
+        assert least <= third[name] <= most
+        assert least <= blocks[name] <= most
+    assert "range" not in third
+
+
+def test_repeats_must_divide_the_samples(repository):
+    with pytest.raises(ValueError, match=r"evaluate\.repeats is 2 and does not divide the 359 images"):
+        run("evaluate", **{"evaluate.repeats": 2})
+
+
+def test_the_identity_costs_nothing(repository):
     run("evaluate")
-    assert Path("data/evaluation/metrics.json").read_bytes() == first
+    cost, real = evaluated()["reconstruction"], json.loads(Path("data/reference/metrics.json").read_text())
+    assert cost["rfid"] == pytest.approx(0, abs=1e-6)
+    assert cost["rfid_train"] == pytest.approx(real["fid"], rel=1e-4)
+    assert (cost["images"], cost["psnr"]) == (359, 100)
 
 
 def test_bad_images_score_badly(repository):

@@ -1,0 +1,110 @@
+"""The sample stage with a tiny model over pixels, in a repository of its own."""
+
+import importlib
+import json
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+from factories import tiny_model
+from omegaconf import OmegaConf
+from PIL import Image
+from processes import together
+
+from ear import config, records
+from ear import model as models
+from ear.autoencoder import Identity, save_tokenizer
+from ear.generation import Generator
+from ear.latents import Statistics
+from stages import program
+
+ROOT = Path(__file__).parent.parent
+CLASSES = tuple("abc")
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def run(**changes) -> bytes:
+    """The stage, 23 images in batches of 5; returns the bytes of samples.h5."""
+    content = OmegaConf.to_container(OmegaConf.load(ROOT / "params.yaml"))
+    content["compute"]["threads"], content["runtime"]["device"] = 1, "cpu"
+    content["sample"] |= {"count": 23, "batch_size": 5, "steps": 4, "guidance": 2.0, **changes}
+    parameters = program.visible(config.parse(content), program.declared("sample").get("params", []))
+    importlib.import_module("stages.sample").work(parameters)
+    return Path("data/samples/samples.h5").read_bytes()
+
+
+@pytest.fixture(autouse=True)
+def repository(tmp_path, monkeypatch) -> Path:
+    for name in ("ear", "stages", "dvc.yaml"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    monkeypatch.chdir(tmp_path)
+    save_tokenizer("data/tokenizer/tokenizer.safetensors", Identity(image_size=8, downsample=2))
+    statistics = Statistics(0.0, 0.5, (0.0,) * 12, (0.5,) * 12)
+    tokenizer = records.sha256("data/tokenizer/tokenizer.safetensors")
+    description = {"statistics": statistics.as_dict(), "tokenizer": tokenizer}
+    models.save("data/finetuned/model.safetensors", tiny_model(latent=(12, 4, 4), classes=CLASSES), description)
+    return tmp_path
+
+
+def test_the_file_tells_how_it_was_made():
+    run(seed=5)
+    with h5py.File("data/samples/samples.h5") as file:
+        assert file["images"].shape == (23, 8, 8, 3)
+        assert file["labels"][:].tolist() == [k % 3 for k in range(23)]
+        assert file["seed"][()] == 5
+        sampling = json.loads(file.attrs["sampling"])
+        generator = Generator.open("data/finetuned/model.safetensors", "data/tokenizer/tokenizer.safetensors")
+        settings = {name: sampling[name] for name in ("steps", "guidance", "schedule", "temperature", "seed")}
+        assert np.array_equal(file["images"][20:], generator.images([2, 0, 1], first=20, **settings))
+    assert sampling["classes"] == list(CLASSES)
+    assert sampling["model_sha256"] == records.sha256("data/finetuned/model.safetensors")
+    assert Image.open("data/samples/grid.png").size == (3 * 10 + 2, 8 * 10 + 2)  # a column for each class
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_many_processes_leave_the_bytes_of_one(processes):
+    """Five batches, the last of them short: neither 2 nor 3 processes share them evenly."""
+    one, grid = run(), Path("data/samples/grid.png").read_bytes()
+    found = together(run, processes)
+    assert found[0] == one
+    assert Path("data/samples/grid.png").read_bytes() == grid
+
+
+def test_a_killed_run_goes_on_with_the_missing_batches(monkeypatch):
+    whole = run()
+    Path("data/samples/samples.h5").unlink()
+    program.shutil.rmtree("work")
+    drawn, images = [], Generator.images
+
+    def stopping(self, labels, *, first, **settings):
+        drawn.append(first)
+        if len(drawn) == 3:
+            raise KeyboardInterrupt
+        return images(self, labels, first=first, **settings)
+
+    monkeypatch.setattr(Generator, "images", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        run()
+    assert not Path("data/samples/samples.h5").exists()
+    assert run() == whole
+    assert drawn == [0, 5, 10, 10, 15, 20]
+
+
+def test_other_parameters_start_afresh():
+    assert run() != run(temperature=0.5)
+    assert run(seed=1) != run(seed=2)
+
+
+def test_a_failure_of_one_process_leaves_the_earlier_samples(monkeypatch):
+    before, images = run(), Generator.images
+
+    def failing(self, labels, *, first, **settings):
+        if first == 5:
+            raise ValueError("image 7 is not finite")
+        return images(self, labels, first=first, **settings)
+
+    monkeypatch.setattr(Generator, "images", failing)
+    errors = together(lambda: run(seed=9))
+    assert str(errors[1]) == "image 7 is not finite"
+    assert Path("data/samples/samples.h5").read_bytes() == before
