@@ -1,9 +1,9 @@
 """Figures that compare generated with real images in a feature space.
 
 Frechet distance (Heusel et al. 2017, "GANs trained by a two time-scale update rule"), Inception score (Salimans et al.
-2016), kernel distance (Binkowski et al. 2018) and improved precision and recall (Kynkaanniemi et al. 2019) from features
-extracted elsewhere, as torch-fidelity defines them (tests compare). N is a number of images, D of features, K of
-classes.
+2016), kernel distance (Binkowski et al. 2018) and improved precision and recall (Kynkaanniemi et al. 2019), from
+features extracted elsewhere, as torch-fidelity defines them (tests compare). N is a number of images, D of features, K
+of classes.
 """
 
 from collections.abc import Iterable
