@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
 import psutil
 
@@ -16,12 +17,14 @@ def stream(
     *,
     line: Callable[[str], None],
     environment: Mapping[str, str] | None = None,
+    folder: str | Path | None = None,
     grace: float = GRACE_SECONDS,
 ) -> int:
-    """Run `command`, hand each line of its output (stdout and stderr as one) to `line` at once, return its exit code.
+    """Run `command` in `folder`, hand each line of its output to `line` at once, return its exit code.
 
-    Whatever interrupts the wait (Ctrl-C, a signal handler that raises, an error in `line`) stops the command and all
-    its descendants before it goes on: SIGINT to each, `grace` seconds to clean up, then SIGKILL.
+    Standard output and error come as one. Whatever interrupts the wait (Ctrl-C, a signal handler that raises, an error
+    in `line`) stops the command and all its descendants before it goes on: SIGINT to each, `grace` seconds to clean
+    up, then SIGKILL.
     """
     process = subprocess.Popen(
         command,
@@ -31,6 +34,7 @@ def stream(
         errors="replace",
         bufsize=1,
         env=environment,
+        cwd=folder,
         # A group of its own: a signal meant for this process reaches the command in the one way that ends it cleanly.
         start_new_session=True,
     )

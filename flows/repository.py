@@ -7,10 +7,9 @@ import re
 import subprocess
 import sys
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from graphlib import TopologicalSorter
 from pathlib import Path
-from typing import Any
 
 from flows import command
 
@@ -43,16 +42,19 @@ def environment() -> dict[str, str]:
     return {**os.environ, "PATH": path, "PYTHONUNBUFFERED": "1", "DVC_NO_ANALYTICS": "1"}
 
 
-def ask(*arguments: str) -> str:
-    """The standard output of a DVC command that changes nothing. Raises RepositoryError, BusyError."""
-    done = subprocess.run([*DVC, *arguments], capture_output=True, text=True, env=environment())
+def ask(*arguments: str, folder: Path = Path()) -> str:
+    """The standard output of a short DVC command in `folder`. Raises RepositoryError, BusyError."""
+    done = subprocess.run([*DVC, *arguments], capture_output=True, text=True, env=environment(), cwd=folder)
     if done.returncode:
         raise failure(done.stderr.splitlines())
     return done.stdout
 
 
-def act(*arguments: str, line: Callable[[str], None]) -> None:
-    """Run a DVC command and hand each line of its output to `line` at once. Raises RepositoryError, BusyError."""
+def act(*arguments: str, line: Callable[[str], None], folder: Path = Path()) -> None:
+    """Run a DVC command in `folder`, hand each line of its output to `line` at once.
+
+    Raises RepositoryError, BusyError.
+    """
     kept: deque[str] = deque(maxlen=_LINES_KEPT)
 
     def keep(text: str) -> None:
@@ -60,7 +62,7 @@ def act(*arguments: str, line: Callable[[str], None]) -> None:
             kept.append(text)
             line(text)
 
-    if command.stream([*DVC, *arguments], line=keep, environment=environment()):
+    if command.stream([*DVC, *arguments], line=keep, environment=environment(), folder=folder):
         raise failure(kept)
 
 
@@ -169,36 +171,3 @@ def metrics() -> dict[str, dict]:
     shown = json.loads(ask("metrics", "show", "--json") or "{}")
     files = shown.get("", {}).get("data", {})
     return {path: entry["data"] for path, entry in files.items() if isinstance(entry.get("data"), dict)}
-
-
-def experiment(name: str, values: Mapping[str, Any], *, line: Callable[[str], None]) -> None:
-    """Run the pipeline as the DVC experiment `name` with {"section.key": value} changed, in a copy of the workspace.
-
-    The workspace stays as it is. The copy holds what git tracks, as edited here, and what is new and not ignored;
-    outputs come from DVC's cache. An experiment of this name on the same commit is replaced.
-    Raises RepositoryError, BusyError.
-    """
-    if name in ask("exp", "list", "--name-only").split():
-        act("exp", "remove", name, line=line)
-    copied = [part for path in _new_files() for part in ("--copy-paths", path)]
-    changed = [part for key, value in values.items() for part in ("--set-param", f"{key}={json.dumps(value)}")]
-    act("exp", "run", "--temp", "--name", name, *copied, *changed, line=line)
-
-
-def _new_files() -> list[str]:
-    """Files that git neither tracks nor ignores; without a new dvc.lock every stage would run again in the copy."""
-    listed = subprocess.run(
-        ["git", "ls-files", "-z", "--others", "--exclude-standard"], capture_output=True, text=True, check=True
-    )
-    return [path for path in listed.stdout.split("\0") if path]
-
-
-def experiment_metrics() -> dict[str, dict[str, dict]]:
-    """Experiment of the current commit => metrics file => its metrics. Raises RepositoryError."""
-    found = {}
-    for commit in json.loads(ask("exp", "show", "--json")):
-        for entry in commit.get("experiments") or []:
-            data = entry["revs"][0]["data"] or {}
-            files = {path: file["data"] for path, file in data.get("metrics", {}).items() if "data" in file}
-            found[entry["name"]] = files
-    return found

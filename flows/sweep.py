@@ -24,7 +24,7 @@ from prefect.artifacts import create_table_artifact
 from prefect.states import Completed, Failed
 
 from ear import records
-from flows import overrides, repository
+from flows import experiments, overrides
 from flows.pipeline import OPTIONS, PARAMETERS, failed, metric_rows, report
 from flows.repository import RepositoryError
 
@@ -33,7 +33,7 @@ from flows.repository import RepositoryError
 def run_experiment(name: str, values: dict[str, Any]) -> State:
     """Run one combination as a DVC experiment."""
     try:
-        repository.experiment(name, values, line=get_run_logger().info)
+        experiments.run(name, values, line=get_run_logger().info)
     except RepositoryError as error:
         return failed(error)
     return Completed(message=f"`dvc exp apply {name}` brings it into the workspace")
@@ -91,7 +91,7 @@ def compare(
     rows: list[dict] = []
     for name, values in runs.items():
         state = run_experiment(name, values, return_state=True)
-        found = find(metric, repository.experiment_metrics()[name]) if state.is_completed() else None
+        found = find(metric, experiments.metrics(name)) if state.is_completed() else None
         error = "" if state.is_completed() else state.message
         rows.append({"experiment": name, **values, metric: found, "best": False, "error": error})
         mark_best(rows, metric, maximize)

@@ -15,7 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from flows import command, overrides, repository
+from flows import command, experiments, overrides, repository
 from flows.pipeline import main, pipeline
 from flows.sweep import find, grid, sweep
 
@@ -477,6 +477,62 @@ def test_the_program_starts_its_own_server(repo):
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("pipeline: up to date: first, middle, last")
     assert (repo / ".prefect/prefect.db").is_file()
+
+
+# --- experiments
+
+
+def test_what_is_up_to_date_follows_from_the_lock():
+    def stage(params: dict, deps: list[str], out: str) -> dict:
+        return {
+            "deps": [{"path": path} for path in deps],
+            "params": {"params.yaml": params},
+            "outs": [{"path": out}],
+        }
+
+    lock = {
+        "sample": stage({"sample": {"seed": 0}}, ["out/model/weights"], "out/samples"),
+        "train": stage({"train": {"rate": 0.1, "steps": 2}, "data.size": 8}, ["raw"], "out/model"),
+        "other": stage({"data.size": 8}, ["raw"], "out/modelled"),
+    }
+    parameters = {"data": {"size": 8, "path": ""}, "train": {"rate": 0.1, "steps": 2}, "sample": {"seed": 0}}
+    assert experiments.up_to_date(lock, parameters) == {"train", "other", "sample"}
+    assert experiments.up_to_date(lock, parameters | {"sample": {"seed": 1}}) == {"train", "other"}
+    assert experiments.up_to_date(lock, parameters | {"train": {"rate": 0.1}}) == {"other"}
+    assert experiments.up_to_date(lock, parameters | {"data": {"size": 9}}) == set()
+    assert experiments.up_to_date({}, parameters) == set()
+
+
+def test_an_experiment_starts_from_the_outputs_that_leave_it_least_to_do(repo):
+    """A half-finished copy, an edit, a new file in a new folder and a broken run before it change nothing of that."""
+    Path("notes/today").mkdir(parents=True)
+    Path("notes/today/new").write_text("new")
+    other, both = {"sample.temperature": 0.5}, {"sample.temperature": 0.5, "sample.guidance": 3.0}
+    assert not experiments.is_complete("other", other)
+    assert run_lines("other", other) == ["middle at 0.5", "last at 1.5"]
+    with pytest.raises(repository.RepositoryError, match="which is unlucky"):
+        experiments.run("broken", {"sample.temperature": 13}, line=print)
+    overrides.apply("params.yaml", {"sample.seed": 5})
+    assert run_lines("both", both) == ["last at 3.0"]
+    assert experiments.is_complete("both", both)
+    assert not experiments.is_complete("both", other)
+    assert experiments.read("both", "metrics.json") == experiments.read("other", "metrics.json")
+    experiments.fetch("both", "out/last", Path("last"))
+    assert Path("last").read_text() == "source\nfirst 8\nmiddle 0.5\nlast 3.0\n"
+    assert (experiments.COPY / "notes/today/new").read_text() == "new"
+    assert Path("out/last").read_text() == "source\nfirst 8\nmiddle 1.0\nlast 1.5\n"
+
+
+def run_lines(name: str, values: dict) -> list[str]:
+    """What the stages of an experiment print."""
+    lines: list[str] = []
+    experiments.run(name, values, line=lines.append)
+    return [line for line in lines if line.split()[0] in ("first", "middle", "last")]
+
+
+def test_two_do_not_share_the_copy(repo):
+    with experiments._alone(), pytest.raises(repository.BusyError, match="another sweep or comparison is running"):
+        experiments.run("second", {"sample.temperature": 0.5}, line=print)
 
 
 # --- the sweep

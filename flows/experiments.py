@@ -1,0 +1,196 @@
+"""DVC experiments in a copy of the workspace, which itself stays as it is.
+
+`dvc exp run --temp` makes a new copy each time and starts it from the workspace's outputs. Here one copy stays, in
+work/experiments: an experiment that was killed goes on inside its stage, and each starts from the outputs of the run
+that leaves it least to do. (DVC's run cache would do the latter, but it leaves out stages whose outputs persist.)
+"""
+
+import contextlib
+import fcntl
+import json
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from ruamel.yaml import YAML
+
+from ear import records
+from flows import overrides, repository
+from flows.repository import BusyError, RepositoryError
+
+COPY = Path("work/experiments")
+LOCK, PARAMETERS = "dvc.lock", "params.yaml"
+
+
+def run(name: str, values: Mapping[str, Any], *, line: Callable[[str], None]) -> None:
+    """Run the pipeline as the DVC experiment `name` with {"section.key": value} changed.
+
+    The copy holds what git tracks, as edited here, and what is new and not ignored; outputs come from DVC's cache. An
+    experiment of this name on the same commit is replaced. Raises ValueError for a wrong value, RepositoryError,
+    BusyError.
+    """
+    parameters = overrides.check(PARAMETERS, values)
+    with _alone():
+        _bring_up(nearest(parameters))
+        overrides.apply(COPY / PARAMETERS, values)
+        if name in _names(COPY):
+            repository.act("exp", "remove", name, line=line, folder=COPY)
+        repository.act("exp", "run", "--name", name, line=line, folder=COPY)
+        _git("fetch", "--quiet", str(COPY), f"+{_refs()}*:{_refs()}*")
+
+
+def nearest(parameters: Mapping) -> str | None:
+    """The experiment of this commit whose outputs leave `parameters` the least to run; None for the workspace's own."""
+    saved = {None: len(up_to_date(_workspace_lock(), parameters))}
+    saved |= {name: len(up_to_date(_lock(name), parameters)) for name in _names()}
+    return max(saved, key=saved.get)
+
+
+def is_complete(name: str, values: Mapping[str, Any]) -> bool:
+    """Whether the experiment `name` of this commit exists and was made with {"section.key": value}."""
+    if name not in _names():
+        return False
+    lock = _lock(name)
+    return up_to_date(lock, overrides.check(PARAMETERS, values)) == set(lock)
+
+
+def up_to_date(lock: Mapping[str, Mapping], parameters: Mapping) -> set[str]:
+    """The stages that would not run again: `lock` has stage => deps, params and outs, as dvc.lock records them."""
+    stale = {name for name, stage in lock.items() if not _made_with(stage, parameters)}
+    while True:
+        changed = [output["path"] for name in stale for output in lock[name].get("outs", [])]
+        below = {
+            name
+            for name in lock.keys() - stale
+            if any(_overlap(dep["path"], path) for dep in lock[name].get("deps", []) for path in changed)
+        }
+        if not below:
+            return lock.keys() - stale
+        stale |= below
+
+
+def _made_with(stage: Mapping, parameters: Mapping) -> bool:
+    recorded = stage.get("params", {}).get(PARAMETERS, {})
+    return all(_value(parameters, key) == value for key, value in recorded.items())
+
+
+def _overlap(path: str, other: str) -> bool:
+    """Whether one path is the other or lies in it."""
+    return path == other or path.startswith(f"{other}/") or other.startswith(f"{path}/")
+
+
+def read(name: str, path: str) -> str:
+    """The text of a file that git keeps, in the experiment `name`. Raises RepositoryError."""
+    return _git("show", f"{_refs()}{name}:{path}")
+
+
+def fetch(name: str, path: str, target: Path) -> None:
+    """Copy an output of the experiment `name` from DVC's cache. Raises RepositoryError."""
+    revision = _git("rev-parse", f"{_refs()}{name}").strip()
+    with records.whole_file(target) as partial:
+        repository.ask("get", ".", path, "--rev", revision, "--out", str(partial), "--force")
+
+
+def metrics(name: str) -> dict[str, dict]:
+    """Metrics file (JSON) => its content, in the experiment `name`. Raises RepositoryError."""
+    return {path: json.loads(read(name, path)) for path in _results(name) if path.endswith(".json")}
+
+
+@contextlib.contextmanager
+def _alone() -> Iterator[None]:
+    """Hold the copy; raises BusyError where another process does."""
+    COPY.parent.mkdir(exist_ok=True)
+    with COPY.with_suffix(".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise BusyError(f"another sweep or comparison is running in {COPY}; wait for its end.") from error
+        yield
+
+
+def _bring_up(start: str | None) -> None:
+    """Bring the copy to the state of the workspace, with the outputs of the experiment `start` if there is one."""
+    if not COPY.is_dir():
+        _create()
+    _git("fetch", "--quiet", "--prune", str(Path.cwd()), "HEAD", f"+{_refs()}*:{_refs()}*", folder=COPY)
+    _git("checkout", "--quiet", "--force", "--detach", _head(), folder=COPY)
+    _git("clean", "--quiet", "--force", "-d", folder=COPY)
+    results = _results(start) if start else []
+    for path in _edited():
+        if path in results:
+            continue
+        (COPY / path).unlink(missing_ok=True)
+        if Path(path).is_file():
+            (COPY / path).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(path, COPY / path)
+    if start:
+        _git("checkout", "--quiet", f"{_refs()}{start}", "--", *results, folder=COPY)
+
+
+def _create() -> None:
+    """Clone the repository; both share one DVC cache."""
+    with records.whole_folder(COPY) as partial:
+        _git("clone", "--quiet", ".", str(partial))
+        if Path(".dvc/config.local").is_file():
+            shutil.copy2(".dvc/config.local", partial / ".dvc/config.local")
+        cache = Path(repository.ask("cache", "dir").strip()).resolve()
+        repository.ask("config", "--local", "cache.dir", str(cache), folder=partial)
+
+
+def _edited() -> list[str]:
+    """Files that differ from the last commit, deleted ones included, and new ones that git does not ignore."""
+    listed = _git("diff", "--name-only", "-z", "HEAD") + _git("ls-files", "-z", "--others", "--exclude-standard")
+    return [path for path in listed.split("\0") if path]
+
+
+def _results(name: str) -> list[str]:
+    """What git keeps of the outputs of the experiment `name`: dvc.lock and the metrics files."""
+    outputs = {output["path"] for stage in _lock(name).values() for output in stage.get("outs", [])}
+    tree = _git("ls-tree", "-r", "--name-only", "-z", f"{_refs()}{name}").split("\0")
+    return [LOCK, *(path for path in tree if path in outputs)]
+
+
+def _lock(name: str) -> dict[str, dict]:
+    """The stages in the dvc.lock of the experiment `name`."""
+    return _stages(read(name, LOCK))
+
+
+def _workspace_lock() -> dict[str, dict]:
+    return _stages(Path(LOCK).read_text()) if Path(LOCK).is_file() else {}
+
+
+def _stages(lock: str) -> dict[str, dict]:
+    return (YAML(typ="safe", pure=True).load(lock) or {}).get("stages", {})
+
+
+def _names(folder: Path = Path()) -> list[str]:
+    """The experiments of the current commit."""
+    listed = _git("for-each-ref", "--format=%(refname)", _refs(), folder=folder)
+    return [reference.removeprefix(_refs()) for reference in listed.split()]
+
+
+def _refs() -> str:
+    """Where DVC keeps the experiments of the current commit."""
+    head = _head()
+    return f"refs/exps/{head[:2]}/{head[2:]}/"
+
+
+def _head() -> str:
+    return _git("rev-parse", "HEAD").strip()
+
+
+def _git(*arguments: str, folder: Path = Path()) -> str:
+    done = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True)
+    if done.returncode:
+        raise RepositoryError(f"git {arguments[0]} failed: {' '.join(done.stderr.split())}")
+    return done.stdout
+
+
+def _value(parameters: Mapping, key: str) -> Any:
+    """The value of "section.key" or of a whole section; None where there is none."""
+    value: Any = parameters
+    for part in key.split("."):
+        value = value.get(part) if isinstance(value, Mapping) else None
+    return value
