@@ -32,8 +32,11 @@ def option(
 class Data:
     """Where the images come from and the size they are brought to."""
 
-    source: str = option("digits (embedded, 1797 handwritten digits) or folder", choices=("digits", "folder"))
-    path: str = option("folder: the tree with train/CLASS/IMAGE (and val/CLASS/IMAGE), or CLASS/IMAGE alone")
+    source: str = option(
+        "digits (embedded), folder (EXIF rotation applied) or imagenet (1000 classes or refused, rotation ignored)",
+        choices=("digits", "folder", "imagenet"),
+    )
+    path: str = option("class folders, or ImageNet's tree or archives; `python -m ear.inspect PATH` says what it holds")
     val_fraction: float = option("share of images held out where the source has no val split", above=0, below=1)
     image_size: int = option("pixels; images become image_size x image_size", minimum=4)
     mirror: bool = option("train on mirror images too (not for text or digits)")
@@ -256,8 +259,8 @@ class Parameters:
                 f"evaluate.repeats is {self.evaluate.repeats} and does not divide sample.count, {self.sample.count}; "
                 "published figures have 50,000 images per repeat."
             )
-        if self.data.source == "folder" and not self.data.path:
-            raise ValueError("data.path is empty, but data.source is folder; name the folder of class folders.")
+        if self.data.source != "digits" and not self.data.path:
+            raise ValueError(f"data.path is empty, but data.source is {self.data.source}; name the folder of images.")
         if self.reference.extractor == "classifier" and self.reference.statistics:
             raise ValueError(
                 f"reference.statistics is {self.reference.statistics!r}, but a classifier trained here has no "

@@ -4,16 +4,27 @@ No other file decodes an image or scales its pixels. Torch is imported by the tw
 only decode start without it.
 """
 
+import math
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
 if TYPE_CHECKING:
     import torch
 
+_TURNS = {  # by EXIF orientation: what makes the image upright
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_ORIENTATION = 0x0112
 _SIXTEEN_BIT = ("I", "I;16", "I;16B", "I;16L", "I;16N")
 
 
@@ -21,7 +32,7 @@ def decode(file: str | Path | BinaryIO, *, upright: bool = True) -> Image.Image:
     """Image file => RGB image of 8 bits per channel.
 
     - Rotation: a camera's EXIF orientation is applied, as every viewer does, where `upright`. The published ImageNet
-      pipelines ignore it; `upright=False` does as they do.
+      pipelines ignore it; `upright=False` does as they do. A damaged EXIF block is passed over.
     - Grey, palette and CMYK become RGB by Pillow's conversion, without colour profiles, as in those pipelines.
     - Grey of 16 bits is divided by 257 and rounded, so that 0..65535 fills 0..255; Pillow itself would clip it.
     - Transparent pixels are laid on white.
@@ -33,10 +44,13 @@ def decode(file: str | Path | BinaryIO, *, upright: bool = True) -> Image.Image:
     """
     try:
         with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # damaged metadata say nothing about pixels
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(file) as image:
+                if image.width * image.height > (Image.MAX_IMAGE_PIXELS or math.inf):  # filters are not thread-safe
+                    raise Image.DecompressionBombError
                 image.load()
-                return _to_rgb(ImageOps.exif_transpose(image) if upright else image)
+                return _to_rgb(_turned(image) if upright else image)
     except UnidentifiedImageError as error:  # Pillow's own text holds a memory address
         raise ValueError("not an image of a known format") from error
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
@@ -45,6 +59,15 @@ def decode(file: str | Path | BinaryIO, *, upright: bool = True) -> Image.Image:
         raise
     except Exception as error:  # decoders raise whatever damaged bytes lead them to: struct.error, SyntaxError, ...
         raise ValueError(" ".join(str(error).split()) or type(error).__name__) from error
+
+
+def _turned(image: Image.Image) -> Image.Image:
+    """The image as its camera was held."""
+    try:
+        turn = _TURNS.get(image.getexif().get(_ORIENTATION))
+    except Exception:  # whatever damaged bytes lead the reader to
+        return image
+    return image if turn is None else image.transpose(turn)
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

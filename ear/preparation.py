@@ -14,26 +14,19 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import h5py
 import numpy as np
 
 from ear import records
 from ear.images import center_crop, decode
+from ear.manifest import Contents, Manifest, Row
 from ear.parallel import map_shards
 from ear.prepared import FORMAT
 from ear.progress import Progress
 
 _NAMED = 20  # rejected images that an error message names
-
-
-class Item(NamedTuple):
-    """An image to prepare: its path below the root, its class, its size in bytes when it was listed."""
-
-    path: str
-    label: int
-    bytes: int
+_MOST_BYTES = 1 << 30  # of an encoded image: more than the limit on its pixels leaves room for
 
 
 @dataclass(frozen=True)
@@ -41,8 +34,9 @@ class Shard:
     """One file to write; all that its content depends on."""
 
     name: str
-    root: str
-    items: tuple[Item, ...]
+    root: str  # where the files of the images start
+    upright: bool  # whether to rotate as a camera's EXIF entry says
+    images: tuple[Row, ...]
     image_size: int
     compression: str  # none or gzip
 
@@ -52,10 +46,8 @@ class Shard:
 
 
 def prepare(
-    splits: Mapping[str, Sequence[Item]],  # train and val
+    manifest: Manifest,
     *,
-    root: str | Path,  # where the paths of the items start
-    classes: Sequence[str],
     scratch: Path,  # keeps finished shards from one run to the next
     target: Path,  # the folder to write, whole or not at all
     rejected_list: Path,  # the csv that an error about unreadable images refers to
@@ -73,11 +65,10 @@ def prepare(
     `max_rejected` images are unreadable or none of a class or split is left; OSError where a file cannot be written
     or a worker dies.
     """
-    if not Path(root).is_dir():
-        raise ValueError(f"the folder of the images, {root}, is gone; set data.path and run fetch again.")
+    _check_source(manifest)
     shards = {
-        split: plan(split, items, root=root, image_size=image_size, shard_size=shard_size, compression=compression)
-        for split, items in splits.items()
+        split: plan(manifest, split, image_size=image_size, shard_size=shard_size, compression=compression)
+        for split in ("train", "val")
     }
     with records.whole_folder(target) as folder:  # first, so that a target which cannot be written costs no time
         every = [shard for part in shards.values() for shard in part]
@@ -87,34 +78,47 @@ def prepare(
         if len(rejected) > max_rejected:
             _write_rejected(rejected_list, rejected)
             raise ValueError(_complaint(rejected, max_rejected, rejected_list))
-        _check_classes(splits, {path for path, _ in rejected}, classes)
+        _check_classes(manifest, {path for path, _ in rejected})
         for shard in every:
             records.link(scratch / shard.name, folder / shard.name)
         _write_rejected(folder / "rejected.csv", rejected)
-        records.write_json(folder / "classes.json", {"classes": list(classes)})
+        records.write_json(folder / "classes.json", {"classes": manifest.classes, "names": manifest.names})
         records.write_json(folder / "index.json", _index(shards, summaries, image_size))
 
 
-def plan(
-    split: str, items: Sequence[Item], *, root: str | Path, image_size: int, shard_size: int, compression: str
-) -> list[Shard]:
+def _check_source(manifest: Manifest) -> None:
+    """Say at once what would otherwise be said of every single image."""
+    if not manifest.root.is_dir():
+        raise ValueError(f"the folder of the images, {manifest.root}, is gone; set data.path and run fetch again.")
+    for file, size in manifest.archives.items():
+        path = manifest.root / file
+        found = path.stat().st_size if path.is_file() else 0
+        if found != size:
+            raise ValueError(
+                f"{path} has {found} bytes, but had {size} when it was listed; list it again with `dvc repro "
+                "--single-item --force fetch`."
+            )
+
+
+def plan(manifest: Manifest, split: str, *, image_size: int, shard_size: int, compression: str) -> list[Shard]:
     """The shards of one split: its images in the order of their paths' digests, cut every `shard_size`."""
-    order = sorted(items, key=lambda item: hashlib.sha256(b"order/" + os.fsencode(item.path)).digest())
+    order = sorted(manifest.split(split), key=lambda row: hashlib.sha256(b"order/" + os.fsencode(row.path)).digest())
     slices = [tuple(order[k : k + shard_size]) for k in range(0, len(order), shard_size)]
+    root = os.path.abspath(manifest.root)  # the workers of a cluster start elsewhere
     return [
-        Shard(f"{split}-{k:05d}-of-{len(slices):05d}.h5", os.path.abspath(root), part, image_size, compression)
+        Shard(f"{split}-{k:05d}-of-{len(slices):05d}.h5", root, manifest.upright, part, image_size, compression)
         for k, part in enumerate(slices)
     ]
 
 
 def write_shards(shards: Sequence[Shard], folder: Path, workers: int, cluster: str = "") -> dict[str, dict]:
     """Summaries by name of all shards, which then stand in `folder`; see `write_shard` and `parallel.map_shards`."""
-    write = functools.partial(write_shard, folder=folder.resolve())  # the workers of a cluster start elsewhere
-    with Progress("prepare", sum(len(shard.items) for shard in shards)) as progress:
+    write = functools.partial(write_shard, folder=folder.resolve())
+    with Progress("prepare", sum(len(shard.images) for shard in shards)) as progress:
         summaries = {}
         for shard, summary in map_shards(write, shards, workers=workers, cluster=cluster):
             summaries[shard.name] = summary
-            progress.advance(len(shard.items))
+            progress.advance(len(shard.images))
     return summaries
 
 
@@ -140,30 +144,35 @@ def _is_good(summary: dict, shard: Shard, path: Path) -> bool:
     if summary["shard"] != shard.digest() or summary["sha256"] != records.sha256(path):
         return False
     rejected = {path for path, _ in summary["rejected"]}
-    return all(isinstance(_read(shard, item), str) for item in shard.items if item.path in rejected)
+    with Contents(shard.root) as contents:
+        again = (_read(row, contents, shard) for row in shard.images if row.path in rejected)
+        return all(isinstance(found, str) for found in again)
 
 
 def _decode(shard: Shard) -> tuple[np.ndarray, np.ndarray, list[list[str]]]:
     """(uint8 [n, S, S, 3], int32 [n], [path, reason] of the images left out)."""
-    images = np.empty((len(shard.items), shard.image_size, shard.image_size, 3), np.uint8)
+    images = np.empty((len(shard.images), shard.image_size, shard.image_size, 3), np.uint8)
     labels, rejected = [], []
-    for item in shard.items:
-        found = _read(shard, item)
-        if isinstance(found, str):
-            rejected.append([item.path, found])
-        else:
-            images[len(labels)] = found
-            labels.append(item.label)
+    with Contents(shard.root) as contents:
+        for row in shard.images:
+            found = _read(row, contents, shard)
+            if isinstance(found, str):
+                rejected.append([row.path, found])
+            else:
+                images[len(labels)] = found
+                labels.append(row.label)
     return images[: len(labels)], np.array(labels, np.int32), rejected
 
 
-def _read(shard: Shard, item: Item) -> np.ndarray | str:
+def _read(row: Row, contents: Contents, shard: Shard) -> np.ndarray | str:
     """uint8 [S, S, 3], or the reason why the image cannot be read."""
     try:
-        content = Path(shard.root, item.path).read_bytes()
-        if len(content) != item.bytes:
-            return f"has {len(content)} bytes, but had {item.bytes} when it was listed"
-        return center_crop(decode(io.BytesIO(content)), shard.image_size)
+        if row.bytes > _MOST_BYTES:
+            return f"has {row.bytes} bytes, and {_MOST_BYTES} are allowed"
+        content = contents.read(row)
+        if len(content) != row.bytes:
+            return f"has {len(content)} bytes, but had {row.bytes} when it was listed"
+        return center_crop(decode(io.BytesIO(content), upright=shard.upright), shard.image_size)
     except (FileNotFoundError, PermissionError) as error:  # other OSErrors are the machine's: they stop the run
         return str(error.strerror)
     except ValueError as error:
@@ -191,7 +200,7 @@ def _tidy(scratch: Path, shards: Sequence[Shard]) -> None:
         if path.name not in expected:
             path.unlink()
     missing = [shard for shard in shards if shard.compression == "none" and not (scratch / shard.name).exists()]
-    needed = sum(len(shard.items) * shard.image_size**2 * 3 for shard in missing)
+    needed = sum(len(shard.images) * shard.image_size**2 * 3 for shard in missing)
     free = shutil.disk_usage(scratch).free
     if needed > free:
         raise ValueError(
@@ -218,14 +227,15 @@ def _write_rejected(path: Path, rejected: Sequence[tuple[str, str]]) -> None:
         partial.write_bytes(text.getvalue().encode(errors="surrogateescape"))
 
 
-def _check_classes(splits: Mapping[str, Sequence[Item]], rejected: set[str], classes: Sequence[str]) -> None:
-    for split, items in splits.items():
-        left = {item.label for item in items if item.path not in rejected}
+def _check_classes(manifest: Manifest, rejected: set[str]) -> None:
+    for split in ("train", "val"):
+        left = {row.label for row in manifest.split(split) if row.path not in rejected}
         if not left:
             raise ValueError(f"split {split} has no readable image; repair some, or give another source.")
-        missing = set(range(len(classes))) - left
+        missing = set(range(len(manifest.classes))) - left
         if split == "train" and missing:
-            raise ValueError(f"class {classes[min(missing)]!r} has no readable training image; repair or remove it.")
+            name = manifest.classes[min(missing)]
+            raise ValueError(f"class {name!r} has no readable training image; repair or remove it.")
 
 
 def _index(shards: Mapping[str, Sequence[Shard]], summaries: Mapping[str, dict], image_size: int) -> dict:

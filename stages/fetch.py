@@ -1,14 +1,15 @@
 """Find the raw images, check them and list them.
 
-Reads data.path where data.source is folder; never copies or changes what lies there. Writes data/raw: manifest.csv,
-source.json and, where data.source is digits, the digits themselves. DVC does not watch data.path: after a change there
-list it again with `dvc repro --single-item --force fetch`.
+Reads data.path unless data.source is digits: a tree of class folders, or ImageNet unpacked, as Kaggle lays it out, or
+in its official archives, which are read in place. Never copies or changes what lies there. Writes data/raw:
+manifest.csv, source.json and, where data.source is digits, the digits themselves. DVC does not watch data.path: after a
+change there list it again with `dvc repro --single-item --force fetch`.
 """
 
 from collections import Counter
 from pathlib import Path
 
-from ear import records, sources
+from ear import manifest, records, sources
 from stages import program
 
 RAW = Path("data/raw")
@@ -17,17 +18,27 @@ RAW = Path("data/raw")
 def work(parameters) -> None:
     """List, and write the embedded digits first."""
     data = parameters.data
-    if data.source == "folder":
+    if data.source != "digits":
         _check_apart(Path(data.path))
     with records.whole_folder(RAW) as folder:
-        root = tree = Path(data.path)
+        path = folder / "digits" if data.source == "digits" else Path(data.path)
         if data.source == "digits":
-            root, tree = RAW / "digits", folder / "digits"  # where they will be, and where they are now
-            sources.write_digits(tree, val_fraction=data.val_fraction)
-        found = sources.scan(tree, val_fraction=data.val_fraction)
-        manifest = sources.write_manifest(folder, found, tree=tree, root=root)
-    counts = Counter(row.split for row in manifest.rows)
-    print(f"{len(manifest.classes)} classes, {counts['train']} training images, {counts['val']} held out")
+            sources.write_digits(path, val_fraction=data.val_fraction)
+        source = sources.find(path, val_fraction=data.val_fraction)
+        if data.source == "imagenet":
+            sources.check_imagenet(source)
+        listed = manifest.write_manifest(
+            folder,
+            source.images,
+            tree=source.root,
+            root=RAW / "digits" if data.source == "digits" else source.root,
+            names=source.names,
+            upright=data.source != "imagenet",  # the pipelines behind published figures ignore the EXIF rotation
+        )
+    counts = Counter(row.split for row in listed.rows)
+    print(
+        f"{source.layout}: {len(listed.classes)} classes, {counts['train']} training images, {counts['val']} held out"
+    )
 
 
 def _check_apart(path: Path) -> None:

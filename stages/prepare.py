@@ -7,24 +7,18 @@ run goes on with the shards that are missing and ends in the same bytes.
 from pathlib import Path
 from types import SimpleNamespace
 
-from ear import preparation, sources
+from ear import manifest, preparation
 from stages import program
 
 
 def work(parameters) -> None:
     """Every image of the manifest."""
     options, size = parameters.prepare, parameters.data.image_size
-    manifest = sources.read_manifest("data/raw")
     # Neither max_rejected nor the manifest: what was finished before a repair, or before more is allowed, stays good.
     layout = SimpleNamespace(shard_size=options.shard_size, compression=options.compression)
     scratch = program.scratch("prepare", SimpleNamespace(image=SimpleNamespace(size=size), prepare=layout))
     preparation.prepare(
-        {
-            split: [preparation.Item(row.path, row.label, row.bytes) for row in manifest.split(split)]
-            for split in ("train", "val")
-        },
-        root=manifest.root,
-        classes=manifest.classes,
+        manifest.read_manifest("data/raw"),
         scratch=scratch,
         target=Path("data/prepared"),
         rejected_list=program.LOGS / "prepare-rejected.csv",

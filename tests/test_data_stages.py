@@ -1,5 +1,6 @@
 """The fetch and the prepare stage as a user runs them: programs in a repository of their own."""
 
+import io
 import os
 import shutil
 import signal
@@ -11,11 +12,13 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import small_imagenet as small
 from omegaconf import OmegaConf
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from ear import records, sources
+from ear import manifest, records, sources
+from ear.images import center_crop
 from ear.prepared import PreparedImages
 
 ROOT = Path(__file__).parent.parent
@@ -35,8 +38,8 @@ def digits(tmp_path_factory) -> Path:
     """data/raw as fetch writes it for the embedded digits."""
     folder = tmp_path_factory.mktemp("digits")
     sources.write_digits(folder / "digits", val_fraction=0.2)
-    found = sources.scan(folder / "digits", val_fraction=0.2)
-    sources.write_manifest(folder, found, tree=folder / "digits", root="data/raw/digits")
+    images = sources.find(folder / "digits", val_fraction=0.2).images
+    manifest.write_manifest(folder, images, tree=folder / "digits", root="data/raw/digits", names={}, upright=True)
     return folder
 
 
@@ -109,6 +112,35 @@ def test_fetch_errors_are_one_line_and_keep_the_old_list(repository, digits):
         assert code == 1
         assert message in one_line(errors, "fetch")
         assert digests(raw) == before
+
+
+def test_imagenet_goes_through_in_its_archives(repository):
+    root = small.write_archives(repository.path / "imagenet")
+    repository.set(data__source="folder", data__path="imagenet", data__image_size=8)
+    assert [repository.run(stage) for stage in ("fetch", "prepare")] == [(0, ""), (0, "")]
+    classes = records.read_json(repository.prepared / "classes.json")
+    assert classes == {"classes": list(small.WNIDS), "names": list(small.NAMES.values())}
+    val = PreparedImages(repository.prepared, "val")
+    expected = {(number % 3, pixels(content)) for number, content in enumerate(small.val_images().values(), 1)}
+    assert {(int(label), image.tobytes()) for label, image in zip(val.labels, val.images(range(6)), strict=True)} == (
+        expected
+    )
+
+    before = digests(repository.path / "data/raw")
+    repository.set(data__source="imagenet")
+    code, errors = repository.run("fetch")
+    assert code == 1
+    assert "data.source is imagenet, but imagenet has 3 classes" in one_line(errors, "fetch")
+    os.truncate(root / "ILSVRC2012_img_train.tar", 5000)
+    assert "ILSVRC2012_img_train.tar is cut short: 'n01440764.tar'" in one_line(repository.run("fetch")[1], "fetch")
+    (root / "ILSVRC2012_devkit_t12.tar.gz").unlink()
+    assert "nothing says their classes; put ILSVRC2012_devkit" in one_line(repository.run("fetch")[1], "fetch")
+    assert digests(repository.path / "data/raw") == before
+
+
+def pixels(content: bytes) -> bytes:
+    """What is stored of an image at 8 x 8, by the crop that the golden files fix."""
+    return center_crop(Image.open(io.BytesIO(content)), 8).tobytes()
 
 
 def test_prepare_errors_are_one_line_and_keep_the_old_images(repository):

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from ear.images import center_crop, decode, to_signed, to_uint8
 
@@ -24,6 +24,9 @@ def encoded(image: Image.Image, form: str = "PNG", **options) -> io.BytesIO:
 
 def noise(*shape: int) -> np.ndarray:
     return np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+
+
+JPEG = encoded(Image.fromarray(noise(64, 64, 3)), "JPEG").getvalue()
 
 
 @pytest.mark.parametrize("name", GOLDEN)
@@ -114,13 +117,36 @@ def test_camera_rotation_is_applied_where_asked(form):
     assert np.asarray(upright)[8:].max() < 15
 
 
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_every_orientation_is_undone_as_viewers_do(orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    image = encoded(Image.fromarray(noise(5, 7, 3)), exif=exif)
+    assert np.array_equal(np.asarray(decode(image)), np.asarray(ImageOps.exif_transpose(Image.open(image))))
+
+
+@pytest.mark.parametrize(
+    "exif",
+    [
+        b"Exif\0\0" + b"II*\0\x08\0\0\0" + b"\xff\xff" + b"\x12\x01" * 40,  # 65535 entries, most beyond the end
+        b"Exif\0\0" + b"II*\0\xff\xff\xff\x7f",  # starts beyond the end
+        b"Exif\0\0" + b"MM\0*\0\0\0\x08\0\x01\x01\x12\0\x05\0\0\0\x01\0\0\0\0\0\0",  # not a number
+        b"Exif\0\0" + b"no TIFF header at all",
+        b"Exif\0\0",
+    ],
+)
+@pytest.mark.parametrize("upright", [True, False])
+def test_a_damaged_exif_block_rejects_no_image_and_says_nothing(exif, upright, recwarn):
+    segment = b"\xff\xe1" + (len(exif) + 2).to_bytes(2, "big") + exif
+    damaged = decode(io.BytesIO(JPEG[:2] + segment + JPEG[2:]), upright=upright)
+    assert np.array_equal(np.asarray(damaged), np.asarray(decode(io.BytesIO(JPEG))))
+    assert not list(recwarn)
+
+
 def test_a_file_is_read_by_its_path_too(tmp_path):
     pixels = noise(5, 7, 3)
     Image.fromarray(pixels).save(tmp_path / "a.png")
     assert np.array_equal(np.asarray(decode(tmp_path / "a.png")), pixels)
-
-
-JPEG = encoded(Image.fromarray(noise(64, 64, 3)), "JPEG").getvalue()
 
 
 @pytest.mark.parametrize(

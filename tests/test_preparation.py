@@ -1,6 +1,7 @@
 """From raw images to prepared shards: bytes, rejections, what is kept between runs."""
 
 import csv
+import dataclasses
 import io
 import json
 import os
@@ -10,10 +11,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import small_imagenet as small
 from PIL import Image
 
 from ear import preparation, records, sources
 from ear.images import center_crop
+from ear.manifest import Manifest, write_manifest
 from ear.prepared import PreparedImages
 
 TRUNCATED = "image file is truncated"
@@ -44,14 +47,16 @@ def spoil(tree: Path) -> dict[str, str]:
     return {"a/00.png": "not an image", "b/01.jpg": TRUNCATED, "b/19.png": "not an image"}
 
 
-def prepare(tree: Path, **changes) -> Path:
-    """Scan and prepare beside the tree; returns the target."""
+def listed(tree: Path) -> Manifest:
+    """What fetch lists of a tree of class folders."""
+    images = sources.find(tree, val_fraction=0.2).images
+    return write_manifest(tree.parent / "raw", images, tree=tree, root=tree, names={"a": "an a"}, upright=True)
+
+
+def prepare(tree: Path, manifest: Manifest | None = None, **changes) -> Path:
+    """List and prepare beside the tree; returns the target."""
     base = tree.parent
-    found = sources.scan(tree, val_fraction=0.2)
-    manifest = sources.write_manifest(base / "raw", found, tree=tree, root=tree)
     options = {
-        "root": tree,
-        "classes": manifest.classes,
         "scratch": base / "scratch",
         "target": base / "prepared",
         "rejected_list": base / "logs/rejected.csv",
@@ -63,12 +68,8 @@ def prepare(tree: Path, **changes) -> Path:
     }
     options.update(changes)
     options["scratch"].mkdir(exist_ok=True)
-    preparation.prepare({split: items(manifest, split) for split in ("train", "val")}, **options)
+    preparation.prepare(manifest or listed(tree), **options)
     return options["target"]
-
-
-def items(manifest: sources.Manifest, split: str) -> list[preparation.Item]:
-    return [preparation.Item(row.path, row.label, row.bytes) for row in manifest.split(split)]
 
 
 def digests(folder: Path) -> dict[str, str]:
@@ -105,7 +106,7 @@ def test_the_index_describes_the_files(tree):
     assert sorted(path.name for path in target.iterdir()) == sorted(
         [*names, "classes.json", "index.json", "rejected.csv"]
     )
-    assert json.loads((target / "classes.json").read_text()) == {"classes": ["a", "b"]}
+    assert json.loads((target / "classes.json").read_text()) == {"classes": ["a", "b"], "names": ["an a", "b"]}
     assert (target / "rejected.csv").read_text() == "path,reason\n"
 
 
@@ -176,16 +177,10 @@ def test_a_class_or_a_split_with_nothing_left_is_named(tree):
 
 
 def test_an_image_changed_since_it_was_listed_is_rejected(tree):
-    manifest = sources.write_manifest(tree.parent / "raw", sources.scan(tree, val_fraction=0.2), tree=tree, root=tree)
+    manifest = listed(tree)
     picture(99, 20, 20).save(tree / "a/02.png")
-    shard = preparation.plan(
-        "train",
-        items(manifest, "train") + items(manifest, "val"),
-        root=tree,
-        image_size=8,
-        shard_size=99,
-        compression="none",
-    )[0]
+    every = dataclasses.replace(manifest, rows=[row._replace(split="train") for row in manifest.rows])
+    shard = preparation.plan(every, "train", image_size=8, shard_size=99, compression="none")[0]
     summary = preparation.write_shard(shard, tree.parent)
     assert summary["rows"] == 19
     ((path, reason),) = summary["rejected"]
@@ -195,7 +190,7 @@ def test_an_image_changed_since_it_was_listed_is_rejected(tree):
 
 def test_a_source_that_is_gone_is_said_at_once(tree):
     with pytest.raises(ValueError, match=r"the folder of the images, .*gone, is gone; set data.path"):
-        prepare(tree, root=tree.parent / "gone")
+        prepare(tree, dataclasses.replace(listed(tree), root=tree.parent / "gone"))
 
 
 def test_a_disk_that_is_too_small_is_said_at_once(tree):
@@ -248,3 +243,51 @@ def test_the_target_may_lie_on_another_disk(tree):
         target = prepare(tree, target=Path(folder, "prepared"))
         assert target.stat().st_dev != tree.stat().st_dev
         assert digests(target) == before
+
+
+@pytest.mark.parametrize("layout", [small.write_flat_tree, small.write_kaggle, small.write_archives])
+def test_every_layout_of_imagenet_gives_the_same_bytes(tmp_path, layout):
+    def prepared(root: Path) -> dict[str, str]:
+        source = sources.find(root, val_fraction=0.2)
+        manifest = write_manifest(
+            root.parent / "raw", source.images, tree=source.root, root=source.root, names=small.NAMES, upright=False
+        )
+        return digests(prepare(root, manifest, scratch=root.parent / "s", target=root.parent / "t"))
+
+    assert prepared(small.write_tree(tmp_path / "a/tree")) == prepared(layout(tmp_path / "b/other"))
+
+
+def test_an_archive_changed_since_it_was_listed_is_refused(tmp_path):
+    root = small.write_archives(tmp_path / "imagenet")
+    source = sources.find(root, val_fraction=0.2)
+    manifest = write_manifest(tmp_path / "raw", source.images, tree=root, root=root, names={}, upright=False)
+    size = (root / "ILSVRC2012_img_val.tar").stat().st_size
+    os.truncate(root / "ILSVRC2012_img_val.tar", size - 1024)
+    with pytest.raises(ValueError, match=rf"img_val\.tar has {size - 1024} bytes, but had {size} when it was listed"):
+        prepare(root, manifest)
+
+
+def test_bombs_are_rejected_by_name(tree, monkeypatch):
+    bomb = io.BytesIO()
+    Image.new("1", (20_000, 20_000)).save(bomb, "PNG")
+    (tree / "a/bomb.png").write_bytes(bomb.getvalue())
+    monkeypatch.setattr(preparation, "_MOST_BYTES", max(4000, len(bomb.getvalue())))
+    (tree / "b/huge.png").write_bytes(bytes(preparation._MOST_BYTES + 1))
+    with pytest.raises(ValueError, match="2 images cannot be read") as caught:
+        prepare(tree)
+    assert "a/bomb.png: possibly a decompression bomb" in str(caught.value)
+    assert f"b/huge.png: has {preparation._MOST_BYTES + 1} bytes" in str(caught.value)
+
+
+def test_rotation_is_as_the_manifest_says(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 3  # upside down
+    for k in range(2):
+        (tmp_path / "tree/a").mkdir(parents=True, exist_ok=True)
+        picture(k, 8, 12).save(tmp_path / f"tree/a/{k}.png", exif=exif)
+    manifest = listed(tmp_path / "tree")
+    turned = PreparedImages(prepare(tmp_path / "tree", manifest), "train").images([0])
+    ignored = dataclasses.replace(manifest, upright=False)
+    left = PreparedImages(prepare(tmp_path / "tree", ignored, scratch=tmp_path / "s"), "train").images([0])
+    assert not np.array_equal(turned, left)
+    assert np.array_equal(turned[:, ::-1, ::-1], left)

@@ -1,4 +1,4 @@
-"""Trees of class folders, the digits, and the manifest."""
+"""Trees of class folders and the digits."""
 
 import hashlib
 import os
@@ -13,11 +13,18 @@ from ear import sources
 
 
 def tree(root: Path, *paths: str) -> Path:
-    """Files whose content is their own path: `scan` opens none."""
+    """Files whose content is their own path: none is opened."""
     for path in paths:
         (root / path).parent.mkdir(parents=True, exist_ok=True)
         (root / path).write_bytes(os.fsencode(path))
     return root
+
+
+def scan(root: Path, *, val_fraction: float) -> list[tuple[str, str, str]]:
+    """(split, class, path) of what is found."""
+    images = sources.find(root, val_fraction=val_fraction).images
+    assert all(image.file == image.path and image.offset is None and image.bytes is None for image in images)
+    return [image[:3] for image in images]
 
 
 def many(name: str, count: int) -> list[str]:
@@ -70,7 +77,7 @@ def test_train_and_val_are_listed_by_class_and_path(tmp_path):
         "val/b/3.Jpg",
         "README.md",
     )
-    assert sources.scan(root, val_fraction=0.5) == [
+    assert scan(root, val_fraction=0.5) == [
         ("train", "a", "train/a/deep/er/x.WebP"),
         ("train", "a", "train/a/y.bmp"),
         ("train", "b", "train/b/1.png"),
@@ -82,34 +89,34 @@ def test_train_and_val_are_listed_by_class_and_path(tmp_path):
 @pytest.mark.parametrize("prefix", ["", "train/"])
 def test_a_share_of_each_class_is_held_out_without_val(tmp_path, prefix):
     root = tree(tmp_path, *many(f"{prefix}many", 40), *many(f"{prefix}few", 3), *many(f"{prefix}one", 1))
-    found = sources.scan(root, val_fraction=0.1)
-    held_out = [image.class_name for image in found if image.split == "val"]
+    found = scan(root, val_fraction=0.1)
+    held_out = [class_name for split, class_name, _ in found if split == "val"]
     assert held_out == ["few"] + ["many"] * 4  # at least one, but never the last
     assert len(found) == len(set(found)) == 44
-    again = sources.scan(root, val_fraction=0.1)
+    again = scan(root, val_fraction=0.1)
     assert found == again
 
 
 def test_the_choice_depends_on_names_alone(tmp_path):
     first, second = tree(tmp_path / "a", *many("c", 30)), tree(tmp_path / "b", *reversed(many("c", 30)))
-    found = sources.scan(first, val_fraction=0.3)
-    assert found == sources.scan(second, val_fraction=0.3)
+    found = scan(first, val_fraction=0.3)
+    assert found == scan(second, val_fraction=0.3)
     digests = sorted(many("c", 30), key=lambda path: hashlib.sha256(path.encode()).hexdigest())
-    assert {image.path for image in found if image.split == "val"} == set(digests[:9])
+    assert {path for split, _, path in found if split == "val"} == set(digests[:9])
 
 
 def test_linked_folders_are_followed(tmp_path):
     tree(tmp_path / "elsewhere", "1.png", "2.png")
     (tmp_path / "tree").mkdir()
     (tmp_path / "tree/a").symlink_to(tmp_path / "elsewhere")
-    assert [image.path for image in sources.scan(tmp_path / "tree", val_fraction=0.5)] == ["a/1.png", "a/2.png"]
+    assert [path for _, _, path in scan(tmp_path / "tree", val_fraction=0.5)] == ["a/1.png", "a/2.png"]
 
 
 def test_a_link_in_a_circle_is_named(tmp_path):
     tree(tmp_path, "a/1.png", "a/2.png")
     (tmp_path / "a/again").symlink_to(tmp_path / "a")
     with pytest.raises(ValueError, match="a/again is a link to a folder that it lies in"):
-        sources.scan(tmp_path, val_fraction=0.5)
+        scan(tmp_path, val_fraction=0.5)
 
 
 @pytest.mark.parametrize(
@@ -134,64 +141,10 @@ def test_what_is_wrong_with_a_tree_is_said(tmp_path, files, empty, message):
     for path in empty:
         (tmp_path / "tree" / path).mkdir(parents=True, exist_ok=True)
     with pytest.raises(ValueError, match=message) as caught:
-        sources.scan(tmp_path / "tree", val_fraction=0.5)
+        scan(tmp_path / "tree", val_fraction=0.5)
     assert str(tmp_path / "tree") in str(caught.value) or "single image" in message
 
 
 def test_a_folder_that_is_not_there_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"there is no folder .*nowhere; set data.path"):
-        sources.scan(tmp_path / "nowhere", val_fraction=0.5)
-
-
-def listed(folder: Path, root: Path, recorded: str) -> sources.Manifest:
-    return sources.write_manifest(folder, sources.scan(root, val_fraction=0.5), tree=root, root=recorded)
-
-
-def test_a_manifest_is_read_as_it_was_written(tmp_path):
-    odd = b"b/caf\xe9.png".decode(errors="surrogateescape")  # a name that is not UTF-8
-    root = tree(tmp_path / "tree", "a/1.png", 'a/a, "quoted" name.png', "b/3.png", odd)
-    written = listed(tmp_path, root, "pictures")
-    read = sources.read_manifest(tmp_path)
-    assert read == written
-    assert read.root == Path("pictures")
-    assert read.classes == ("a", "b")
-    assert {(row.path, row.label, row.bytes) for row in read.rows} == {
-        ("a/1.png", 0, 7),
-        ('a/a, "quoted" name.png', 0, 22),
-        ("b/3.png", 1, 7),
-        (odd, 1, 10),
-    }
-    assert [len(read.split(name)) for name in ("train", "val")] == [2, 2]
-
-
-def test_manifests_do_not_say_where_they_were_written(tmp_path):
-    contents = []
-    for name in ("here", "there"):
-        root = tree(tmp_path / name / "tree", "a/1.png", "a/2.png")
-        listed(tmp_path / name, root, "data/raw/digits")
-        contents.append([(tmp_path / name / file).read_bytes() for file in ("manifest.csv", "source.json")])
-    assert contents[0] == contents[1]
-    assert contents[0][0].splitlines()[0] == b"split,label,class,path,bytes"
-    assert contents[0][0].splitlines()[1] == b"train,0,a,a/1.png,7"
-
-
-def test_a_manifest_notices_a_changed_file(tmp_path):
-    root = tree(tmp_path / "tree", "a/1.png", "a/2.png")
-    before = listed(tmp_path / "x", root, "tree")
-    (root / "a/1.png").write_text("another content")
-    assert listed(tmp_path / "y", root, "tree") != before
-
-
-def test_what_is_wrong_with_a_manifest_is_said(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"source\.json"):
-        sources.read_manifest(tmp_path)
-    listed(tmp_path, tree(tmp_path / "tree", "a/1.png", "a/2.png"), "tree")
-    (tmp_path / "manifest.csv").write_text("path,label\n")
-    with pytest.raises(ValueError, match=r"manifest\.csv does not start with the columns split,label"):
-        sources.read_manifest(tmp_path)
-    (tmp_path / "manifest.csv").unlink()
-    with pytest.raises(FileNotFoundError, match=r"manifest\.csv"):
-        sources.read_manifest(tmp_path)
-    (tmp_path / "source.json").write_text('{"format": "other"}')
-    with pytest.raises(ValueError, match="has format 'other', not 'ear-raw-1'"):
-        sources.read_manifest(tmp_path)
+        scan(tmp_path / "nowhere", val_fraction=0.5)
