@@ -85,7 +85,7 @@ def test_a_missing_validation_truth_is_one_sentence(tmp_path, layout):
 
 def test_only_a_whole_imagenet_is_imagenet(tmp_path, packed):
     with pytest.raises(
-        ValueError, match=r"has 3 classes \(such as 'n01440764'\), not the 1000 .* data.source to folder"
+        ValueError, match=r"has 3 classes \(such as 'n01440764'\), not the 1000 of .* data.source=folder\."
     ):
         sources.check_imagenet(find(packed))
     thousand = [

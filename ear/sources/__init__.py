@@ -10,7 +10,7 @@ from ear.sources import archives, imagenet, trees
 from ear.sources.digits import write_digits
 from ear.sources.listing import EXTENSIONS, Source
 
-__all__ = ["EXTENSIONS", "Source", "check_imagenet", "find", "write_digits"]
+__all__ = ["EXTENSIONS", "Source", "check_imagenet", "find", "is_imagenet", "write_digits"]
 
 
 def find(path: str | Path, *, val_fraction: float) -> Source:
@@ -26,6 +26,8 @@ def find(path: str | Path, *, val_fraction: float) -> Source:
     are read. Raises ValueError naming the file or folder that is not as it should be.
     """
     root = Path(path)
+    if root.is_file():
+        raise ValueError(f"{root} is a file; name the folder that it lies in.")
     if not root.is_dir():
         raise ValueError(f"there is no folder {root}; set data.path to the folder that holds your class folders.")
     if not (root / "train").is_dir():
@@ -38,11 +40,16 @@ def find(path: str | Path, *, val_fraction: float) -> Source:
     return trees.find(root, val_fraction=val_fraction)
 
 
+def is_imagenet(source: Source) -> bool:
+    """Whether the classes are those of ImageNet's thousand, so that labels are the published ones."""
+    return len(source.classes) == imagenet.CLASSES and imagenet.are_wnids(source.classes)
+
+
 def check_imagenet(source: Source) -> None:
-    """Raise ValueError unless the classes are those of ImageNet's thousand, so that labels are the published ones."""
-    count = len(source.classes)
-    if count != imagenet.CLASSES or not imagenet.are_wnids(source.classes):
+    """Raise ValueError unless `is_imagenet`."""
+    if not is_imagenet(source):
         raise ValueError(
-            f"data.source is imagenet, but {source.root} has {count} classes (such as {source.classes[0]!r}), not the "
-            f"{imagenet.CLASSES} of ImageNet; complete it, or set data.source to folder to use what is there."
+            f"data.source is imagenet, but {source.root} has {len(source.classes)} classes (such as "
+            f"{source.classes[0]!r}), not the {imagenet.CLASSES} of ImageNet; complete it, or use what is "
+            "there with data.source=folder."
         )

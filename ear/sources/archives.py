@@ -43,7 +43,8 @@ def find(root: Path, *, val_fraction: float) -> Source:
     train, val = root / imagenet.TRAIN_ARCHIVE, root / imagenet.VAL_ARCHIVE
     layout, truth = "ImageNet, official archives", imagenet.find_truth(root)
     if not val.exists():
-        return Source(layout, root, hold_out(_training(train), val_fraction), truth.names if truth else {})
+        names = truth.names if truth else {}
+        return Source(layout, root, hold_out(_training(train), val_fraction), names, has_val=False)
     truth = imagenet.needed(truth, root, val)  # said before the long walk
     held_out = [
         Found("val", wnid, f"val/{wnid}/{name}", val.name, member.offset, member.bytes)

@@ -23,6 +23,7 @@ class Source:
     root: Path  # where the files of the images start
     images: list[Found]  # training images first, then by class and path
     names: Mapping[str, str] = field(default_factory=dict)  # human names of classes, where the source has them
+    has_val: bool = True  # validation images of its own; otherwise they were held out of the training images
 
     @property
     def classes(self) -> list[str]:
