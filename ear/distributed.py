@@ -5,6 +5,7 @@ one process. torch is imported where it is needed: a stage that does not compute
 """
 
 import contextlib
+import contextvars
 import os
 import signal
 import sys
@@ -13,6 +14,7 @@ from datetime import timedelta
 from typing import TypeVar
 
 Result = TypeVar("Result")
+_alone = contextvars.ContextVar("alone", default=False)
 _PATIENCE = timedelta(hours=2)  # the main process may write or validate alone for so long
 
 
@@ -26,8 +28,8 @@ def launched() -> bool:
 
 
 def size() -> int:
-    """Number of processes."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    """Number of processes that work together: 1 within `from_main`, where the others wait."""
+    return 1 if _alone.get() else int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def rank() -> int:
@@ -129,13 +131,20 @@ def any_of(flag: bool) -> bool:
 def from_main(work: Callable[[], Result]) -> Result:
     """What `work()` gives in the main process, for all; where it raises, `group` ends them all.
 
-    The result travels as a pickle between our own processes: paths, numbers and dictionaries, not large tensors.
+    Whatever it calls finds one process, and can be what would otherwise be shared, such as a small training. The result
+    travels as a pickle between our own processes: paths, numbers and dictionaries, not large tensors.
     """
     if size() == 1:
         return work()
     from torch import distributed
 
-    result = [work() if is_main() else None]
+    result = [None]
+    if is_main():
+        token = _alone.set(True)
+        try:
+            result = [work()]
+        finally:
+            _alone.reset(token)
     distributed.broadcast_object_list(result, src=0)
     return result[0]
 

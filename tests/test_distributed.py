@@ -90,6 +90,14 @@ def test_a_failure_of_the_main_process_alone_ends_all():
     assert isinstance(second, distributed.FailedElsewhere)
 
 
+def test_the_main_process_works_alone_where_the_others_wait():
+    def work():
+        sizes = distributed.from_main(lambda: (distributed.size(), distributed.from_main(distributed.size)))
+        return sizes, distributed.size()
+
+    assert together(work) == [((1, 1), 2)] * 2
+
+
 def test_the_same_failure_everywhere_is_told_once():
     def work():
         raise ValueError("all alike")
