@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ear.checkpoint import load_weights
+from ear.latents import Statistics
 from ear.model import Model, Shape
 from ear.records import whole_file
 
@@ -20,6 +21,7 @@ from ear.records import whole_file
 _SCORE = {"name": "energy", "alpha": 1.0, "samples": 2, "targets": 1, "smoothing": 1e-6, "noise": "uniform"}
 _HEADS = {768: 12, 1024: 16, 1280: 16}  # attention heads of the published widths: base, large, huge
 _BUFFER = 64
+_SCALE = 0.2325  # what the published runs multiplied the latents of KL-16 with
 # Published name => ours; the first pattern that matches a whole prefix applies.
 _RULES = (
     (r"fake_latent", "null_class"),
@@ -44,6 +46,12 @@ _RULES = (
 )
 
 
+def published_statistics(channels: int) -> Statistics:
+    """The fixed normalisation of latents that published models were trained with: mean 0, standard deviation 4.301."""
+    std = 1 / _SCALE
+    return Statistics(0.0, std, (0.0,) * channels, (std,) * channels)
+
+
 def our_name(published: str) -> str:
     """The name of a published parameter in our model; raises ValueError for a name that is none."""
     for pattern, ours in _RULES:
@@ -66,11 +74,28 @@ def load_published(
     Raises FileNotFoundError; ValueError for a file that is no such checkpoint, that would run code when unpickled, or
     whose tensors (named) are missing, extra or of an impossible shape.
     """
-    published = source if isinstance(source, Mapping) else _read(Path(source), weights)
-    tensors = {our_name(name): tensor for name, tensor in published.items()}
+    tensors = _ours(source, weights)
     model = Model(_shape(tensors, heads=heads, buffer_size=buffer_size, patch_size=patch_size, grid=grid))
     load_weights(model, tensors, origin="the published checkpoint")
     return model.eval()
+
+
+def load_into(
+    model: Model,  # its sizes come from elsewhere, such as params.yaml
+    source: str | Path | Mapping[str, Tensor],
+    *,
+    weights: str = "model_ema",
+) -> None:
+    """Fill a model with published weights, in place; raises what `load_published` does, naming what does not fit."""
+    origin = "the published checkpoint" if isinstance(source, Mapping) else str(source)
+    tensors, classes = _ours(source, weights), model.shape.classes
+    embedding = tensors.get("class_embedding.weight")
+    if embedding is not None and len(embedding) != len(classes):
+        raise ValueError(
+            f"{origin} knows {len(embedding)} classes, but the latents have {len(classes)} ({classes[0]!r} to "
+            f"{classes[-1]!r}); use the data that the checkpoint was trained on."
+        )
+    load_weights(model, tensors, origin=origin)
 
 
 def save_published(model: Model, path: str | Path) -> None:
@@ -102,6 +127,12 @@ def published_names(depth: int, head_depth: int) -> list[str]:
     for i in range(head_depth):
         names += both(*(f"scoreloss.net.res_blocks.{i}.{part}" for part in parts))
     return names + both("scoreloss.net.final_layer.linear", "scoreloss.net.final_layer.adaLN_modulation.1")
+
+
+def _ours(source: str | Path | Mapping[str, Tensor], weights: str) -> dict[str, Tensor]:
+    """The tensors of a checkpoint, file or not, under our names."""
+    published = source if isinstance(source, Mapping) else _read(Path(source), weights)
+    return {our_name(name): tensor for name, tensor in published.items()}
 
 
 def _read(path: Path, weights: str) -> Mapping[str, Tensor]:
