@@ -1,12 +1,12 @@
 """Tokenizers: images <=> the moments of continuous latents.
 
-A tokenizer is an nn.Module with one interface, whatever its kind: a KL autoencoder that the pipeline trains, or the
-identity, whose latents are the pixels themselves.
+A tokenizer is an nn.Module with one interface, whatever its kind: a KL autoencoder, trained by the pipeline or imported
+(`ear.autoencoder_import`), or the identity, whose latents are the pixels themselves.
 """
 
 import abc
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -72,56 +72,59 @@ class Identity(Tokenizer):
 class KL(Tokenizer):
     """The convolutional autoencoder of latent diffusion (Rombach et al. 2022), as diffusers implements it.
 
-    One level per entry of `block_channels`, each but the last halving both sides; attention in the encoder's last
-    level and in both middles. Channels 128, 128, 256, 256, 512 with two layers and 16 latent channels are the
-    published KL-16 autoencoder.
+    `structure` holds keywords of diffusers' AutoencoderKL; see `kl_structure`. Its scaling and shift factors have no
+    place here: latents are normalised by the statistics that the cache stage measures.
     """
 
     kind = "kl"
 
-    def __init__(
-        self,
-        *,
-        image_size: int,
-        channels: int,  # of the latents
-        block_channels: Sequence[int],  # per level, from the image's side on
-        layers: int,  # residual blocks per level; the decoder has one more
-    ):
-        super().__init__(image_size=image_size, downsample=2 ** (len(block_channels) - 1), latent_channels=channels)
+    def __init__(self, *, image_size: int, structure: Mapping):
+        levels = len(structure["block_out_channels"])
+        super().__init__(
+            image_size=image_size, downsample=2 ** (levels - 1), latent_channels=structure["latent_channels"]
+        )
         # Importing diffusers takes seconds, which programs without a KL autoencoder need not spend.
         from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
-        self.block_channels, self.layers = tuple(block_channels), layers
-        plain = len(block_channels) - 1
-        self.network = AutoencoderKL(
-            down_block_types=("DownEncoderBlock2D",) * plain + ("AttnDownEncoderBlock2D",),
-            up_block_types=("UpDecoderBlock2D",) * len(block_channels),
-            block_out_channels=self.block_channels,
-            layers_per_block=layers,
-            latent_channels=channels,
-            norm_num_groups=_groups(block_channels),
-        )
+        self.structure = dict(structure)
+        self.network = AutoencoderKL(**self.structure)
 
     def encode(self, images: Tensor) -> Tensor:
         """Moments, with the log-variance clamped to LOG_VARIANCE_RANGE."""
-        moments = self.network.quant_conv(self.network.encoder(images))
-        mean, log_variance = moments.chunk(2, dim=1)
+        mean, log_variance = self.network.encode(images).latent_dist.parameters.chunk(2, dim=1)
         return torch.cat([mean, log_variance.clamp(*LOG_VARIANCE_RANGE)], dim=1)
 
     def decode(self, latents: Tensor) -> Tensor:
         """See `Tokenizer`."""
-        return self.network.decoder(self.network.post_quant_conv(latents))
+        return self.network.decode(latents).sample
 
     def config(self) -> dict:
         """See `Tokenizer`."""
-        return {
-            "channels": self.latent_channels,
-            "block_channels": list(self.block_channels),
-            "layers": self.layers,
-        }
+        return {"structure": self.structure}
 
 
 _KINDS = {kind.kind: kind for kind in (Identity, KL)}
+
+
+def kl_structure(
+    *,
+    channels: int,  # of the latents
+    block_channels: Sequence[int],  # per level, from the image's side on; each level but the last halves both sides
+    layers: int,  # residual blocks per level; the decoder has one more
+) -> dict:
+    """Keywords of diffusers' AutoencoderKL: attention in the encoder's last level and in both middles.
+
+    Channels 128, 128, 256, 256, 512 with two layers and 16 latent channels are the published KL-16 autoencoder.
+    """
+    plain = len(block_channels) - 1
+    return {
+        "down_block_types": ["DownEncoderBlock2D"] * plain + ["AttnDownEncoderBlock2D"],
+        "up_block_types": ["UpDecoderBlock2D"] * len(block_channels),
+        "block_out_channels": list(block_channels),
+        "layers_per_block": layers,
+        "latent_channels": channels,
+        "norm_num_groups": _groups(block_channels),
+    }
 
 
 def _groups(block_channels: Sequence[int]) -> int:
@@ -130,21 +133,25 @@ def _groups(block_channels: Sequence[int]) -> int:
     return max(g for g in range(1, _MOST_GROUPS + 1) if common % g == 0 and (g == 1 or common // g >= _LEAST_GROUP))
 
 
-def new_kl(*, seed: int, **structure) -> KL:
-    """An untrained KL autoencoder whose weights depend on `seed` alone; `structure` is what `KL` takes."""
+def new_kl(*, seed: int, image_size: int, structure: Mapping) -> KL:
+    """An untrained KL autoencoder whose weights depend on `seed` alone."""
     # Torch's modules draw their first weights from the global state, which is put back afterwards.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return KL(**structure)
+        return KL(image_size=image_size, structure=structure)
 
 
-def save_tokenizer(path: str | Path, tokenizer: Tokenizer) -> None:
-    """Write weights and structure as one safetensors file; its SHA-256 is the tokenizer's fingerprint."""
+def save_tokenizer(path: str | Path, tokenizer: Tokenizer, source: Mapping | None = None) -> None:
+    """Write weights and structure as one safetensors file; its SHA-256 is the tokenizer's fingerprint.
+
+    `source` says where imported weights come from; see `ear.autoencoder_import`.
+    """
     description = {
         "format": FORMAT,
         "kind": tokenizer.kind,
         "image_size": tokenizer.image_size,
         "config": tokenizer.config(),
+        "source": source,
     }
     write_tensors(path, tokenizer.state_dict(), description)
 

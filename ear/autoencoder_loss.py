@@ -1,6 +1,7 @@
 """What a tokenizer loses: its training loss, and the figures that describe a trained one."""
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -8,29 +9,52 @@ from torch import Tensor
 from ear import posterior, randomness
 from ear.autoencoder import Tokenizer
 from ear.images import to_signed, to_uint8
+from ear.perceptual import Perceptual
 
 _HIGHEST_PSNR = 100.0
 
 
-def autoencoder_loss(
-    tokenizer: Tokenizer,
-    images: Tensor,  # [B, 3, H, W] in [-1, 1]
-    noise: Tensor,  # [B, C, h, w], standard normal, of the posterior sample that is decoded
-    *,
-    kl_weight: float,
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """The loss of latent diffusion's autoencoders (Rombach et al. 2022, appendix G), without critic: (loss, parts).
+@dataclass(frozen=True)
+class Terms:
+    """What training makes of one batch; all but `figures` carry their graph."""
 
-    Per image, (sum |x - decoded| + kl_weight * KL) / P, where the sum runs over the P = 3 H W pixel values and KL is
-    in nats over all latent dimensions; the mean over images. Dividing by P makes `reconstruction` the mean absolute
-    error and leaves the published meaning of `kl_weight` (1e-6) as it is. `kl` is in nats per image.
+    loss: Tensor
+    reconstruction: Tensor  # the part of the loss that compares images
+    decoded: Tensor  # [B, 3, H, W]
+    figures: dict[str, Tensor]  # to log
+
+
+@dataclass(frozen=True)
+class AutoencoderLoss:
+    """The loss of latent diffusion's autoencoders (Rombach et al. 2022, appendix G), without critic.
+
+    Per image, (sum |x - decoded| + kl_weight * KL) / P + perceptual_weight * LPIPS, where the sum runs over the
+    P = 3 H W pixel values and KL is in nats over all latent dimensions; the mean over images. Dividing by P makes
+    `reconstruction` the mean absolute error and leaves the published meaning of `kl_weight` (1e-6) as it is.
     """
-    moments = tokenizer.encode(images)
-    decoded = tokenizer.decode(posterior.posterior_sample(moments, noise))
-    reconstruction = (images - decoded).abs().mean()
-    kl = posterior.kl_divergence(moments).mean()
-    loss = reconstruction + kl_weight * kl / images[0].numel()
-    return loss, {"reconstruction": reconstruction.detach(), "kl": kl.detach()}
+
+    kl_weight: float
+    perceptual: Perceptual | None = None
+    perceptual_weight: float = 0.0
+
+    def __call__(
+        self,
+        tokenizer: Tokenizer,
+        images: Tensor,  # [B, 3, H, W] in [-1, 1]
+        noise: Tensor,  # [B, C, h, w], standard normal, of the posterior sample that is decoded
+    ) -> Terms:
+        """Figures: the mean absolute error `reconstruction`, `perceptual` where it is used, `kl` in nats per image."""
+        moments = tokenizer.encode(images)
+        decoded = tokenizer.decode(posterior.posterior_sample(moments, noise))
+        reconstruction = (images - decoded).abs().mean()
+        kl = posterior.kl_divergence(moments).mean()
+        figures = {"reconstruction": reconstruction.detach(), "kl": kl.detach()}
+        if self.perceptual is not None:
+            distance = self.perceptual(images, decoded).mean()
+            reconstruction = reconstruction + self.perceptual_weight * distance
+            figures["perceptual"] = distance.detach()
+        loss = reconstruction + self.kl_weight * kl / images[0].numel()
+        return Terms(loss, reconstruction, decoded, figures)
 
 
 def psnr(images: Tensor, others: Tensor) -> Tensor:

@@ -6,11 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from ear import randomness
-from ear.autoencoder import KL
-from ear.autoencoder_loss import autoencoder_loss
+from ear.autoencoder import KL, Tokenizer
+from ear.autoencoder_loss import AutoencoderLoss, Terms
 from ear.images import to_signed
 from ear.optimizer import Group, adamw, schedule
 from ear.prepared import PreparedImages
@@ -22,6 +21,35 @@ _VALIDATION_IMAGES = 1024  # at most; held-out shards are stored shuffled
 _CLIP_NORM = 1.0
 
 
+class Objective:
+    """The loss of batches of uint8 images; its noise is a function of (seed, purpose, position)."""
+
+    def __init__(self, loss: AutoencoderLoss, *, seed: int, device: torch.device):
+        self.loss, self.seed, self.device = loss, seed, device
+
+    def terms(self, tokenizer: Tokenizer, images: torch.Tensor, purpose: str, position: int) -> Terms:
+        """Of one batch, [B, 3, H, W] in [-1, 1]."""
+        side = images.shape[-1] // tokenizer.downsample
+        generator = randomness.generator(self.seed, purpose, position)
+        noise = randomness.normal((len(images), tokenizer.latent_channels, side, side), generator, self.device)
+        return self.loss(tokenizer, images, noise)
+
+    def signed(self, images: np.ndarray) -> torch.Tensor:
+        """uint8 [B, H, W, 3] => [B, 3, H, W] in [-1, 1] on the device."""
+        return to_signed(torch.from_numpy(images).to(self.device))
+
+    @torch.no_grad()
+    def held_out(self, tokenizer: Tokenizer, images: PreparedImages, batch_size: int) -> dict[str, float]:
+        """Loss and its figures, means over up to 1024 images."""
+        rows, means = min(len(images), _VALIDATION_IMAGES), {}
+        for start in range(0, rows, batch_size):
+            batch = self.signed(images.images(np.arange(start, min(start + batch_size, rows))))
+            terms = self.terms(tokenizer, batch, "validation", start)
+            for name, value in {"loss": terms.loss, **terms.figures}.items():
+                means[name] = means.get(name, 0.0) + float(value) * len(batch) / rows
+        return means
+
+
 class AutoencoderTraining:
     """A trainer of `tokenizer`; order and noise are functions of (seed, images seen)."""
 
@@ -31,21 +59,20 @@ class AutoencoderTraining:
         *,
         images: PreparedImages,
         held_out: PreparedImages,
-        kl_weight: float,  # see `autoencoder_loss`
+        objective: Objective,
         total_images: int,  # seen in training
         batch_size: int,  # images per step
         learning_rate: float,  # the peak
         ema_decay: float,
-        seed: int,
-        device: torch.device,
     ):
-        self.images, self.held_out, self.kl_weight, self.seed = images, held_out, kl_weight, seed
-        self.total_images, self.batch_size, self.device = total_images, batch_size, device
+        self.images, self.held_out, self.objective = images, held_out, objective
+        self.total_images, self.batch_size = total_images, batch_size
+        self.tokenizer = tokenizer.to(objective.device)
         groups = [Group(list(tokenizer.parameters()), weight_decay=0.0)]
         self.trainer = Trainer(
-            tokenizer.to(device),
+            self.tokenizer,
             optimizer=adamw(groups, learning_rate=learning_rate, beta1=0.9, beta2=0.99),
-            loss=lambda batch, position: self.loss(tokenizer, batch, "training", position),
+            loss=self.loss,
             rate=schedule("cosine", total_images=total_images, warmup_images=int(_WARMUP * total_images)),
             ema_decay=ema_decay,
             clip_norm=_CLIP_NORM,
@@ -61,7 +88,7 @@ class AutoencoderTraining:
             total_images=self.total_images,
             folder=folder,
             checkpoint_images=part,
-            validate=self.validate,
+            validate=lambda: self.objective.held_out(self.trainer.average.module, self.held_out, self.batch_size),
             validate_images=part,
             title="tokenizer",
         )
@@ -69,25 +96,11 @@ class AutoencoderTraining:
 
     def batches(self, start: int) -> Iterator[np.ndarray]:
         """Endless uint8 batches from image position `start`."""
-        order = randomness.DataOrder(len(self.images), self.seed)
+        order = randomness.DataOrder(len(self.images), self.objective.seed)
         for position in itertools.count(start, self.batch_size):
             yield self.images.images(order.indices(position, self.batch_size).numpy())
 
-    def loss(self, tokenizer: KL, batch: np.ndarray, purpose: str, position: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """`autoencoder_loss` of one uint8 batch, with noise of (seed, purpose, position)."""
-        side = batch.shape[1] // tokenizer.downsample
-        generator = randomness.generator(self.seed, purpose, position)
-        noise = randomness.normal((len(batch), tokenizer.latent_channels, side, side), generator, self.device)
-        images = to_signed(torch.from_numpy(batch).to(self.device))
-        return autoencoder_loss(tokenizer, images, noise, kl_weight=self.kl_weight)
-
-    @torch.no_grad()
-    def validate(self) -> dict[str, float]:
-        """Loss and its parts on held-out images, of the averaged weights."""
-        rows, means = min(len(self.held_out), _VALIDATION_IMAGES), {}
-        for start in range(0, rows, self.batch_size):
-            batch = self.held_out.images(np.arange(start, min(start + self.batch_size, rows)))
-            loss, parts = self.loss(self.trainer.average.module, batch, "validation", start)
-            for name, value in {"loss": loss, **parts}.items():
-                means[name] = means.get(name, 0.0) + float(value) * len(batch) / rows
-        return means
+    def loss(self, batch: np.ndarray, position: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Of one uint8 batch, for the trainer."""
+        terms = self.objective.terms(self.tokenizer, self.objective.signed(batch), "training", position)
+        return terms.loss, terms.figures

@@ -64,14 +64,22 @@ class Compute:
 class Tokenizer:
     """The map between images and continuous latents."""
 
-    name: str = option("kl (trained autoencoder) or identity (pixels, space to depth)", choices=("kl", "identity"))
+    name: str = option(
+        "kl (autoencoder trained here), published or diffusers (imported), identity (pixels, space to depth)",
+        choices=("kl", "published", "diffusers", "identity"),
+    )
+    weights: str = option("published: checkpoint file; diffusers: folder of an AutoencoderKL")
     downsample: int = option("image pixels per latent cell along a side, a power of two", minimum=1)
-    channels: int = option("kl: latent channels", minimum=1)
+    channels: int = option("latent channels (identity: 3 downsample^2, whatever stands here)", minimum=1)
     block_channels: tuple[int, ...] = option("kl: feature channels per level, log2(downsample) + 1 of them", minimum=1)
     layers: int = option("kl: residual blocks per level", minimum=1)
     kl_weight: float = option("kl: weight of the KL term, per image, against the mean absolute error", minimum=0)
+    perceptual_weight: float = option("kl: weight of LPIPS against the mean absolute error; 0 for none", minimum=0)
+    perceptual_folder: str = option(
+        "kl: folder with vgg16-397923af.pth and weights-vgg16-lpips.pth; empty: torch's own, downloaded where absent"
+    )
     images: int = option("kl: images seen in training", minimum=1)
-    batch_size: int = option("kl: images per step", minimum=1)
+    batch_size: int = option("kl: images per step; all: images described at once", minimum=1)
     learning_rate: float = option("kl: peak rate of AdamW; linear warm-up over 5% of the images, cosine decay", above=0)
     ema_decay: float = option("kl: decay per step of the averaged weights", minimum=0, below=1)
     seed: int = option("kl: seed of weights, order and noise", minimum=0)
@@ -268,6 +276,9 @@ class Parameters:
             )
 
 
+_PERCEPTUAL_SIDE = 16  # pixels; after four halvings nothing is left of smaller images
+
+
 def _check_tokenizer(data: Data, tokenizer: Tokenizer) -> None:
     levels = int(math.log2(tokenizer.downsample))
     if 2**levels != tokenizer.downsample:
@@ -281,6 +292,15 @@ def _check_tokenizer(data: Data, tokenizer: Tokenizer) -> None:
         raise ValueError(
             f"tokenizer.block_channels has {len(tokenizer.block_channels)} entries, but tokenizer.downsample "
             f"{tokenizer.downsample} needs {levels + 1}; give one number of channels per level."
+        )
+    if tokenizer.name in ("published", "diffusers") and not tokenizer.weights:
+        raise ValueError(
+            f"tokenizer.weights is empty, but tokenizer.name is {tokenizer.name}; name the file or folder to import."
+        )
+    if tokenizer.name == "kl" and tokenizer.perceptual_weight and data.image_size < _PERCEPTUAL_SIDE:
+        raise ValueError(
+            f"data.image_size is {data.image_size}, but the perceptual network needs {_PERCEPTUAL_SIDE} pixels; set "
+            "tokenizer.perceptual_weight to 0."
         )
 
 

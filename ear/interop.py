@@ -15,7 +15,7 @@ from torch import Tensor
 from ear.checkpoint import load_weights
 from ear.latents import Statistics
 from ear.model import Model, Shape
-from ear.records import whole_file
+from ear.records import read_pickled, whole_file
 
 # Of the published runs; what no tensor shows.
 _SCORE = {"name": "energy", "alpha": 1.0, "samples": 2, "targets": 1, "smoothing": 1e-6, "noise": "uniform"}
@@ -136,12 +136,7 @@ def _ours(source: str | Path | Mapping[str, Tensor], weights: str) -> dict[str, 
 
 
 def _read(path: Path, weights: str) -> Mapping[str, Tensor]:
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist; give the path of a published checkpoint file.")
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises many kinds for foreign files; all mean the same to the user
-        raise ValueError(f"{path} cannot be read as plain weights ({str(error).splitlines()[0]}).") from error
+    content = read_pickled(path)
     if not isinstance(content, dict) or weights not in content:
         found = ", ".join(map(str, content)) if isinstance(content, dict) else type(content).__name__
         raise ValueError(f"{path} has no entry {weights!r} (it holds: {found}); choose one of these with `weights`.")

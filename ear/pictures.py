@@ -40,6 +40,13 @@ def grid(images: np.ndarray, columns: int, scale: int = 1, pad: int = 2) -> np.n
     return picture
 
 
+def pairs(originals: np.ndarray, others: np.ndarray, columns: int) -> np.ndarray:
+    """uint8 [N, H, W, 3] twice => a grid of pairs of rows, originals above the others, at a readable scale."""
+    starts = range(0, len(originals), columns)
+    cells = np.concatenate([part[k : k + columns] for k in starts for part in (originals, others)])
+    return grid(cells, columns, readable_scale(min(originals.shape[1:3])))
+
+
 def save_png(path: str | Path, array: np.ndarray) -> None:
     """Write uint8 [H, W, 3] (or [H, W], grey) as PNG, whole or not at all; the same pixels give the same bytes."""
     with records.whole_file(path) as partial:

@@ -118,3 +118,20 @@ def read_tensors(path: str | Path) -> tuple[dict, dict]:
             return {name: file.get_tensor(name) for name in file.keys()}, description  # noqa: SIM118 - not a dict
     except (SafetensorError, ValueError) as error:
         raise ValueError(f"{path} is not a readable safetensors file ({error}); run its stage again.") from error
+
+
+def read_pickled(path: str | Path) -> object:
+    """What `torch.save` wrote, on the CPU: tensors and plain containers alone.
+
+    Raises FileNotFoundError; ValueError for a file that is none, or that would run code when unpickled.
+    """
+    import torch
+
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist; give the path of a file with published weights.")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many kinds for foreign files; all mean the same to the user
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"{path} cannot be read as plain weights ({reason}).") from error

@@ -1,9 +1,11 @@
 """Fixtures of all tests."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
+from perceptual_files import generated_files
 
 
 @pytest.fixture
@@ -22,3 +24,9 @@ def cluster() -> Iterator[str]:
 
     with LocalCluster(n_workers=2, threads_per_worker=1, host="127.0.0.1", dashboard_address=None) as cluster:
         yield cluster.scheduler_address
+
+
+@pytest.fixture(scope="session")
+def perceptual_folder(tmp_path_factory) -> Path:
+    """The two files of the perceptual network, with generated weights."""
+    return generated_files(tmp_path_factory.mktemp("perceptual"))

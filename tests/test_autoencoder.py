@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from ear import autoencoder, records
-from ear.autoencoder import KL, Identity, load_tokenizer, new_kl, save_tokenizer
+from ear.autoencoder import KL, Identity, kl_structure, load_tokenizer, new_kl, save_tokenizer
 from ear.images import to_signed, to_uint8
 from ear.randomness import generator
 
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def tiny(seed: int = 0) -> KL:
-    return new_kl(seed=seed, image_size=8, **TINY).eval()
+    return new_kl(seed=seed, image_size=8, structure=kl_structure(**TINY)).eval()
 
 
 def signed(count: int = 2, size: int = 8) -> torch.Tensor:
@@ -86,7 +86,8 @@ def test_the_published_structure_has_the_published_number_of_parameters():
     golden = json.loads((GOLDEN / "kl16_parameters.json").read_text())
     parameters = golden.get("parameters", golden)
     with torch.device("meta"):
-        tokenizer = KL(image_size=256, channels=16, block_channels=(128, 128, 256, 256, 512), layers=2)
+        structure = kl_structure(channels=16, block_channels=(128, 128, 256, 256, 512), layers=2)
+        tokenizer = KL(image_size=256, structure=structure)
     shapes = sorted(math.prod(shape) for shape in parameters.values())
     assert sorted(p.numel() for p in tokenizer.parameters()) == shapes
     assert sum(shapes) == 66_456_019
@@ -119,7 +120,9 @@ def test_foreign_files_are_named(tmp_path):
         load_tokenizer(path)
     save_tokenizer(path, tiny())
     tensors, description = records.read_tensors(path)
-    records.write_tensors(path, tensors, {**description, "config": {**TINY, "channels": 4}})
+    records.write_tensors(
+        path, tensors, {**description, "config": {"structure": kl_structure(**{**TINY, "channels": 4})}}
+    )
     with pytest.raises(ValueError, match=r"tokenizer\.safetensors holds network\.encoder\.conv_out\.weight with shape"):
         load_tokenizer(path)
     del tensors["network.encoder.conv_in.bias"]

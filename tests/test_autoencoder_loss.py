@@ -7,9 +7,10 @@ from prepared_sets import pixels
 from skimage.metrics import peak_signal_noise_ratio
 
 from ear import posterior
-from ear.autoencoder import Identity, new_kl
-from ear.autoencoder_loss import autoencoder_loss, describe, psnr, reconstruct
+from ear.autoencoder import Identity, kl_structure, new_kl
+from ear.autoencoder_loss import AutoencoderLoss, describe, psnr, reconstruct
 from ear.images import to_signed, to_uint8
+from ear.perceptual import load_perceptual
 from ear.randomness import generator
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -17,7 +18,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 def tiny():
     """An autoencoder whose posteriors have standard deviations around 0.6."""
-    tokenizer = new_kl(seed=0, image_size=8, channels=3, block_channels=[8, 16], layers=1)
+    tokenizer = new_kl(seed=0, image_size=8, structure=kl_structure(channels=3, block_channels=[8, 16], layers=1))
     with torch.no_grad():
         tokenizer.network.quant_conv.bias[3:] -= 1
     return tokenizer.eval().requires_grad_(False)
@@ -26,20 +27,21 @@ def tiny():
 def test_the_loss_is_mean_absolute_error_plus_divergence_per_pixel():
     tokenizer, images = tiny(), to_signed(pixels(4))
     noise = torch.randn(4, 3, 4, 4, generator=generator(1))
-    loss, parts = autoencoder_loss(tokenizer, images, noise, kl_weight=0.5)
+    terms = AutoencoderLoss(kl_weight=0.5)(tokenizer, images, noise)
     moments = tokenizer.encode(images)
     decoded = tokenizer.decode(posterior.posterior_sample(moments, noise)).numpy()
     error = np.abs(images.numpy() - decoded).mean()
     divergence = float(posterior.kl_divergence(moments).mean())
-    assert float(parts["reconstruction"]) == pytest.approx(error, rel=1e-5)
-    assert float(parts["kl"]) == pytest.approx(divergence, rel=1e-6)
-    assert float(loss) == pytest.approx(error + 0.5 * divergence / (3 * 8 * 8), rel=1e-5)
+    assert float(terms.figures["reconstruction"]) == pytest.approx(error, rel=1e-5)
+    assert float(terms.figures["kl"]) == pytest.approx(divergence, rel=1e-6)
+    assert terms.figures.keys() == {"reconstruction", "kl"}
+    assert float(terms.loss) == pytest.approx(error + 0.5 * divergence / (3 * 8 * 8), rel=1e-5)
 
 
 def test_the_loss_reaches_every_weight():
     tokenizer = tiny().requires_grad_(True)
-    loss, _ = autoencoder_loss(tokenizer, to_signed(pixels(2)), torch.zeros(2, 3, 4, 4), kl_weight=1e-3)
-    loss.backward()
+    terms = AutoencoderLoss(kl_weight=1e-3)(tokenizer, to_signed(pixels(2)), torch.zeros(2, 3, 4, 4))
+    terms.loss.backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in tokenizer.parameters())
 
 
@@ -87,3 +89,19 @@ def test_figures_of_the_identity():
     assert figures["psnr"] == figures["psnr_sampled"] == 100.0
     assert figures["latent_std"] == pytest.approx(to_signed(images).std(correction=0).item(), rel=1e-5)
     assert figures["posterior_ratio"] < 1e-5
+
+
+def test_perceptual_distance_is_added_with_its_weight(perceptual_folder):
+    perceptual = load_perceptual(perceptual_folder)
+    structure = kl_structure(channels=3, block_channels=[8, 16], layers=1)
+    tokenizer, images = new_kl(seed=0, image_size=16, structure=structure), to_signed(pixels(2, size=16))
+    noise = torch.zeros(2, 3, 8, 8)
+    plain = AutoencoderLoss(kl_weight=0.5)(tokenizer, images, noise)
+    terms = AutoencoderLoss(0.5, perceptual, 2.0)(tokenizer, images, noise)
+    distance = perceptual(images, plain.decoded).mean()
+    assert float(distance) > 0.01
+    assert float(terms.figures["perceptual"]) == pytest.approx(float(distance), rel=1e-5)
+    assert float(terms.loss - plain.loss) == pytest.approx(2 * float(distance), rel=1e-4)
+    terms.loss.backward()
+    assert all(p.grad.isfinite().all() for p in tokenizer.parameters())
+    assert all(p.grad is None for p in perceptual.parameters())

@@ -10,7 +10,7 @@ import torch
 from prepared_sets import pixels, write_prepared
 
 from ear import caching, records
-from ear.autoencoder import Identity, Tokenizer, new_kl
+from ear.autoencoder import Identity, Tokenizer, kl_structure, new_kl
 from ear.images import to_signed, to_uint8
 from ear.latents import LatentStore
 
@@ -26,7 +26,8 @@ def base(tmp_path) -> Path:
 
 
 def tiny() -> Tokenizer:
-    return new_kl(seed=0, image_size=8, channels=3, block_channels=[8, 16], layers=1).eval().requires_grad_(False)
+    structure = kl_structure(channels=3, block_channels=[8, 16], layers=1)
+    return new_kl(seed=0, image_size=8, structure=structure).eval().requires_grad_(False)
 
 
 def cache(base: Path, tokenizer: Tokenizer, *, fingerprint: str = "ab" * 32, batch_size: int = 3) -> Path:

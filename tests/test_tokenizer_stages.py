@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from diffusers import AutoencoderKL
 from omegaconf import OmegaConf
 from PIL import Image
 from prepared_sets import pixels, write_prepared
@@ -135,6 +136,50 @@ def test_identity_needs_no_training_and_loses_nothing(repository):
     assert figures["parameters"] == 0
     run("cache")
     assert LatentStore("data/latents", "train").shape == (12, 4, 4)
+
+
+def save_vae() -> None:
+    """An autoencoder of diffusers in the folder vae: sides halved once, 3 latent channels."""
+    structure = {"block_out_channels": (8, 16), "latent_channels": 3, "norm_num_groups": 2}
+    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
+    AutoencoderKL(**structure, **blocks).save_pretrained("vae")
+
+
+def test_imported_tokenizer_is_described_and_caches(repository):
+    save_vae()
+    run("tokenizer", **{"tokenizer.name": "diffusers", "tokenizer.weights": "vae"})
+    source = records.read_tensors("data/tokenizer/tokenizer.safetensors")[1]["source"]
+    assert source["sha256"] == records.sha256("vae/diffusion_pytorch_model.safetensors")
+    assert records.read_json("data/tokenizer/metrics.json")["psnr"] < 20  # its weights are random
+    header, row = Path("data/tokenizer/validation.tsv").read_text().splitlines()
+    assert header.split("\t") == ["images", "loss", "reconstruction", "kl"]
+    assert float(row.split("\t")[2]) > 0.1
+    run("cache")
+    assert LatentStore("data/latents", "train").shape == (3, 4, 4)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"tokenizer.downsample": 4}, r"tokenizer\.downsample is 4, but the autoencoder of vae has 2; set .* to 2"),
+        ({"tokenizer.channels": 4}, r"tokenizer\.channels is 4, but the autoencoder of vae has 3; set .* to 3"),
+    ],
+)
+def test_parameters_that_contradict_the_imported_file_are_refused(repository, changes, message):
+    save_vae()
+    with pytest.raises(ValueError, match=message):
+        run("tokenizer", **{"tokenizer.name": "diffusers", "tokenizer.weights": "vae", **changes})
+    assert not Path("data/tokenizer").exists()
+
+
+def test_perceptual_distance_is_trained_and_logged(repository, perceptual_folder):
+    write_prepared(repository / "data/prepared", pixels(64, size=16), LENGTHS, VAL)
+    options = {"data.image_size": 16, "tokenizer.perceptual_weight": 1.0, "tokenizer.images": 32}
+    run("tokenizer", **options, **{"tokenizer.perceptual_folder": str(perceptual_folder)})
+    header, first, *_ = Path("data/tokenizer/training.tsv").read_text().splitlines()
+    row = dict(zip(header.split("\t"), map(float, first.split("\t")), strict=True))
+    assert row["perceptual"] > 0.1
+    assert row["loss"] == pytest.approx(row["reconstruction"] + row["perceptual"], rel=1e-3)
 
 
 def test_images_of_another_size_than_asked_for_are_refused(repository):
