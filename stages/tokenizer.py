@@ -11,10 +11,11 @@ from ear import device as devices
 from ear import pictures, randomness, records
 from ear.autoencoder import Identity, Tokenizer, kl_structure, new_kl, save_tokenizer
 from ear.autoencoder_import import import_tokenizer
-from ear.autoencoder_loss import AutoencoderLoss, describe, reconstruct
+from ear.autoencoder_loss import AutoencoderLoss
 from ear.autoencoder_training import AutoencoderTraining, Objective
 from ear.perceptual import load_perceptual
 from ear.prepared import PreparedImages
+from ear.reconstruction import describe, reconstruct
 from ear.training import History, write_table
 from stages import program
 
