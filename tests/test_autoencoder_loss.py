@@ -52,9 +52,9 @@ def test_perceptual_distance_is_added_with_its_weight(perceptual_folder):
     plain = AutoencoderLoss(kl_weight=0.5)(tokenizer, images, noise)
     terms = AutoencoderLoss(0.5, perceptual, 2.0)(tokenizer, images, noise)
     distance = perceptual(images, plain.decoded).mean()
-    assert float(distance) > 0.01
-    assert float(terms.figures["perceptual"]) == pytest.approx(float(distance), rel=1e-5)
-    assert float(terms.loss - plain.loss) == pytest.approx(2 * float(distance), rel=1e-4)
+    assert distance.item() > 0.01
+    assert float(terms.figures["perceptual"]) == pytest.approx(distance.item(), rel=1e-5)
+    assert (terms.loss - plain.loss).item() == pytest.approx(2 * distance.item(), rel=1e-4)
     terms.loss.backward()
     assert all(p.grad.isfinite().all() for p in tokenizer.parameters())
     assert all(p.grad is None for p in perceptual.parameters())
