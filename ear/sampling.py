@@ -66,12 +66,14 @@ def sample(
     return unpatchify(tokens, model.patch, model.shape.latent)
 
 
-def transformer_passes(model: Model, steps: int) -> int:
-    """Passes of the transformer with which `sample` draws an image, over twice the rows with guidance.
+def network_evaluations(model: Model, steps: int) -> dict[str, int]:
+    """What one image of `sample` costs: passes of the transformer, and evaluations of the head over all tokens.
 
-    Each pass of a causal model but the first one is over a single position.
+    A pass of a causal model but the first one is over a single position. With guidance each pass is over twice the
+    rows, and so are the head's evaluations unless guidance extrapolates the hidden state.
     """
-    return model.tokens if isinstance(model, CausalModel) else len(set(masked_after(model.tokens, steps)))
+    passes = model.tokens if isinstance(model, CausalModel) else len(set(masked_after(model.tokens, steps)))
+    return {"transformer": passes, "head": model.tokens * model.score.evaluations_per_token}
 
 
 @dataclass(frozen=True)

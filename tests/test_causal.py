@@ -10,7 +10,7 @@ from ear.causal import CausalModel
 from ear.masking import random_orders
 from ear.model import patchify, pick, unpatchify
 from ear.randomness import ImageStreams, generator
-from ear.sampling import sample, transformer_passes
+from ear.sampling import network_evaluations, sample
 
 LABELS = torch.tensor([0, 1, 2, 0])
 KINDS = [("raster", False), ("raster", True), ("random", True)]
@@ -104,7 +104,7 @@ def test_generation_takes_one_pass_per_token_whatever_the_steps():
     a, b = (sample(model, LABELS, steps=s, source=ImageStreams(5, range(4))) for s in (1, 64))
     assert torch.equal(a, b)
     assert widths == 2 * [(4, model.buffer), *15 * [(4, 1)]]
-    assert transformer_passes(model, 1) == 16
+    assert network_evaluations(model, 1)["transformer"] == 16
 
 
 def test_image_k_is_the_same_in_any_batch():

@@ -4,7 +4,7 @@ from factories import tiny_model
 
 from ear.guidance import scale_at
 from ear.randomness import ImageStreams, generator
-from ear.sampling import sample
+from ear.sampling import network_evaluations, sample
 
 LABELS = torch.tensor([0, 1, 2, 0, 1])
 
@@ -37,6 +37,18 @@ def test_every_token_is_drawn_whatever_the_steps(steps):
     assert latents.shape == (5, 3, 4, 4)
     assert latents.isfinite().all()
     assert (latents.abs() > 0).all()  # a token never revealed would have stayed 0
+
+
+@pytest.mark.parametrize("steps", [1, 4, 16, 40])
+@pytest.mark.parametrize("name", ["energy", "hyvarinen"])
+def test_network_evaluations_are_those_made(steps, name):
+    model = tiny_model(name=name, sampling_steps=3)
+    passes, rows = [], []
+    model.transformer.register_forward_hook(lambda *_: passes.append(1))
+    model.score.network.register_forward_hook(lambda _, inputs, __: rows.append(len(inputs[0])))
+    draw(model, steps=steps, guidance=1.0)
+    expected = {"transformer": len(passes), "head": sum(rows) // len(LABELS)}
+    assert network_evaluations(model, steps) == expected
 
 
 @pytest.mark.parametrize("patch", [1, 2])

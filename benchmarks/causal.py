@@ -1,0 +1,88 @@
+"""How much faster does a causal model draw through the cache of keys and values than without it?
+
+    python -m benchmarks.causal [--save] [KEY=VALUE ...]
+
+The transformer of a preset with causal attention, untrained, without guidance; the head is left out, being the same in
+both. Without the cache each token takes a pass over all slots before it; with it, over one slot.
+"""
+
+from dataclasses import asdict
+
+import torch
+
+from benchmarks import measure
+from ear import model as models
+from ear import scores
+from ear.causal import CausalModel
+from ear.config import Parameters
+from ear.configure import compose
+from ear.model import Shape, pick
+from ear.randomness import generator
+
+_GRIDS = (4, 8, 16)  # tokens along a side
+
+
+def causal_model(parameters: Parameters, grid: int) -> CausalModel:
+    """An untrained model over grid x grid tokens."""
+    side = grid * parameters.model.patch_size
+    shape = Shape(
+        (parameters.tokenizer.channels, side, side),
+        tuple(map(str, range(10))),
+        asdict(parameters.model),
+        scores.chosen(asdict(parameters.score)),
+    )
+    return models.build(shape).initialise(generator(0, "weights")).eval()
+
+
+def cached(model: CausalModel, tokens, orders, labels):
+    """Hidden states [B, L, W], slot by slot through the caches."""
+    caches, slots, rows = model.caches(), model.start(labels, None, orders[:, :1]), []
+    for i in range(model.tokens):
+        rows.append(model.transformer(slots, caches)[:, -1:])
+        if i + 1 < model.tokens:
+            at = orders[:, i : i + 1]
+            slots = model.slots(pick(tokens, at), at, orders[:, i + 1 : i + 2])
+    return torch.cat(rows, dim=1)
+
+
+def uncached(model: CausalModel, tokens, orders, labels):
+    """The same hidden states, each by a pass over its own slot and all before it."""
+    start, rows = model.start(labels, None, orders[:, :1]), []
+    for i in range(model.tokens):
+        slots = model.slots(pick(tokens, orders[:, :i]), orders[:, :i], orders[:, 1 : i + 1])
+        rows.append(model.transformer(torch.cat([start, slots], dim=1))[:, -1:])
+    return torch.cat(rows, dim=1)
+
+
+@torch.inference_mode()
+def compare(model: CausalModel, images: int, repeats: int) -> dict:
+    """Seconds per image both ways, their ratio, and how far the hidden states are apart."""
+    source = generator(0, "inputs")
+    tokens = torch.randn(images, model.tokens, model.token_embedding.in_features, generator=source)
+    inputs = (model, tokens, model.draw_orders(images, source), torch.arange(images) % 10)
+    seconds = {f.__name__: measure.median_seconds(lambda f=f: f(*inputs), repeats) / images for f in (cached, uncached)}
+    difference = (cached(*inputs) - uncached(*inputs)).abs().max()
+    return {
+        "tokens": model.tokens,
+        **{f"{name}_seconds_per_image": value for name, value in seconds.items()},
+        "speedup": seconds["uncached"] / seconds["cached"],
+        "largest_difference": float(difference),
+    }
+
+
+def main() -> None:
+    """Compare on several token grids."""
+    parser = measure.arguments(__doc__)
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="preset=NAME and section.key=value")
+    parser.add_argument("--images", type=int, default=4, help="images at once (default: 4)")
+    parser.add_argument("--repeats", type=int, default=3, help="timings of which the median counts (default: 3)")
+    arguments = parser.parse_args()
+    parameters = compose([*arguments.overrides, "model.attention=causal"])
+    torch.set_num_threads(parameters.compute.threads)
+    grids = [compare(causal_model(parameters, grid), arguments.images, arguments.repeats) for grid in _GRIDS]
+    sizes = {key: getattr(parameters.model, key) for key in ("width", "depth", "heads", "buffer_size")}
+    measure.report("causal", {"model": sizes, "images": arguments.images, "grids": grids}, save=arguments.save)
+
+
+if __name__ == "__main__":
+    main()

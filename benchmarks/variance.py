@@ -1,0 +1,115 @@
+"""How much less noise do all pairs of m samples put into the gradient than disjoint pairs of the same samples?
+
+    python -m benchmarks.variance [--save]
+
+Both are unbiased estimates of the energy score from the same head evaluations. Two settings: the gradient by location
+and by scale of a forecast that is the truth, N(0, I) in 16 dimensions, over draws of noise and target; and the gradient
+by all weights of a head of the digits preset, trained a little, for one batch and many draws of noise.
+"""
+
+import torch
+from torch import Tensor
+
+from benchmarks import measure
+from ear import scores
+from ear.config import Parameters
+from ear.configure import compose
+from ear.randomness import generator
+from ear.scores.energy import EnergyScore, energy_loss
+
+_DIMENSIONS = 16
+_TARGETS = 400  # in the analytic setting
+_BATCH = 256  # tokens of one batch
+_STEPS = 300  # of training the head
+_DRAWS = 100  # of noise
+
+
+def disjoint_loss(samples: Tensor, targets: Tensor) -> Tensor:
+    """The mean of the losses of m/2 pairs, [m, N, D], [k, N, D] => [N]."""
+    pairs = samples.split(2)
+    return torch.stack([energy_loss(pair, targets, alpha=1.0) for pair in pairs]).mean(dim=0)
+
+
+def all_pairs_loss(samples: Tensor, targets: Tensor) -> Tensor:
+    """The loss over all pairs, [m, N, D], [k, N, D] => [N]."""
+    return energy_loss(samples, targets, alpha=1.0)
+
+
+ESTIMATES = {"all_pairs": all_pairs_loss, "disjoint_pairs": disjoint_loss}
+
+
+def of_location_and_scale(m: int) -> dict:
+    """Variance of a token's gradient by location (one coordinate) and by scale, for a perfect forecast."""
+    source = generator(0, "analytic", m)
+    target = torch.randn(1, _TARGETS, 1, _DIMENSIONS, generator=source, dtype=torch.float64)
+    noise = torch.randn(m, _TARGETS, _DRAWS, _DIMENSIONS, generator=source, dtype=torch.float64)
+    variances = {}
+    for name, estimate in ESTIMATES.items():
+        location = torch.zeros(_TARGETS, _DRAWS, _DIMENSIONS, dtype=torch.float64, requires_grad=True)
+        scale = torch.ones(_TARGETS, _DRAWS, 1, dtype=torch.float64, requires_grad=True)
+        estimate(location + scale * noise, target).sum().backward()
+        variances[name] = {
+            "location": float(location.grad.flatten(0, 1).var(dim=0).mean()),
+            "scale": float(scale.grad.var()),
+            "scale_given_target": float(scale.grad.var(dim=1).mean()),
+        }
+    ratios = {key: value / variances["disjoint_pairs"][key] for key, value in variances["all_pairs"].items()}
+    return {**variances, "ratio": ratios}
+
+
+def trained_head(parameters: Parameters, m: int) -> tuple[EnergyScore, Tensor, Tensor]:
+    """(a head after some training, hidden states [N, W], targets [N, D]): the target is a noisy map of the state."""
+    model, source = parameters.model, generator(0, "head", m)
+    channels = parameters.tokenizer.channels
+    options = {**vars(parameters.score), "name": "energy", "samples": m}
+    sizes = {"hidden_width": model.width, "token_channels": channels}
+    torch.manual_seed(0)  # layers draw their first weights from the global state
+    score = scores.build(options, **sizes, width=model.head_width, depth=model.head_depth)
+    score.initialise(source)
+    mapping = torch.randn(model.width, channels, generator=source) / model.width**0.5
+    optimizer = torch.optim.AdamW(score.parameters(), lr=1e-3)
+    for _ in range(_STEPS):
+        hidden = torch.randn(_BATCH, model.width, generator=source)
+        target = hidden @ mapping + 0.5 * torch.randn(_BATCH, channels, generator=source)
+        optimizer.zero_grad()
+        score.loss(hidden, target, temperature=1.0, generator=source).mean().backward()
+        optimizer.step()
+    return score, hidden, target
+
+
+def of_weights(parameters: Parameters, m: int) -> dict:
+    """Total variance of the gradient of one batch's loss by all weights of the head, over draws of noise."""
+    score, hidden, target = trained_head(parameters, m)
+    weights = list(score.parameters())
+    sums = {name: [torch.zeros_like(w) for w in weights] for name in ESTIMATES}
+    squares = dict.fromkeys(ESTIMATES, 0.0)
+    for draw in range(_DRAWS):
+        noise = score.draw_noise((m, _BATCH), generator(draw, "noise"), hidden.device)
+        samples = score.generate(hidden, noise)
+        for name, estimate in ESTIMATES.items():
+            loss = estimate(samples, target[None]).mean()
+            gradients = torch.autograd.grad(loss, weights, retain_graph=True)
+            squares[name] += sum(float(g.square().sum()) for g in gradients)
+            sums[name] = [total + g for total, g in zip(sums[name], gradients, strict=True)]
+    variances = {
+        name: (squares[name] - sum(float(s.square().sum()) for s in sums[name]) / _DRAWS) / (_DRAWS - 1)
+        for name in ESTIMATES
+    }
+    return {**variances, "ratio": variances["all_pairs"] / variances["disjoint_pairs"]}
+
+
+def main() -> None:
+    """Measure for the number of samples of the default parameters and for twice as many."""
+    arguments = measure.arguments(__doc__).parse_args()
+    parameters = compose([])
+    torch.set_num_threads(parameters.compute.threads)
+    counts = (parameters.score.samples, 2 * parameters.score.samples)
+    figures = {
+        f"m={m}": {"perfect_forecast": of_location_and_scale(m), "head_weights": of_weights(parameters, m)}
+        for m in counts
+    }
+    measure.report("variance", figures, save=arguments.save)
+
+
+if __name__ == "__main__":
+    main()
