@@ -12,6 +12,7 @@ from ear import distributed, records, samples
 from ear.generation import Generator, balanced_labels
 from ear.pictures import grid, save_png
 from ear.progress import Progress
+from ear.sampling import network_evaluations
 from stages import program
 
 MODEL, TOKENIZER = "data/finetuned/model.safetensors", "data/tokenizer/tokenizer.safetensors"
@@ -36,7 +37,9 @@ def begin(file: Path, generator: Generator, labels: list[int], options) -> list[
     """Numbers of the first images of the batches that are missing in the file, which is laid out if it is new."""
     if not file.is_file():
         sources = {"model_sha256": records.sha256(MODEL), "tokenizer_sha256": records.sha256(TOKENIZER)}
-        sampling = {**asdict(options), "classes": list(generator.model.shape.classes), **sources}
+        model = generator.model
+        costs = {"evaluations_per_image": network_evaluations(model, options.steps)}
+        sampling = {**asdict(options), **costs, "classes": list(model.shape.classes), **sources}
         samples.create(file, labels=labels, image_shape=generator.image_shape, sampling=sampling)
     return [first for first in range(0, len(labels), options.batch_size) if not finished(file, first).exists()]
 

@@ -17,6 +17,7 @@ from ear import model as models
 from ear.autoencoder import Identity, save_tokenizer
 from ear.generation import Generator
 from ear.latents import Statistics
+from ear.sampling import network_evaluations
 from stages import program
 
 ROOT = Path(__file__).parent.parent
@@ -58,6 +59,7 @@ def test_the_file_tells_how_it_was_made():
         settings = {name: sampling[name] for name in ("steps", "guidance", "schedule", "temperature", "seed")}
         assert np.array_equal(file["images"][20:], generator.images([2, 0, 1], first=20, **settings))
     assert sampling["classes"] == list(CLASSES)
+    assert sampling["evaluations_per_image"] == network_evaluations(generator.model, settings["steps"])
     assert sampling["model_sha256"] == records.sha256("data/finetuned/model.safetensors")
     assert Image.open("data/samples/grid.png").size == (3 * 10 + 2, 8 * 10 + 2)  # a column for each class
 
