@@ -61,7 +61,7 @@ def test_the_file_tells_how_it_was_made():
     assert sampling["classes"] == list(CLASSES)
     assert sampling["evaluations_per_image"] == network_evaluations(generator.model, settings["steps"])
     assert sampling["model_sha256"] == records.sha256("data/finetuned/model.safetensors")
-    assert Image.open("data/samples/grid.png").size == (3 * 10 + 2, 8 * 10 + 2)  # a column for each class
+    assert Image.open("data/samples/grid.png").size == (3 * 66 + 2, 8 * 66 + 2)  # a column for each class
 
 
 @pytest.mark.parametrize("processes", [2, 3])
