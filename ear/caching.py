@@ -5,6 +5,7 @@ size, the number of threads and the machine, not on interruptions.
 """
 
 import io
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ear import posterior, records
+from ear import distributed, posterior, records
 from ear.autoencoder import Tokenizer
 from ear.images import to_signed
 from ear.latents import FORMAT, STATS, Statistics
@@ -50,21 +51,48 @@ def cache(
 
     Writes the shards and stats.json. The statistics are those of the plain training images. Raises ValueError, and
     leaves `target` as it was, where the images are not of the tokenizer's size or moments are not finite in float16.
+    Of many processes each encodes every so-manieth shard and the main one writes `target`; their number changes no byte.
     """
-    index = records.read_json(prepared / "index.json")["shards"]
     splits = {split: PreparedImages(prepared, split) for split in ("train", "val")}
     _check_size(splits["train"], encoder.tokenizer, prepared)
-    with records.whole_folder(target) as folder, Progress("cache", sum(map(len, splits.values()))) as progress:
-        entries = {split: [] for split in splits}
-        for split, images in splits.items():
-            start = 0
-            for shard in index[split]:
-                rows = range(start, start + shard["rows"])
-                entries[split].append(write_shard(shard["file"], images, rows, encoder, scratch, progress))
-                records.link(scratch / shard["file"], folder / shard["file"])
-                start = rows.stop
-        stats = _stats(entries, splits["train"], encoder)
-        records.write_json(folder / STATS, stats)
+    shards = _shards(prepared)
+    own = shards[distributed.rank() :: distributed.size()]
+    with Progress("cache", sum(len(shard.rows) for shard in own)) as progress:
+
+        def write(shard: _Shard) -> dict:
+            return write_shard(shard.file, splits[shard.split], shard.rows, encoder, scratch, progress)
+
+        entries = distributed.on_main(distributed.in_turns(shards, write), list)
+    if entries is None:
+        return
+    with records.whole_folder(target) as folder:
+        for shard in shards:
+            records.link(scratch / shard.file, folder / shard.file)
+        of_split = {
+            split: [entry for shard, entry in zip(shards, entries, strict=True) if shard.split == split]
+            for split in splits
+        }
+        records.write_json(folder / STATS, _stats(of_split, splits["train"], encoder))
+
+
+@dataclass(frozen=True)
+class _Shard:
+    """One file of prepared images, and of latents."""
+
+    split: str
+    file: str
+    rows: range  # of the split
+
+
+def _shards(prepared: Path) -> list[_Shard]:
+    shards = []
+    for split, entries in records.read_json(prepared / "index.json")["shards"].items():
+        ends = itertools.accumulate(entry["rows"] for entry in entries)
+        shards += [
+            _Shard(split, entry["file"], range(end - entry["rows"], end))
+            for entry, end in zip(entries, ends, strict=True)
+        ]
+    return shards
 
 
 def _check_size(images: PreparedImages, tokenizer: Tokenizer, prepared: Path) -> None:

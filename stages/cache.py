@@ -29,4 +29,4 @@ def work(parameters) -> None:
 
 
 if __name__ == "__main__":
-    program.run("cache", work, __doc__)
+    program.run("cache", work, __doc__, many_processes=True)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from prepared_sets import pixels, write_prepared
+from processes import together
 
 from ear import caching, records
 from ear.autoencoder import Identity, Tokenizer, kl_structure, new_kl
@@ -123,6 +124,16 @@ def test_a_run_goes_on_with_missing_and_damaged_shards_and_ends_in_the_same_byte
     first.unlink()  # a name of its own: the published file keeps its bytes
     first.write_bytes(b"damaged")
     assert contents(cache(base, tiny())) == whole
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_many_processes_leave_the_bytes_of_one(base, processes):
+    """Four shards in all, of 5, 5, 2 and 4 images."""
+    whole = contents(cache(base, tiny()))
+    shutil.rmtree(base / "latents")
+    shutil.rmtree(base / "scratch")
+    together(lambda: cache(base, tiny()), processes)
+    assert contents(base / "latents") == whole
 
 
 class Exploding(Identity):
