@@ -51,7 +51,7 @@ def cache(
 
     Writes the shards and stats.json. The statistics are those of the plain training images. Raises ValueError, and
     leaves `target` as it was, where the images are not of the tokenizer's size or moments are not finite in float16.
-    Of many processes each encodes every so-manieth shard and the main one writes `target`; their number changes no byte.
+    Of many processes each encodes every so-manieth shard and the main one writes `target`, with the bytes of one.
     """
     splits = {split: PreparedImages(prepared, split) for split in ("train", "val")}
     _check_size(splits["train"], encoder.tokenizer, prepared)
