@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 import ear
-from ear.pictures import grid, readable_scale, save_png
+from ear.pictures import grid, save_png
 from ear.prepared import PreparedImages
 
 _GREY = 128
@@ -33,7 +33,7 @@ def main() -> None:
     other = (labels + 1) % len(held_out.classes)
     columns.append(ear.inpaint(images, mask, other.tolist(), seed=0, **options))
     picture = np.stack(columns, axis=1).reshape(-1, *images.shape[1:])
-    save_png(arguments.output, grid(picture, columns=len(columns), scale=readable_scale(images.shape[1])))
+    save_png(arguments.output, grid(picture, columns=len(columns)))
     print(f"wrote {arguments.output}")
 
 

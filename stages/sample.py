@@ -10,7 +10,7 @@ from pathlib import Path
 from ear import device as devices
 from ear import distributed, records, samples
 from ear.generation import Generator, balanced_labels
-from ear.pictures import grid, readable_scale, save_png
+from ear.pictures import grid, save_png
 from ear.progress import Progress
 from ear.sampling import network_evaluations
 from stages import program
@@ -70,8 +70,7 @@ def publish(file: Path, columns: int) -> None:
     with records.whole_folder("data/samples") as folder:
         records.link(file, folder / "samples.h5")
         made = samples.GeneratedImages(folder / "samples.h5")
-        images = made.images(range(min(_GRID, len(made))))
-        save_png(folder / "grid.png", grid(images, columns, readable_scale(min(images.shape[1:3]))))
+        save_png(folder / "grid.png", grid(made.images(range(min(_GRID, len(made)))), columns))
 
 
 if __name__ == "__main__":

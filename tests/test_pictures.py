@@ -13,7 +13,7 @@ def flat(*values: int, height: int = 2, width: int = 3) -> np.ndarray:
 
 
 def test_images_stand_in_rows_on_white():
-    picture = grid(flat(1, 2, 3), columns=2, pad=1)
+    picture = grid(flat(1, 2, 3), columns=2, scale=1, pad=1)
     assert picture[..., 0].tolist() == [
         [255] * 9,
         [255, 1, 1, 1, 255, 2, 2, 2, 255],
@@ -26,18 +26,22 @@ def test_images_stand_in_rows_on_white():
     assert (picture[..., 0] == picture[..., 2]).all()
 
 
-def test_magnified_images_keep_their_pixels():
-    images = np.arange(2 * 2 * 3 * 3, dtype=np.uint8).reshape(2, 2, 3, 3)
+def test_small_images_are_magnified_smoothly():
+    ramp = np.linspace(40, 200, 8).round().astype(np.uint8)
+    images = np.stack([np.broadcast_to(values[..., None], (8, 8, 3)) for values in np.meshgrid(ramp, ramp)])
     large = magnify(images, 4)
-    assert large.shape == (2, 8, 12, 3)
-    assert all(np.array_equal(large[:, k::4, j::4], images) for k in range(4) for j in range(4))
-    assert np.array_equal(grid(images, 2, scale=4), grid(large, 2))
+    assert large.shape == (2, 32, 32, 3)
+    inner = large[0, 16, 6:26, 0].astype(int)
+    assert set(np.diff(inner)) <= {5, 6}  # a ramp of 160 / 7 levels per pixel stays one, without steps of whole pixels
+    assert np.array_equal(large[1], large[0].transpose(1, 0, 2))
+    assert np.array_equal(magnify(images, 1), images)
 
 
 @pytest.mark.parametrize(("size", "scale"), [(1, 64), (8, 8), (16, 4), (28, 3), (63, 2), (64, 1), (256, 1)])
 def test_small_images_are_brought_to_a_readable_size(size, scale):
     assert readable_scale(size) == scale
-    assert magnify(flat(0, height=size, width=size)).shape == (1, size * scale, size * scale, 3)
+    picture = grid(flat(0, height=size, width=size), columns=1, pad=1)
+    assert picture.shape == (size * scale + 2, size * scale + 2, 3)
 
 
 @pytest.mark.parametrize(("count", "columns"), [(0, 3), (2, 0)])
