@@ -34,7 +34,7 @@ def apply(path: str | Path, values: Mapping[str, Any]) -> None:
     """
     before = config.load(path)
     content = check(path, values)
-    if config.parse(_plain(content)) == before:
+    if config.parse(plain(content)) == before:
         return
     text = io.StringIO()
     _yaml().dump(content, text)
@@ -51,7 +51,7 @@ def check(path: str | Path, values: Mapping[str, Any]) -> CommentedMap:
     content = _yaml().load(Path(path).read_text())
     for key, value in values.items():
         _set(content, key, value)
-    config.parse(_plain(content), origin="overrides")
+    config.parse(plain(content), origin="overrides")
     return content
 
 
@@ -82,12 +82,12 @@ def _styled(value: Any) -> Any:
     return value
 
 
-def _plain(node: Any) -> Any:
+def plain(node: Any) -> Any:
     """ruamel's scalars and containers as the plain types they stand for."""
     if isinstance(node, Mapping):
-        return {str(key): _plain(value) for key, value in node.items()}
+        return {str(key): plain(value) for key, value in node.items()}
     if isinstance(node, list):
-        return [_plain(value) for value in node]
+        return [plain(value) for value in node]
     for kind in (bool, int, float, str):
         if isinstance(node, kind):
             return kind(node)

@@ -1,0 +1,127 @@
+"""What is compared, as changes of params.yaml: every score at one budget, and what the paper ablates. No Prefect here.
+
+Each rule is sampled at several guidance scales, since the best one differs; that costs no further training.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import quote
+
+from ear import config
+
+Values = Mapping[str, Any]  # {"section.key": value}
+
+GUIDANCE = (1.0, 1.5, 2.0)
+RULES: dict[str, Values] = {
+    "energy": {"score.name": "energy"},
+    "kernel": {"score.name": "kernel"},
+    "logarithmic, diagonal": {"score.name": "logarithmic", "score.covariance": "diagonal"},
+    "logarithmic, full": {"score.name": "logarithmic", "score.covariance": "full"},
+    "hyvarinen": {"score.name": "hyvarinen"},
+    "categorical": {"score.name": "categorical"},
+    "energy, causal raster": {"score.name": "energy", "model.attention": "causal", "model.order": "raster"},
+    "energy, causal random": {"score.name": "energy", "model.attention": "causal", "model.order": "random"},
+}
+
+
+@dataclass(frozen=True)
+class Ablation:
+    """One question about the energy score and the changes that answer it."""
+
+    title: str
+    text: str
+    variants: tuple[Values, ...]
+
+
+def _each(key: str, *values: Any) -> tuple[Values, ...]:
+    return tuple({key: value} for value in values)
+
+
+ABLATIONS = (
+    Ablation(
+        "Chance",
+        "The same training from other seeds: differences as small as these mean nothing.",
+        _each("train.seed", 0, 1, 2),
+    ),
+    Ablation(
+        "Exponent of the distance",
+        "Strictly proper for alpha in (0, 2); at 2 only the mean would be learned, so 2 is refused.",
+        ({"score.alpha": 0.75, "score.smoothing": 0.01}, *_each("score.alpha", 1.0, 1.25, 1.5, 1.75)),
+    ),
+    Ablation(
+        "Samples per token",
+        "More samples (all pairs are scored) or more draws of the target lower the variance of the gradient only.",
+        (*_each("score.samples", 2, 4, 8), {"score.targets": 4}),
+    ),
+    Ablation(
+        "Training temperature",
+        "The weight of the repulsion between samples; below 1 the score is not strictly proper and samples move "
+        "towards the mode.",
+        tuple(
+            {"train.temperature": train, "finetune.temperature": finetune}
+            for train, finetune in ((1.0, 1.0), (1.0, 0.99), (0.99, 0.99), (0.95, 0.95))
+        ),
+    ),
+    Ablation(
+        "Noise of the head",
+        "Its distribution and its dimensions.",
+        (*_each("score.noise", "uniform", "gaussian"), *_each("score.noise_channels", 8, 32, 128)),
+    ),
+    Ablation(
+        "Inference temperature",
+        "Scales what the noise shifts in the head; the trained model is the same in all rows.",
+        _each("sample.temperature", 0.7, 0.85, 1.0, 1.15),
+    ),
+    Ablation(
+        "Guidance",
+        "Scale of the extrapolation from the hidden state without the class to the one with it; one trained model.",
+        _each("sample.guidance", 1.0, 1.5, 2.0, 3.0),
+    ),
+    Ablation("Steps", "Passes in which the tokens are drawn; one trained model.", _each("sample.steps", 4, 8, 16)),
+)
+
+
+def budget(parameters: config.Parameters, images: int) -> Values:
+    """What all runs have in common."""
+    return changes({"train.images": images}, parameters)
+
+
+def rule_runs(parameters: config.Parameters, images: int) -> dict[str, dict[float, Values]]:
+    """Rule => guidance scale => the changes of params.yaml."""
+    return {
+        rule: {
+            scale: changes({**values, "train.images": images, "sample.guidance": scale}, parameters)
+            for scale in GUIDANCE
+        }
+        for rule, values in RULES.items()
+    }
+
+
+def ablation_runs(parameters: config.Parameters, images: int) -> dict[str, list[tuple[Values, Values]]]:
+    """Ablation => its variants, each with the changes of params.yaml that make it."""
+    common = {"score.name": "energy", "train.images": images}
+    return {
+        ablation.title: [(variant, changes({**common, **variant}, parameters)) for variant in ablation.variants]
+        for ablation in ABLATIONS
+    }
+
+
+def changes(values: Values, parameters: config.Parameters) -> dict[str, Any]:
+    """The values that differ from the parameters: equal runs have equal changes, and so one name."""
+    return {key: value for key, value in values.items() if value != _value(parameters, key)}
+
+
+def experiment_name(values: Values, prefix: str = "compare") -> str:
+    """A readable name that git accepts: compare-score.name=kernel-sample.guidance=2.0."""
+    return "-".join([prefix, *(f"{key}={quote(str(value), safe='')}" for key, value in values.items())])
+
+
+def file_name(rule: str) -> str:
+    """A rule as part of a path: logarithmic-full."""
+    return rule.replace(",", "").replace(" ", "-")
+
+
+def _value(parameters: config.Parameters, key: str) -> Any:
+    section, _, name = key.partition(".")
+    return getattr(getattr(parameters, section), name)
