@@ -119,17 +119,22 @@ def untrained(parameters: config.Parameters) -> Model:
     return model
 
 
+def changed(path: str, values: comparison.Values) -> config.Parameters:
+    """The parameter file at `path` with {"section.key": value} set."""
+    return config.parse(overrides.plain(overrides.check(path, values)))
+
+
 def main() -> None:
-    """Measure every rule of the comparison."""
+    """Measure the rules of the comparison."""
     parser = measure.arguments(__doc__)
     parser.add_argument("--params", default="params.yaml", help="parameter file (default: params.yaml)")
     parser.add_argument("--rounds", type=int, default=5, help="turns of which the median counts (default: 5)")
+    parser.add_argument("--rules", nargs="+", choices=comparison.RULES, default=[*comparison.RULES], metavar="RULE")
     arguments = parser.parse_args()
     parameters = config.load(arguments.params)
     device = devices.prepare(parameters.runtime.device, parameters.compute.threads)
     candidates = {
-        rule: Candidate(config.parse(overrides.plain(overrides.check(arguments.params, values))), device)
-        for rule, values in comparison.RULES.items()
+        rule: Candidate(changed(arguments.params, comparison.RULES[rule]), device) for rule in arguments.rules
     }
     for _ in range(1 + arguments.rounds):
         for candidate in candidates.values():

@@ -82,9 +82,9 @@ ABLATIONS = (
 )
 
 
-def budget(parameters: config.Parameters, images: int) -> Values:
-    """What all runs have in common."""
-    return changes({"train.images": images}, parameters)
+def default_run(parameters: config.Parameters, images: int) -> Values:
+    """The energy score with nothing else changed than the budget."""
+    return changes({"score.name": "energy", "train.images": images}, parameters)
 
 
 def rule_runs(parameters: config.Parameters, images: int) -> dict[str, dict[float, Values]]:
@@ -99,12 +99,14 @@ def rule_runs(parameters: config.Parameters, images: int) -> dict[str, dict[floa
 
 
 def ablation_runs(parameters: config.Parameters, images: int) -> dict[str, list[tuple[Values, Values]]]:
-    """Ablation => its variants, each with the changes of params.yaml that make it."""
-    common = {"score.name": "energy", "train.images": images}
-    return {
-        ablation.title: [(variant, changes({**common, **variant}, parameters)) for variant in ablation.variants]
-        for ablation in ABLATIONS
-    }
+    """Ablation => its variants (params.yaml as it is among them), each with the changes that make it."""
+    default, found = default_run(parameters, images), {}
+    for ablation in ABLATIONS:
+        runs = [(variant, changes({**default, **variant}, parameters)) for variant in ablation.variants]
+        if default not in (values for _, values in runs):
+            runs.insert(0, ({key: _value(parameters, key) for key in ablation.variants[0]}, default))
+        found[ablation.title] = runs
+    return found
 
 
 def changes(values: Values, parameters: config.Parameters) -> dict[str, Any]:
@@ -113,7 +115,7 @@ def changes(values: Values, parameters: config.Parameters) -> dict[str, Any]:
 
 
 def experiment_name(values: Values, prefix: str = "compare") -> str:
-    """A readable name that git accepts: compare-score.name=kernel-sample.guidance=2.0."""
+    """A readable name that git accepts: compare-score.name=kernel-sample.guidance=2.0; `compare` for no change."""
     return "-".join([prefix, *(f"{key}={quote(str(value), safe='')}" for key, value in values.items())])
 
 

@@ -115,10 +115,10 @@ def _bring_up(start: str | None) -> None:
     if not COPY.is_dir():
         _create()
     _git("fetch", "--quiet", "--prune", str(Path.cwd()), "HEAD", f"+{_refs()}*:{_refs()}*", folder=COPY)
-    _git("checkout", "--quiet", "--force", "--detach", _head(), folder=COPY)
+    _git("checkout", "--quiet", "--force", "--detach", head(), folder=COPY)
     _git("clean", "--quiet", "--force", "-d", folder=COPY)
     results = _results(start) if start else []
-    for path in _edited():
+    for path in edited():
         if path in results:
             continue
         (COPY / path).unlink(missing_ok=True)
@@ -139,7 +139,7 @@ def _create() -> None:
         repository.ask("config", "--local", "cache.dir", str(cache), folder=partial)
 
 
-def _edited() -> list[str]:
+def edited() -> list[str]:
     """Files that differ from the last commit, deleted ones included, and new ones that git does not ignore."""
     listed = _git("diff", "--name-only", "-z", "HEAD") + _git("ls-files", "-z", "--others", "--exclude-standard")
     return [path for path in listed.split("\0") if path]
@@ -173,11 +173,12 @@ def _names(folder: Path = Path()) -> list[str]:
 
 def _refs() -> str:
     """Where DVC keeps the experiments of the current commit."""
-    head = _head()
-    return f"refs/exps/{head[:2]}/{head[2:]}/"
+    commit = head()
+    return f"refs/exps/{commit[:2]}/{commit[2:]}/"
 
 
-def _head() -> str:
+def head() -> str:
+    """The current commit."""
     return _git("rev-parse", "HEAD").strip()
 
 

@@ -17,7 +17,6 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 from prefect import State, flow, get_run_logger, task
 from prefect.artifacts import create_table_artifact
@@ -25,6 +24,7 @@ from prefect.states import Completed, Failed
 
 from ear import records
 from flows import experiments, overrides
+from flows.comparison import experiment_name
 from flows.pipeline import OPTIONS, PARAMETERS, failed, metric_rows, report
 from flows.repository import RepositoryError
 
@@ -73,12 +73,7 @@ def grid(parameters: dict[str, list[Any]]) -> dict[str, dict[str, Any]]:
     if not parameters:
         raise ValueError("a sweep needs at least one parameter; give SECTION.KEY and its values.")
     combinations = [dict(zip(parameters, values, strict=True)) for values in itertools.product(*parameters.values())]
-    return {experiment_name(values): values for values in combinations}
-
-
-def experiment_name(values: dict[str, Any]) -> str:
-    """A readable name that git accepts: sweep-sample.guidance=2.0-sample.temperature=1.0."""
-    return "-".join(["sweep", *(f"{key}={quote(str(value), safe='')}" for key, value in values.items())])
+    return {experiment_name(values, prefix="sweep"): values for values in combinations}
 
 
 def compare(

@@ -1,0 +1,176 @@
+"""Train every score on the same latents at the same budget, and write docs/scores.md.
+
+    python -m flows.compare
+    python -m flows.compare --images 64000 --only rules --output docs
+
+Each model is a DVC experiment on the current commit (see flows.experiments): the workspace stays as it is, what runs
+share is computed once, and a comparison that was stopped goes on where it was. The page, its grids and the figures
+behind them (scores/results.json) appear once all runs have succeeded; rates are measured at the end.
+"""
+
+# isort: off
+import flows.settings  # noqa: F401 - first: Prefect reads its settings when it is imported
+
+# isort: on
+import argparse
+import json
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Literal
+
+from prefect import State, flow, get_run_logger, task
+from prefect.artifacts import create_markdown_artifact
+from prefect.cache_policies import NO_CACHE
+from prefect.states import Completed, Failed
+
+from ear import config, records
+from flows import command, comparison, comparison_page, experiments, overrides, repository
+from flows.comparison import Values, ablation_runs, experiment_name, rule_runs
+from flows.pipeline import PARAMETERS, failed, report
+from flows.repository import RepositoryError
+from flows.sweep import run_experiment
+
+Part = Literal["rules", "ablations"]
+
+IMAGES = 64_000
+EVALUATION, REFERENCE = "data/evaluation/metrics.json", "data/reference/metrics.json"
+GRID = "data/samples/grid.png"
+TIMINGS = Path("benchmarks/results/scores.json")
+# What may differ from the commit that the page names: results.
+_RESULTS = ("dvc.lock", "data/", "docs/", "benchmarks/results/")
+
+
+@flow(name="compare")
+def compare(images: int = IMAGES, only: Part | None = None, output: str = "docs") -> State:
+    """Train all rules and ablations, and write the page.
+
+    Args:
+        images: training images of each model.
+        only: the rules, or the ablations of the energy score; none means both.
+        output: folder for scores.md and scores/.
+    """
+    try:
+        check_committed()
+        parameters = config.load(PARAMETERS)
+        runs = {experiment_name(values): values for values in planned(parameters, images, only)}
+        for values in runs.values():
+            overrides.check(PARAMETERS, values)
+    except (ValueError, FileNotFoundError, RepositoryError) as error:
+        return Failed(message=str(error))
+    errors = run_all(runs)
+    if errors:
+        name, message = next(iter(errors.items()))
+        return Failed(message=f"{len(errors)} of {len(runs)} runs failed ({name}: {message}); nothing was written")
+    state = measure_rates(return_state=True)
+    if not state.is_completed():
+        return Failed(message=state.message)
+    results = collect(parameters, images, only)
+    publish(results, Path(output))
+    return Completed(message=f"{len(runs)} runs; see {output}/scores.md")
+
+
+def check_committed() -> None:
+    """Raises ValueError where code or parameters are not as the commit has them, since the page names the commit."""
+    edited = [path for path in experiments.edited() if not path.startswith(_RESULTS)]
+    if edited:
+        raise ValueError(
+            f"{edited[0]} is not as the last commit has it; commit it, so that the page can name its code."
+        )
+
+
+def planned(parameters: config.Parameters, images: int, only: Part | None) -> list[Values]:
+    """The changes of params.yaml of all runs, those that train alike next to each other."""
+    plan: list[Values] = []
+    if only != "ablations":
+        plan += [values for runs in rule_runs(parameters, images).values() for values in runs.values()]
+    if only != "rules":
+        plan += [values for runs in ablation_runs(parameters, images).values() for _, values in runs]
+    return plan
+
+
+def run_all(runs: Mapping[str, Values]) -> dict[str, str]:
+    """Run the experiments that are not there yet; experiment => error for those that failed."""
+    log, errors = get_run_logger(), {}
+    for number, (name, values) in enumerate(runs.items(), start=1):
+        log.info("%d of %d: %s", number, len(runs), name)
+        if experiments.is_complete(name, values):
+            continue
+        state = run_experiment(name, dict(values), return_state=True)
+        if not state.is_completed():
+            errors[name] = state.message
+    return errors
+
+
+@task(task_run_name="measure rates", cache_policy=NO_CACHE)
+def measure_rates() -> State:
+    """Time training and sampling of every rule, all in one run; the figures stay in benchmarks/results/."""
+    lines: list[str] = []
+    program = [sys.executable, "-m", "benchmarks.scores", "--save", "--rules", *comparison.RULES]
+    if command.stream(program, line=lines.append, environment=repository.environment()):
+        return failed(RepositoryError(f"benchmarks.scores failed: {lines[-1] if lines else 'it said nothing'}"))
+    return Completed()
+
+
+def collect(parameters: config.Parameters, images: int, only: Part | None) -> dict[str, Any]:
+    """All that the page shows."""
+    results: dict[str, Any] = {
+        "budget": {
+            "commit": experiments.head(),
+            "train_images": images,
+            "finetune_images": parameters.finetune.images,
+        },
+        "sampling": asdict(parameters.sample),
+        "timings": records.read_json(TIMINGS),
+    }
+    if only != "ablations":
+        results["rules"] = [
+            {"rule": rule, "runs": [{"guidance": scale, **outcome(values)} for scale, values in runs.items()]}
+            for rule, runs in rule_runs(parameters, images).items()
+        ]
+    if only != "rules":
+        default = comparison.default_run(parameters, images)
+        results["ablations"] = {
+            title: [
+                {"values": dict(variant), "default": values == default, **outcome(values)} for variant, values in runs
+            ]
+            for title, runs in ablation_runs(parameters, images).items()
+        }
+    real = json.loads(experiments.read(experiment_name(planned(parameters, images, only)[0]), REFERENCE))
+    return results | {"floor": real["fid"], "held_out_accuracy": real["val_accuracy"]}
+
+
+def outcome(values: Values) -> dict[str, Any]:
+    """The figures of one run, with the name of its experiment."""
+    name = experiment_name(values)
+    figures = json.loads(experiments.read(name, EVALUATION))
+    return {"experiment": name, **{key: figures[key] for key in comparison_page.FIGURES}}
+
+
+def publish(results: Mapping[str, Any], folder: Path) -> None:
+    """Write the page, the grids that it shows and the figures behind it."""
+    for rule in results.get("rules", []):
+        target = folder / "scores" / f"{comparison.file_name(rule['rule'])}.png"
+        experiments.fetch(comparison_page.best(rule["runs"])["experiment"], GRID, target)
+    records.write_json(folder / "scores" / "results.json", results)
+    text = comparison_page.page(results)
+    with records.whole_file(folder / "scores.md") as partial:
+        partial.write_text(text)
+    create_markdown_artifact(key="scores", markdown=text, description="Scores side by side")
+
+
+def main() -> int:
+    """The command line; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m flows.compare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--images", type=int, default=IMAGES, help=f"training images per model (default: {IMAGES})")
+    parser.add_argument("--only", choices=("rules", "ablations"), help="default: both")
+    parser.add_argument("--output", default="docs", help="folder for scores.md and scores/ (default: docs)")
+    arguments = parser.parse_args()
+    return report("compare", lambda: compare(**vars(arguments), return_state=True))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

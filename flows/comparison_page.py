@@ -1,0 +1,150 @@
+"""docs/scores.md from the results of a comparison: the text around the tables stands here, every figure in the results.
+
+A result is what `flows.compare` collects: {"budget", "floor", "held_out_accuracy", "sampling", "rules", "ablations",
+"timings"}; rules and ablations are absent where they were not asked for.
+"""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from flows.comparison import ABLATIONS, file_name
+
+FIGURES = ("fid", "class_accuracy", "precision", "recall")  # of one run
+_GRID_WIDTH, _GRIDS_PER_ROW = 240, 3  # pixels on the page
+
+
+def page(results: Mapping[str, Any]) -> str:
+    """The whole document."""
+    parts = [_introduction(results)]
+    if "rules" in results:
+        parts += [_rules(results), _guidance(results["rules"]), _costs(results["timings"]), _grids(results["rules"])]
+    if "ablations" in results:
+        parts.append(_ablations(results))
+    return "\n\n".join([*parts, _reading(results)]) + "\n"
+
+
+def best(runs: Iterable[Mapping]) -> Mapping:
+    """The run with the lowest FID, the first of equals."""
+    return min(runs, key=lambda run: run["fid"])
+
+
+def _introduction(results: Mapping) -> str:
+    budget = results["budget"]
+    return f"""# Scores side by side
+
+*Written by `python -m flows.compare`; run it again rather than editing this page.*
+
+One transformer, one set of cached latents, one budget: every model saw {budget["train_images"]:,} images in training
+and {budget["finetune_images"]:,} in the second phase; code and `params.yaml` are those of commit
+`{budget["commit"][:10]}`. A rule is chosen by its own keys alone (`score.name`, `score.covariance`, `model.attention`,
+`model.order`); nothing else was tuned for it but the guidance scale."""
+
+
+def _rules(results: Mapping) -> str:
+    rows = []
+    for rule in results["rules"]:
+        run = best(rule["runs"])
+        ratio = f"{run['fid'] / results['floor']:.2f}"
+        rows.append([rule["rule"], f"{run['guidance']:g}", *_figures(run), ratio])
+    head = ["score", "guidance", "FID", "class accuracy", "precision", "recall", "FID / floor"]
+    return "## The scores\n\nEach at the guidance scale with its lowest FID.\n\n" + table(head, rows)
+
+
+def _guidance(rules: list[Mapping]) -> str:
+    scales = [run["guidance"] for run in rules[0]["runs"]]
+    rows = [
+        [rule["rule"], *(f"{run['fid']:.4g} ({run['class_accuracy']:.3f})" for run in rule["runs"])] for rule in rules
+    ]
+    head = ["score", *(f"guidance {scale:g}" for scale in scales)]
+    return "FID (class accuracy) by guidance scale:\n\n" + table(head, rows)
+
+
+def _costs(timings: Mapping) -> str:
+    figures, machine = timings["figures"], timings["machine"]
+    sampling = figures["sampling"]
+    rows = [
+        [
+            rule,
+            f"{row['parameters']:,.0f}",
+            f"{row['training_images_per_second']:.0f}",
+            f"{row['sampling_images_per_second']:.0f}",
+            f"{row['transformer_passes_per_image']:.0f}",
+            f"{row['head_evaluations_per_image']:,.0f}",
+        ]
+        for rule, row in figures["rules"].items()
+    ]
+    head = ["score", "parameters", "training images/s", "sampling images/s", "transformer passes", "head evaluations"]
+    device = machine["gpu"] or f"{machine['cores']} cores of {machine['cpu']}"
+    return f"""## What they cost
+
+Passes and evaluations are per image, without guidance; guidance doubles what the transformer does. Rates are medians
+of turns that the rules took one after another (`python -m benchmarks.scores`), at guidance {sampling["guidance"]:g},
+{sampling["steps"]} steps and {sampling["batch_size"]} images at once, without the tokenizer's decoder, on {device}.
+{_load(machine)}
+
+{table(head, rows)}"""
+
+
+def _load(machine: Mapping) -> str:
+    """A warning where other work was running."""
+    if machine["load"] <= machine["cores"]:
+        return "The machine had nothing else to do."
+    return (
+        f"Other work shared the machine ({machine['load']:g} processes wanted its {machine['cores']} cores at the "
+        "end): compare these rates with each other only."
+    )
+
+
+def _grids(rules: list[Mapping]) -> str:
+    cells = [
+        f'<td align="center"><img src="scores/{file_name(rule["rule"])}.png" width="{_GRID_WIDTH}"><br>'
+        f"{rule['rule']}, guidance {best(rule['runs'])['guidance']:g}</td>"
+        for rule in rules
+    ]
+    rows = [cells[i : i + _GRIDS_PER_ROW] for i in range(0, len(cells), _GRIDS_PER_ROW)]
+    body = "\n".join("<tr>\n" + "\n".join(row) + "\n</tr>" for row in rows)
+    return f"## What they draw\n\nThe first images of each rule; a column is a class.\n\n<table>\n{body}\n</table>"
+
+
+def _ablations(results: Mapping) -> str:
+    sampling = results["sampling"]
+    parts = [
+        f"""## Ablations of the energy score
+
+One change at a time from `params.yaml` at the same budget (guidance {sampling["guidance"]:g}, temperature
+{sampling["temperature"]:g}, {sampling["steps"]} steps where not said otherwise). The row in bold is `params.yaml`."""
+    ]
+    for ablation in ABLATIONS:
+        rows = [_ablation_row(row) for row in results["ablations"][ablation.title]]
+        head = [ablation.title, "FID", "class accuracy", "precision", "recall"]
+        parts.append(f"### {ablation.title}\n\n{ablation.text}\n\n{table(head, rows)}")
+    return "\n\n".join(parts)
+
+
+def _ablation_row(row: Mapping) -> list[str]:
+    name = ", ".join(f"`{key}` {value}" for key, value in row["values"].items())
+    return [f"**{name}**" if row["default"] else name, *_figures(row)]
+
+
+def _figures(run: Mapping) -> list[str]:
+    return [f"{run['fid']:.4g}", *(f"{run[name]:.3f}" for name in FIGURES[1:])]
+
+
+def _reading(results: Mapping) -> str:
+    return f"""## How to read the figures
+
+FID, precision and recall are measured in the features of a classifier trained on the real training images, which is
+right for {results["held_out_accuracy"]:.3f} of the real held-out ones; class accuracy is the share of generated images
+that it takes for the class they were drawn for. The FID between real held-out and real training images, the floor, is
+{results["floor"]:.4g}. Each run drew {results["sampling"]["count"]:,} images and was trained once, so small differences
+are chance (the first ablation shows how large it is). None of these figures compares with published ones.
+
+    python -m flows.compare                # all of it; goes on where it was stopped
+    python -m flows.compare --only rules   # the scores without the ablations
+    dvc exp show                           # the experiments behind the tables; `dvc exp apply NAME` brings one back"""
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table: the first column to the left, figures to the right."""
+    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
