@@ -19,7 +19,7 @@ from ear import device as devices
 from ear import model as models
 from ear.model import Model, Shape
 from ear.randomness import ImageStreams, generator
-from ear.sampling import sample, transformer_passes
+from ear.sampling import network_evaluations, sample
 from ear.training import Trainer
 from flows import comparison, overrides
 
@@ -90,14 +90,13 @@ class Candidate:
             torch.cuda.synchronize()
         return time.perf_counter()
 
-    def figures(self) -> dict[str, float]:
+    def figures(self) -> dict:
         """Rates (medians) and counts."""
         return {
             "parameters": sum(p.numel() for p in self.model.parameters()),
             "training_images_per_second": 1 / statistics.median(self.training),
             "sampling_images_per_second": 1 / statistics.median(self.sampling),
-            "transformer_passes_per_image": transformer_passes(self.model, self.options.sample.steps),
-            "head_evaluations_per_image": self.model.tokens * self.model.score.evaluations_per_token,
+            "evaluations_per_image": network_evaluations(self.model, self.options.sample.steps),
         }
 
 

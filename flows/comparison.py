@@ -63,11 +63,8 @@ ABLATIONS = (
             for train, finetune in ((1.0, 1.0), (1.0, 0.99), (0.99, 0.99), (0.95, 0.95))
         ),
     ),
-    Ablation(
-        "Noise of the head",
-        "Its distribution and its dimensions.",
-        (*_each("score.noise", "uniform", "gaussian"), *_each("score.noise_channels", 8, 32, 128)),
-    ),
+    Ablation("Noise", "The distribution that the head turns into tokens.", _each("score.noise", "uniform", "gaussian")),
+    Ablation("Width of the noise", "Its dimensions per token.", _each("score.noise_channels", 8, 32, 128)),
     Ablation(
         "Inference temperature",
         "Scales what the noise shifts in the head; the trained model is the same in all rows.",

@@ -68,8 +68,7 @@ def _costs(timings: Mapping) -> str:
             f"{row['parameters']:,.0f}",
             f"{row['training_images_per_second']:.0f}",
             f"{row['sampling_images_per_second']:.0f}",
-            f"{row['transformer_passes_per_image']:.0f}",
-            f"{row['head_evaluations_per_image']:,.0f}",
+            *(f"{row['evaluations_per_image'][network]:,.0f}" for network in ("transformer", "head")),
         ]
         for rule, row in figures["rules"].items()
     ]

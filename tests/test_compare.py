@@ -14,8 +14,8 @@ from benchmarks.scores import Candidate
 from ear import config
 from ear.configure import compose, to_yaml
 from flows import comparison, comparison_page, overrides, repository
-from flows.comparison import ablation_runs, changes, default_run, experiment_name, rule_runs
 from flows.compare import check_committed, planned
+from flows.comparison import ablation_runs, changes, default_run, experiment_name, rule_runs
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -60,7 +60,7 @@ def test_every_ablation_holds_the_parameters_as_they_are(guidance):
     for title, runs in ablation_runs(parameters, 640).items():
         assert [values for _, values in runs].count({"train.images": 640}) == 1, title
     guided = ablation_runs(parameters, 640)["Guidance"]
-    assert [variant["sample.guidance"] for variant, _ in guided][0] == (1.0 if guidance == 1.5 else 1.7)
+    assert guided[0][0] == {"sample.guidance": 1.0 if guidance == 1.5 else 1.7}
 
 
 def test_every_run_is_valid(parameters, tmp_path):
@@ -89,25 +89,10 @@ def test_a_candidate_is_timed(one_thread):
         candidate.turn()
     figures = candidate.figures()
     assert figures["parameters"] == sum(p.numel() for p in candidate.model.parameters())
-    assert figures["transformer_passes_per_image"] == 2
-    assert figures["head_evaluations_per_image"] == 16 * 5
+    assert figures["evaluations_per_image"] == {"transformer": 2, "head": 16 * 5}
     assert candidate.trainer.images == 2 * 3 * parameters.train.global_batch_size
-    assert 0 < figures["sampling_images_per_second"]
-    assert 0 < figures["training_images_per_second"]
-
-
-# --- the page
-
-
-def test_the_page_belongs_to_its_figures():
-    """docs/scores.md is what the generator makes of the figures committed beside it."""
-    results = json.loads((ROOT / "docs/scores/results.json").read_text())
-    text = (ROOT / "docs/scores.md").read_text()
-    assert text == comparison_page.page(results)
-    for rule in results["rules"]:
-        path = ROOT / "docs/scores" / f"{comparison.file_name(rule['rule'])}.png"
-        assert f'src="scores/{path.name}"' in text
-        assert Image.open(path).size > (100, 100)
+    assert figures["sampling_images_per_second"] > 0
+    assert figures["training_images_per_second"] > 0
 
 
 # --- real runs
