@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 import toy
-from factories import SCORE, tiny_model
+from factories import tiny_model
+from toy import head
 
 from ear import scores
 from ear.randomness import ImageStreams, generator
@@ -21,18 +22,6 @@ TOY = {
     "logarithmic": {"components": 4},
     "hyvarinen": {"samples": 4, "denoised_limit": 3.0},
 }
-
-
-def head(name: str, *, token_channels=2, width=32, seed=0, **options) -> scores.Score:
-    sizes = {"hidden_width": toy.HIDDEN, "token_channels": token_channels, "width": width, "depth": 2}
-    score = scores.build({**SCORE, "noise_channels": 16, **options, "name": name}, **sizes)
-    source = generator(seed, "head")
-    for module in score.modules():
-        if isinstance(module, torch.nn.Linear):
-            torch.nn.init.xavier_uniform_(module.weight, generator=source)
-            torch.nn.init.zeros_(module.bias)
-    score.initialise(source)
-    return score
 
 
 @pytest.mark.parametrize("name", TOY)

@@ -4,7 +4,9 @@ import math
 from typing import NamedTuple
 
 import torch
+from factories import SCORE
 
+from ear import scores
 from ear.ema import Average
 from ear.randomness import generator
 from ear.scores.score import Score
@@ -37,6 +39,19 @@ def _centre(condition: torch.Tensor) -> torch.Tensor:
     return torch.stack([angle.cos(), angle.sin()], dim=-1)
 
 
+def head(name: str, *, token_channels=2, width=32, seed=0, **options) -> Score:
+    """An untrained head for the toy problem."""
+    sizes = {"hidden_width": HIDDEN, "token_channels": token_channels, "width": width, "depth": 2}
+    score = scores.build({**SCORE, "noise_channels": 16, **options, "name": name}, **sizes)
+    source = generator(seed, "head")
+    for module in score.modules():
+        if isinstance(module, torch.nn.Linear):
+            torch.nn.init.xavier_uniform_(module.weight, generator=source)
+            torch.nn.init.zeros_(module.bias)
+    score.initialise(source)
+    return score
+
+
 def fit(score: Score, *, steps: int = 600, temperature: float = 1.0, rate: float = 4e-3) -> Score:
     """Train the head alone on random conditions in {-1, 1}; returns its averaged copy."""
     source = generator(0, "mixture")
@@ -66,3 +81,13 @@ def judge(score: Score, value: float, count: int = 4000) -> Figures:
     side = drawn @ _centre(condition[:1])[0] > 0
     within = torch.cat([drawn[side] - drawn[side].mean(0), drawn[~side] - drawn[~side].mean(0)])
     return Figures(float(squared), abs(float(side.float().mean()) - 0.3), float(within.square().mean().sqrt()) / 0.3)
+
+
+@torch.no_grad()
+def coverage(score: Score, value: float, count: int = 4000) -> float:
+    """Share of the truth within the central 80% of samples at one condition, along the line of the modes."""
+    condition, source = torch.full((count,), value), generator(1, "coverage", value)
+    line = _centre(condition[:1])[0]
+    truth, drawn = mixture(condition, source) @ line, score.sample(hidden(condition), source=source) @ line
+    low, high = drawn.quantile(torch.tensor([0.1, 0.9]))
+    return float(((truth > low) & (truth < high)).float().mean())
