@@ -127,7 +127,11 @@ class Score:
         "energy, kernel, logarithmic (GIVT), hyvarinen (diffusion loss) or categorical (quantised baseline)",
         choices=("energy", "kernel", "logarithmic", "hyvarinen", "categorical"),
     )
-    samples: int = option("energy, kernel: samples per token, all pairs scored; hyvarinen: noisings", minimum=2)
+    samples: int = option("energy, kernel: samples per token, hyvarinen: noisings", minimum=2)
+    pairs: str = option(
+        "energy, kernel: samples that repel each other: all pairs (least variance) or disjoint (as published)",
+        choices=("all", "disjoint"),
+    )
     targets: int = option("energy, kernel: draws of each target from the tokenizer's posterior", minimum=1)
     noise: str = option("energy, kernel: uniform on [-0.5, 0.5) or gaussian", choices=("uniform", "gaussian"))
     noise_channels: int = option("energy, kernel: noise dimensions per token", minimum=1)
@@ -261,6 +265,10 @@ class Parameters:
             raise ValueError(
                 f"train.micro_batch_size is {self.train.micro_batch_size} and does not divide train.global_batch_size, "
                 f"{self.train.global_batch_size}; choose a divisor."
+            )
+        if self.score.pairs == "disjoint" and self.score.samples % 2:
+            raise ValueError(
+                f"score.samples is {self.score.samples}, but score.pairs is disjoint; choose an even number, or all."
             )
         if self.sample.count % self.evaluate.repeats:
             raise ValueError(

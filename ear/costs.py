@@ -7,6 +7,7 @@ largest model is measured in seconds on a laptop. Floating-point operations are 
 import dataclasses
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -15,7 +16,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ear import config, randomness, scores
 from ear import model as models
-from ear.autoencoder import KL, Identity, Tokenizer
+from ear.autoencoder import KL, Identity, Tokenizer, kl_structure
+from ear.autoencoder_import import import_tokenizer
 from ear.causal import CausalModel
 from ear.masking import masked_count
 from ear.model import Model, Shape, pick
@@ -87,13 +89,19 @@ def of_pipeline(parameters: config.Parameters, *, classes: int, images: int) -> 
 
 
 def build_tokenizer(parameters: config.Parameters) -> Tokenizer:
-    """The tokenizer, without data in its weights."""
+    """The tokenizer; an imported one that is not there yet is taken to have the structure of the parameters.
+
+    Raises ValueError for an imported one that does not fit the parameters.
+    """
     side, options = parameters.data.image_size, parameters.tokenizer
     if options.name == "identity":
         return Identity(image_size=side, downsample=options.downsample)
+    if options.name != "kl" and Path(options.weights).exists():
+        sizes = {"downsample": options.downsample, "channels": options.channels}
+        return import_tokenizer(options.weights, kind=options.name, image_size=side, **sizes).tokenizer
     sizes = {"channels": options.channels, "block_channels": options.block_channels, "layers": options.layers}
     with FakeTensorMode():
-        return KL(image_size=side, **sizes)
+        return KL(image_size=side, structure=kl_structure(**sizes))
 
 
 def model_shape(parameters: config.Parameters, tokenizer: Tokenizer, *, classes: int) -> Shape:

@@ -11,9 +11,10 @@ from pathlib import Path
 from ear import config, records
 from ear.costs import Costs, of_pipeline
 from ear.latents import STATS
+from ear.sources import imagenet
 
 EMBEDDED = {"digits": (10, 1797)}  # classes and images of the sources whose size is known
-IMAGENET = (1000, 1_281_167 + 50_000)  # training and validation
+IMAGENET = (imagenet.CLASSES, imagenet.TRAIN_IMAGES + imagenet.VAL_IMAGES)
 
 Section = tuple[str, dict[str, str]]  # a title, and values by name
 

@@ -18,7 +18,8 @@ from ear.model import Model, Shape
 from ear.records import read_pickled, whole_file
 
 # Of the published runs; what no tensor shows.
-_SCORE = {"name": "energy", "alpha": 1.0, "samples": 2, "targets": 1, "smoothing": 1e-6, "noise": "uniform"}
+_SCORE = {"name": "energy", "alpha": 1.0, "smoothing": 1e-6, "noise": "uniform"}
+_SCORE |= {"samples": 4, "pairs": "disjoint", "targets": 1}
 _HEADS = {768: 12, 1024: 16, 1280: 16}  # attention heads of the published widths: base, large, huge
 _BUFFER = 64
 _SCALE = 0.2325  # what the published runs multiplied the latents of KL-16 with

@@ -9,6 +9,7 @@ SCORE = {
     "name": "energy",
     "alpha": 1.0,
     "samples": 2,
+    "pairs": "all",
     "targets": 1,
     "smoothing": 1e-6,
     "noise": "uniform",

@@ -44,6 +44,7 @@ def test_written_parameters_read_back_equal(tmp_path):
         ("model.order", "raster", ["model.order is 'raster'", "bidirectional", "causal"]),
         ("score.samples", 1, ["score.samples is 1", "at least 2"]),
         ("score.name", "enrgy", ["score.name is 'enrgy'", "'energy'"]),
+        ("score.pairs", "some", ["score.pairs is 'some'", "'disjoint'"]),
         ("sample.guidance", -0.5, ["sample.guidance is -0.5", "at least 0"]),
         ("train.temperature", 1.2, ["train.temperature is 1.2", "at most 1"]),
         ("train.images", "many", ["train.images is 'many'", "a whole number"]),

@@ -13,6 +13,7 @@ from ear import model as models
 from ear.configure import compose
 from ear.sampling import sample
 
+PATHS = ("data.path=/images", "tokenizer.weights=/kl16.ckpt")  # of nothing
 KINDS = [{"name": name} for name in ("energy", "kernel", "logarithmic", "categorical")]
 KINDS += [{"name": "hyvarinen", "sampling_steps": 3}, {"attention": "causal"}, {"name": "energy", "targets": 3}]
 
@@ -50,7 +51,7 @@ def saved(model, images):
     [("base", 205_608_720), ("large", 474_755_088), ("huge", 937_314_576)],
 )
 def test_parameters_of_the_published_models(name, parameters):
-    preset = compose([f"preset=imagenet256_{name}", "data.path=/images"])
+    preset = compose([f"preset=imagenet256_{name}", *PATHS])
     tokenizer = costs.build_tokenizer(preset)
     assert sum(p.numel() for p in tokenizer.parameters()) == 66_456_019
     counts = costs.count_parameters(costs.model_shape(preset, tokenizer, classes=1000))
@@ -59,7 +60,7 @@ def test_parameters_of_the_published_models(name, parameters):
 
 
 def test_compute_of_the_published_base_model():
-    preset = compose(["preset=imagenet256_base", "data.path=/images"])
+    preset = compose(["preset=imagenet256_base", *PATHS])
     shape = costs.model_shape(preset, costs.build_tokenizer(preset), classes=1000)
     assert shape.latent == (16, 16, 16)
     assert costs.mean_masked(shape) == pytest.approx(222.46, abs=1)  # of 256

@@ -16,7 +16,7 @@ FULL = ("digits", "folder64", *PUBLISHED)
 
 
 def composed(name: str, *overrides: str):
-    return compose([f"preset={name}", "data.path=/images", *overrides])
+    return compose([f"preset={name}", "data.path=/images", "tokenizer.weights=/kl16.ckpt", *overrides])
 
 
 def test_the_presets_and_their_smoke_forms():
@@ -44,7 +44,9 @@ def test_published_recipe(name):
     assert (sample.count, sample.steps, sample.schedule, sample.temperature) == (50_000, 64, "linear", 0.7)
     assert sample.guidance == (4.0 if "512" in name else 3.0)
     assert p.data.mirror
-    assert (p.tokenizer.downsample, p.tokenizer.channels) == (16, 16)
+    assert (p.tokenizer.name, p.tokenizer.downsample, p.tokenizer.channels) == ("published", 16, 16)
+    assert p.score.samples == 4  # the price of the published two pairs, which stay selectable
+    assert composed(name, "score.pairs=disjoint").score.pairs == "disjoint"
     assert p.reference.extractor == "inception"
 
 
@@ -53,7 +55,7 @@ def test_smoke_forms_differ_in_size_not_in_structure(name):
     full, smoke = composed(name), composed(f"{name}_smoke")
     kept = {
         "model": ("attention", "order", "patch_size", "mlp_ratio", "dropout", "label_dropout", "mask_ratio_min"),
-        "score": ("name", "samples", "targets", "noise", "alpha"),
+        "score": ("name", "samples", "pairs", "targets", "noise", "alpha"),
         "train": ("schedule", "head_rate", "beta2", "weight_decay", "clip_norm", "temperature"),
         "finetune": ("schedule", "temperature"),
         "sample": ("guidance", "schedule", "temperature"),
@@ -69,7 +71,19 @@ def test_smoke_forms_differ_in_size_not_in_structure(name):
 @pytest.mark.parametrize("name", [name for name in FULL if name != "digits"] + ["folder64_smoke"])
 def test_a_preset_for_images_of_the_user_asks_for_their_path(name):
     with pytest.raises(ValueError, match=r"data\.path is empty, but data\.source is \w+; name the folder"):
-        compose([f"preset={name}"])
+        compose([f"preset={name}", "tokenizer.weights=/kl16.ckpt"])
+
+
+def test_the_published_presets_ask_for_the_tokenizer():
+    with pytest.raises(ValueError, match=r"tokenizer\.weights is empty, but tokenizer\.name is published; name the"):
+        compose(["preset=imagenet256_large", "data.path=/images"])
+    trained = compose(["preset=imagenet256_large", "data.path=/images", "tokenizer.name=kl"])
+    assert trained.tokenizer.block_channels == (128, 128, 256, 256, 512)
+
+
+def test_disjoint_pairs_need_an_even_number_of_samples():
+    with pytest.raises(ValueError, match=r"score\.samples is 3, but score\.pairs is disjoint"):
+        composed("imagenet256_base", "score.samples=3", "score.pairs=disjoint")
 
 
 def test_presets_describe_themselves():

@@ -25,14 +25,17 @@ def energy_loss(
     alpha: float,  # exponent in (0, 2)
     temperature: float = 1.0,  # weight of the repulsion, in (0, 1]; only 1 is strictly proper
     smoothing: float = 1e-6,
+    pairs: str = "all",  # or disjoint
 ) -> Tensor:
     """Per-token loss [N], the negative energy score.
 
     With m = 2 and k = 1 this is the published |x1-y|^a + |x2-y|^a - temperature |x1-x2|^a.
     """
-    return pairwise_loss(
-        samples, targets, lambda a, b: distance(a, b, alpha=alpha, smoothing=smoothing), temperature=temperature
-    )
+
+    def between(a: Tensor, b: Tensor) -> Tensor:
+        return distance(a, b, alpha=alpha, smoothing=smoothing)
+
+    return pairwise_loss(samples, targets, between, temperature=temperature, pairs=pairs)
 
 
 class EnergyScore(GeneratorScore):
