@@ -7,6 +7,8 @@ and by scale of a forecast that is the truth, N(0, I) in 16 dimensions, over dra
 by all weights of a head of the digits preset, trained a little, for one batch and many draws of noise.
 """
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -24,18 +26,8 @@ _STEPS = 300  # of training the head
 _DRAWS = 100  # of noise
 
 
-def disjoint_loss(samples: Tensor, targets: Tensor) -> Tensor:
-    """The mean of the losses of m/2 pairs, [m, N, D], [k, N, D] => [N]."""
-    pairs = samples.split(2)
-    return torch.stack([energy_loss(pair, targets, alpha=1.0) for pair in pairs]).mean(dim=0)
-
-
-def all_pairs_loss(samples: Tensor, targets: Tensor) -> Tensor:
-    """The loss over all pairs, [m, N, D], [k, N, D] => [N]."""
-    return energy_loss(samples, targets, alpha=1.0)
-
-
-ESTIMATES = {"all_pairs": all_pairs_loss, "disjoint_pairs": disjoint_loss}
+# [m, N, D], [k, N, D] => loss [N]
+ESTIMATES = {f"{pairs}_pairs": partial(energy_loss, alpha=1.0, pairs=pairs) for pairs in ("all", "disjoint")}
 
 
 def of_location_and_scale(m: int) -> dict:

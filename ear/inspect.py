@@ -71,7 +71,7 @@ def describe(path: str, source: Source, sampled: Sampled) -> str:
     ]
     presets = fitting(source, sampled)
     command = f"python -m ear.configure preset={presets[0]}"
-    command += " data.source=folder" if presets[0] == "digits" else ""
+    command += {"digits": " data.source=folder", _IMAGENET[0]: " tokenizer.weights=KL16_CHECKPOINT"}.get(presets[0], "")
     lines += [("preset", ", ".join(presets)), ("next", f"{command} data.path={path}")]
     return "\n".join([f"{path}: {source.layout}", *(f"  {title:<11} {text}" for title, text in lines)])
 
