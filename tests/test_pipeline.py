@@ -1,0 +1,259 @@
+"""The pipeline as a user has it: fresh repositories, `dvc repro`, changes, kills. Real stages, tiny sizes."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+from omegaconf import OmegaConf
+from PIL import Image
+
+import ear
+from ear import checkpoint, records
+
+ROOT = Path(__file__).resolve().parent.parent
+STAGES = ["fetch", "prepare", "reference", "tokenizer", "cache", "train", "finetune", "sample", "evaluate"]
+TINY = {
+    "compute.threads": 1,
+    "tokenizer.block_channels": [8, 16],
+    "tokenizer.images": 640,
+    "model.width": 32,
+    "model.depth": 2,
+    "model.head_width": 32,
+    "model.head_depth": 1,
+    "train.images": 640,
+    "train.warmup_images": 64,
+    "train.validate_images": 320,
+    "train.checkpoint_images": 64,
+    "finetune.images": 128,
+    "sample.count": 40,
+    "sample.steps": 4,
+    "sample.batch_size": 16,
+    "reference.images": 640,
+    "evaluate.kid_subset_size": 20,
+    "runtime.workers": 0,
+}
+
+
+def environment() -> dict[str, str]:
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    # Without PYTHONPATH the repository's own code runs, as in a user's clone.
+    clean = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    return clean | {"PATH": path, "DVC_NO_ANALYTICS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+
+
+def run(*command: str, cwd: Path) -> str:
+    done = subprocess.run(command, cwd=cwd, env=environment(), text=True, capture_output=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def fresh(folder: Path) -> Path:
+    """A repository of the project's files as they are now, with tiny parameters, committed."""
+    listed = run("git", "ls-files", "-z", "--cached", "--others", "--exclude-standard", cwd=ROOT)
+    for name in filter(None, listed.split("\0")):
+        if (ROOT / name).is_file() and name != "dvc.lock":
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, folder / name)
+    change(folder, TINY)
+    run("git", "init", "-q", cwd=folder)
+    run("dvc", "config", "core.site_cache_dir", str(folder / ".dvc/tmp/site"), cwd=folder)
+    run("git", "add", "-A", cwd=folder)
+    identity = ("-c", "user.name=tests", "-c", "user.email=tests@localhost")
+    run("git", *identity, "commit", "-q", "-m", "tiny", cwd=folder)
+    return folder
+
+
+def change(folder: Path, values: dict) -> None:
+    content = OmegaConf.load(folder / "params.yaml")
+    for key, value in values.items():
+        OmegaConf.update(content, key, value)
+    OmegaConf.save(content, folder / "params.yaml")
+
+
+def stale(folder: Path) -> set[str]:
+    """The stages that are out of date themselves; what follows them runs once their outputs have changed."""
+    return set(json.loads(run("dvc", "status", "--json", cwd=folder)))
+
+
+def digests(folder: Path) -> dict[str, str]:
+    return {str(p.relative_to(folder)): records.sha256(p) for p in sorted((folder / "data").rglob("*")) if p.is_file()}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    """A repository in which `dvc repro` has run everything."""
+    folder = fresh(tmp_path_factory.mktemp("finished"))
+    run("dvc", "repro", cwd=folder)
+    return folder
+
+
+@pytest.fixture
+def repository(finished, tmp_path) -> Path:
+    """A copy of the finished repository to change."""
+    shutil.copytree(finished, tmp_path / "copy", symlinks=True)
+    return tmp_path / "copy"
+
+
+def test_reproducing_again_does_nothing(finished):
+    assert "Data and pipelines are up to date." in run("dvc", "repro", cwd=finished)
+    assert stale(finished) == set()
+
+
+def test_everything_promised_is_there(finished):
+    data = finished / "data"
+    with h5py.File(data / "samples/samples.h5") as file:
+        assert file["images"].shape == (40, 8, 8, 3)
+        assert np.bincount(file["labels"][:]).tolist() == [4] * 10
+        assert int(file["seed"][()]) == 0
+        assert file.attrs["format"] == "ear-samples-1"
+    with Image.open(data / "samples/grid.png") as grid:
+        assert min(grid.size) > 100
+    figures = json.loads((data / "evaluation/metrics.json").read_text())
+    assert 0 <= figures["class_accuracy"] <= 1
+    assert figures["fid"] > figures["fid_floor"] > 0
+    assert figures["comparable_with_published"] is False
+    assert figures["protocol"]["images"] == 40
+    assert figures["protocol"]["sampling"]["steps"] == 4
+
+
+def test_git_sees_only_the_lock_and_the_small_metrics(finished):
+    changed = run("git", "status", "--porcelain", "--untracked-files=all", cwd=finished).split()
+    metrics = [f"data/{stage}/metrics.json" for stage in ("evaluation", "finetuned", "model", "reference", "tokenizer")]
+    new = {name for name in changed if name not in ("??", "M", "D")}
+    assert new <= {*metrics, "dvc.lock"}
+    assert "dvc.lock" in new
+
+
+def test_metrics_plots_and_pictures_are_shown(finished, tmp_path):
+    shown = json.loads(run("dvc", "metrics", "show", "--json", cwd=finished))[""]["data"]
+    assert shown["data/evaluation/metrics.json"]["data"]["fid"] > 0
+    assert shown["data/model/metrics.json"]["data"]["images"] == 640
+    run("dvc", "plots", "show", "-o", str(tmp_path), cwd=finished)
+    page = (tmp_path / "index.html").read_text()
+    for title in ("Training loss", "Validation loss", "Learning rate", "Tokenizer"):
+        assert title in page
+    assert {"data_samples_grid.png", "data_tokenizer_reconstructions.png"} <= {
+        path.name.split("workspace_")[-1] for path in (tmp_path / "static").iterdir()
+    }
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "stages"),
+    [
+        ("evaluate.neighborhood", 2, {"evaluate"}),
+        ("sample.guidance", 2.5, {"sample"}),
+        ("finetune.temperature", 0.97, {"finetune"}),
+        ("train.learning_rate", 2e-3, {"train", "finetune"}),  # what finetune does not name it takes from train
+        ("score.alpha", 1.5, {"train"}),
+        ("model.patch_size", 2, {"train"}),
+        ("cache.batch_size", 64, {"cache"}),
+        ("tokenizer.kl_weight", 1e-5, {"tokenizer"}),
+        ("reference.images", 1280, {"reference"}),
+        ("prepare.compression", "gzip", {"prepare"}),
+        ("data.mirror", True, {"train", "finetune"}),
+        ("data.val_fraction", 0.3, {"fetch"}),
+        ("runtime.workers", 2, set()),
+    ],
+)
+def test_a_parameter_reruns_the_stages_that_read_it(finished, key, value, stages):
+    before = (finished / "params.yaml").read_text()
+    try:
+        change(finished, {key: value})
+        assert stale(finished) == stages
+    finally:
+        (finished / "params.yaml").write_text(before)
+
+
+def test_a_changed_guidance_reruns_sampling_and_evaluation(repository):
+    change(repository, {"sample.guidance": 3.0})
+    shown = run("dvc", "repro", cwd=repository)
+    assert [name for name in STAGES if f"Running stage '{name}'" in shown] == ["sample", "evaluate"]
+    figures = json.loads((repository / "data/evaluation/metrics.json").read_text())
+    assert figures["protocol"]["sampling"]["guidance"] == 3.0
+
+
+def test_two_fresh_repositories_give_equal_locks(finished, tmp_path):
+    other = fresh(tmp_path)
+    run("dvc", "repro", cwd=other)
+    assert (other / "dvc.lock").read_text() == (finished / "dvc.lock").read_text()
+
+
+def test_pixels_as_tokens_by_one_parameter(repository):
+    change(repository, {"tokenizer.name": "identity"})
+    run("dvc", "repro", cwd=repository)
+    assert json.loads((repository / "data/tokenizer/metrics.json").read_text())["psnr"] == 100.0
+    stats = json.loads((repository / "data/latents/stats.json").read_text())
+    assert stats["shape"] == [12, 4, 4]
+
+
+@pytest.mark.parametrize("stage", ["train", "finetune"])
+def test_a_killed_training_goes_on_to_the_same_bytes(repository, stage):
+    folder = {"train": "data/model", "finetune": "data/finetuned"}[stage]
+    whole = {path.name: records.sha256(path) for path in (repository / folder).iterdir()}
+    shutil.rmtree(repository / folder)
+    process = subprocess.Popen(
+        [sys.executable, "-m", f"stages.{stage}"], cwd=repository, env=environment(), stdout=subprocess.DEVNULL
+    )
+    scratch = repository / "work" / stage
+    while not list(scratch.glob("*/checkpoint-*.safetensors")):
+        assert process.poll() is None, f"{stage} ended before it could be killed"
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (repository / folder).exists()
+    assert checkpoint.newest(next(scratch.iterdir())) is not None
+    resumed = run(sys.executable, "-m", f"stages.{stage}", cwd=repository)
+    assert "continuing after" in resumed
+    assert {path.name: records.sha256(path) for path in (repository / folder).iterdir()} == whole
+
+
+def test_python_loads_and_generates(finished):
+    model = ear.load(finished / "data/finetuned")
+    assert not model.training
+    images = ear.generate(finished / "data", labels=[3, "7"], steps=4, guidance=2.0, temperature=0.9, seed=0)
+    assert images.shape == (2, 8, 8, 3)
+    assert images.dtype == np.uint8
+    again = ear.generate(finished / "data", labels=[3], steps=4, guidance=2.0, temperature=0.9, seed=0)
+    np.testing.assert_array_equal(again[0], images[0])
+
+
+@pytest.mark.parametrize(
+    ("values", "stage", "words"),
+    [
+        ({"score.alpha": 2.0}, "train", ["score.alpha is 2.0", "below 2"]),
+        ({"sample.guidance": -1.0}, "sample", ["sample.guidance is -1.0", "at least 0"]),
+        ({"model.patch_size": 3}, "train", ["model.patch_size is 3", "divide"]),
+        ({"train.learning_rate": "fast"}, "train", ["train.learning_rate is 'fast'", "number"]),
+        ({"train.learningrate": 1e-3}, "train", ["train.learningrate is not a known key", "learning_rate"]),
+    ],
+)
+def test_mistakes_are_one_line_and_cost_nothing(repository, values, stage, words):
+    before = digests(repository)
+    change(repository, values)
+    done = subprocess.run(
+        [sys.executable, "-m", f"stages.{stage}"], cwd=repository, env=environment(), capture_output=True, text=True
+    )
+    assert done.returncode == 1
+    sentence, _ = done.stderr.splitlines()
+    assert sentence.startswith(f"{stage}: params.yaml: ")
+    assert all(word in sentence for word in words), sentence
+    assert digests(repository) == before
+
+
+def test_latents_of_another_tokenizer_and_a_foreign_model_are_refused(repository):
+    change(repository, {"tokenizer.seed": 1})
+    run(sys.executable, "-m", "stages.tokenizer", cwd=repository)
+    for stage, words in {"sample": "run the stages cache, train and finetune again"}.items():
+        done = subprocess.run(
+            [sys.executable, "-m", f"stages.{stage}"], cwd=repository, env=environment(), capture_output=True, text=True
+        )
+        assert done.returncode == 1
+        assert words in done.stderr.splitlines()[0]
