@@ -76,7 +76,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode in _SIXTEEN_BIT:
         image = _eight_bit(image)
     if not image.has_transparency_data:
-        return image.convert("RGB")
+        return image if image.mode == "RGB" else image.convert("RGB")
     image = image.convert("RGBA")
     white = Image.new("RGBA", image.size, "white")
     return Image.alpha_composite(white, image).convert("RGB")
@@ -103,9 +103,9 @@ def center_crop(image: Image.Image, size: int) -> np.ndarray:
     width, height = round(image.width * scale), round(image.height * scale)
     if Image.MAX_IMAGE_PIXELS and width * height > Image.MAX_IMAGE_PIXELS:
         raise ValueError(f"too long and thin: {image.width} x {image.height} pixels for a square of {size}")
-    resized = np.asarray(image.resize((width, height), Image.Resampling.BICUBIC))
-    top, left = (height - size) // 2, (width - size) // 2
-    return np.ascontiguousarray(resized[top : top + size, left : left + size])
+    left, top = (width - size) // 2, (height - size) // 2
+    resized = image.resize((width, height), Image.Resampling.BICUBIC)
+    return np.array(resized.crop((left, top, left + size, top + size)))
 
 
 def to_signed(images: "np.ndarray | torch.Tensor") -> "torch.Tensor":

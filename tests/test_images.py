@@ -52,6 +52,19 @@ def test_only_the_excess_of_the_long_side_is_cut_off(height, width, top, left):
     assert np.array_equal(center_crop(Image.fromarray(pixels), 16), pixels[top : top + 16, left : left + 16])
 
 
+@pytest.mark.parametrize("shape", [(37, 53), (53, 37), (16, 90), (90, 17), (9, 14), (14, 9), (200, 131), (5, 5)])
+def test_the_crop_is_the_plain_one_of_the_whole_resized_image(shape):
+    image = Image.fromarray(noise(*shape, 3))
+    crop = center_crop(image, 16)
+    while min(image.size) >= 32:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    scale = 16 / min(image.size)
+    whole = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
+    top, left = (whole.height - 16) // 2, (whole.width - 16) // 2
+    assert np.array_equal(crop, np.asarray(whole)[top : top + 16, left : left + 16])
+    assert crop.flags.writeable
+
+
 @pytest.mark.parametrize("shape", [(1, 1), (3, 5), (15, 200), (64, 33)])
 def test_crops_are_square_for_every_shape(shape):
     assert center_crop(Image.new("RGB", shape, (7, 8, 9)), 16).tolist() == [[[7, 8, 9]] * 16] * 16

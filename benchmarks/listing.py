@@ -1,0 +1,91 @@
+"""How long does it take to list ImageNet, and what comes after? python -m benchmarks.listing --files N [--save]
+
+A tree of N empty files in a thousand class folders, and a training archive with as many empty members, are made in a
+temporary folder (TMPDIR says where). Timed are the steps of the fetch stage, and what prepare does with the list before
+it reads the first image. A spinning disk or a network file system answers far slower than what is measured here.
+"""
+
+import functools
+import io
+import resource
+import tarfile
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from benchmarks import measure
+from ear import preparation, sources
+from ear.manifest import read_manifest, write_manifest
+from ear.sources import imagenet
+
+
+def wnid(label: int) -> str:
+    """A made-up WordNet id."""
+    return f"n{10_000_000 + label:08d}"
+
+
+def write_tree(root: Path, files: int) -> None:
+    """train/WNID/WNID_K.JPEG, all empty."""
+    for label in range(imagenet.CLASSES):
+        folder = root / "train" / wnid(label)
+        folder.mkdir(parents=True)
+        for k in range(label, files, imagenet.CLASSES):
+            (folder / f"{wnid(label)}_{k}.JPEG").touch()
+
+
+def write_archive(root: Path, files: int) -> None:
+    """ILSVRC2012_img_train.tar, all images empty."""
+    root.mkdir()
+    with tarfile.open(root / imagenet.TRAIN_ARCHIVE, "w", format=tarfile.USTAR_FORMAT) as archive:
+        for label in range(imagenet.CLASSES):
+            names = (f"{wnid(label)}_{k}.JPEG" for k in range(label, files, imagenet.CLASSES))
+            headers = b"".join(tarfile.TarInfo(name).tobuf(tarfile.USTAR_FORMAT) for name in names)
+            member = tarfile.TarInfo(f"{wnid(label)}.tar")
+            member.size = len(headers) + 1024
+            archive.addfile(member, io.BytesIO(headers + bytes(1024)))
+
+
+def listed(root: Path, folder: Path) -> dict[str, dict[str, float]]:
+    """Seconds of every step, on the wall and of the processor: the second hardly suffers from a busy machine."""
+    seconds = {}
+
+    def step(name: str, function: Callable[[], object]) -> object:
+        wall, cpu = time.perf_counter(), time.process_time()
+        result = function()
+        seconds[name] = {"wall": time.perf_counter() - wall, "cpu": time.process_time() - cpu}
+        return result
+
+    source = step("find", functools.partial(sources.find, root, val_fraction=0.05))
+    write = functools.partial(
+        write_manifest, folder, source.images, tree=root, root=root, names=source.names, upright=False
+    )
+    step("write_manifest", write)
+    manifest = step("read_manifest", functools.partial(read_manifest, folder))
+    options = {"image_size": 256, "shard_size": 1024, "compression": "none"}
+    step("plan", functools.partial(preparation.plan, manifest, "train", **options))
+    return seconds
+
+
+def main() -> None:
+    """Measure and report."""
+    parser = measure.arguments(__doc__)
+    parser.add_argument("--files", type=int, default=200_000, help="at least 2000 (default: 200000)")
+    arguments = parser.parse_args()
+    figures = {"files": arguments.files, "seconds": {}}
+    with tempfile.TemporaryDirectory() as folder:
+        for name, write in (("tree", write_tree), ("archive", write_archive)):
+            write(Path(folder, name), arguments.files)
+            figures["seconds"][name] = listed(Path(folder, name), Path(folder, f"{name}-list"))
+        figures["manifest_bytes_per_image"] = Path(folder, "archive-list/manifest.csv").stat().st_size / arguments.files
+    share = imagenet.TRAIN_IMAGES / arguments.files  # each step is linear in the number of files, but for a sort
+    figures["seconds_for_imagenet"] = {
+        name: {kind: share * sum(step[kind] for step in steps.values()) for kind in ("wall", "cpu")}
+        for name, steps in figures["seconds"].items()
+    }
+    figures["peak_memory_gb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    measure.report("listing", figures, save=arguments.save)
+
+
+if __name__ == "__main__":
+    main()

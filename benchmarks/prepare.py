@@ -1,0 +1,155 @@
+"""How fast are images prepared, against plain Pillow, and how large are they? python -m benchmarks.prepare [--save]
+
+Real photographs (those that scikit-image brings) at the size and the quality of ImageNet's, as JPEG files and in a tar
+archive. Plain Pillow is the loop that everybody writes: open, convert, crop, keep the array. Both decode the same files
+in turns, so that what else runs on the machine slows both. Speed per core is by CPU time, user and system.
+"""
+
+import functools
+import io
+import multiprocessing
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from skimage import data
+
+from benchmarks import measure
+from ear import preparation
+from ear.manifest import Manifest, Row
+
+SIZE = 256
+PHOTOGRAPHS = ("astronaut", "chelsea", "coffee", "rocket")
+
+
+def pictures(count: int) -> list[bytes]:
+    """JPEG files of 500 x 375 pixels, every fourth upright, cut out of the photographs at random."""
+    photographs = [Image.fromarray(getattr(data, name)()) for name in PHOTOGRAPHS]
+    generator = np.random.default_rng(0)
+    return [_picture(photographs[k % len(photographs)], k % 4 == 3, generator) for k in range(count)]
+
+
+def _picture(photograph: Image.Image, upright: bool, generator: np.random.Generator) -> bytes:
+    width, height = (375, 500) if upright else (500, 375)
+    share = generator.uniform(0.7, 1) * min(photograph.width / width, photograph.height / height)
+    left = generator.uniform(0, photograph.width - share * width)
+    top = generator.uniform(0, photograph.height - share * height)
+    box = (left, top, left + share * width, top + share * height)
+    content = io.BytesIO()
+    photograph.resize((width, height), Image.Resampling.LANCZOS, box).save(content, "JPEG", quality=95)
+    return content.getvalue()
+
+
+def write(folder: Path, contents: list[bytes]) -> dict[str, Manifest]:
+    """The same images as files of their own and one after the other in an archive."""
+    ends = np.cumsum([len(content) for content in contents])
+    files, members = [], []
+    for k, content in enumerate(contents):
+        (folder / f"{k}.jpg").write_bytes(content)
+        files.append(Row("train", 0, f"{k}.jpg", len(content), f"{k}.jpg"))
+        members.append(Row("train", 0, f"{k}.jpg", len(content), "all.tar", int(ends[k]) - len(content)))
+    (folder / "all.tar").write_bytes(b"".join(contents))
+    return {
+        name: Manifest(folder, ("photograph",), ("photograph",), False, {}, rows)
+        for name, rows in (("files", files), ("archive", members))
+    }
+
+
+def plain(paths: list[Path]) -> list[np.ndarray]:
+    """The published crop as everybody writes it."""
+    arrays = []
+    for path in paths:
+        image = Image.open(path).convert("RGB")
+        while min(image.size) >= 2 * SIZE:
+            image = image.resize(tuple(side // 2 for side in image.size), Image.Resampling.BOX)
+        scale = SIZE / min(image.size)
+        image = image.resize(tuple(round(side * scale) for side in image.size), Image.Resampling.BICUBIC)
+        array = np.array(image)
+        top, left = (array.shape[0] - SIZE) // 2, (array.shape[1] - SIZE) // 2
+        arrays.append(array[top : top + SIZE, left : left + SIZE])
+    return arrays
+
+
+def store(shard: preparation.Shard) -> None:
+    """What `prepare` does with one shard, into a new folder beside the images; it stays until the benchmark ends."""
+    preparation.write_shard(shard, Path(tempfile.mkdtemp(dir=shard.root)))
+
+
+def cpu_seconds(function: Callable, argument: object) -> float:
+    """CPU time of one call in this process; its result is dropped, as arrays are not sent between processes."""
+    before = time.process_time()
+    function(argument)
+    return time.process_time() - before
+
+
+def in_turns(pool: ProcessPoolExecutor, work: dict[str, tuple[Callable, list]], repeats: int) -> dict[str, np.ndarray]:
+    """[repeats, 2]: (wall, CPU) seconds by name, after one turn that is not counted."""
+    times = {name: [] for name in work}
+    for _ in range(repeats + 1):
+        for name, (function, arguments) in work.items():
+            start = time.perf_counter()
+            cpu = sum(pool.map(functools.partial(cpu_seconds, function), arguments))
+            times[name].append((time.perf_counter() - start, cpu))
+    return {name: np.array(part[1:]) for name, part in times.items()}
+
+
+def compared(times: dict[str, np.ndarray], count: int) -> dict:
+    """Medians over the turns; the ratio to plain Pillow is that of neighbours in time."""
+    return {
+        name: {
+            "images_per_second": count / np.median(part[:, 0]),
+            "images_per_cpu_second": count / np.median(part[:, 1]),
+            "speed_per_core_against_plain": np.median(times["plain"][:, 1] / part[:, 1]),
+        }
+        for name, part in times.items()
+    }
+
+
+def stored_bytes(manifest: Manifest, compression: str) -> dict:
+    """Size and CPU time of one shard per image."""
+    (shard,) = preparation.plan(manifest, "train", image_size=SIZE, shard_size=128, compression=compression)[:1]
+    folder = Path(tempfile.mkdtemp(dir=shard.root))
+    seconds = cpu_seconds(functools.partial(preparation.write_shard, shard), folder)
+    return {
+        "bytes_per_image": (folder / shard.name).stat().st_size / len(shard.images),
+        "cpu_milliseconds_per_image": 1e3 * seconds / len(shard.images),
+    }
+
+
+def main() -> None:
+    """Measure and report."""
+    parser = measure.arguments(__doc__)
+    parser.add_argument("--images", type=int, default=512, help="images per turn (default: 512)")
+    parser.add_argument("--repeats", type=int, default=7, help="turns of which the median counts (default: 7)")
+    arguments = parser.parse_args()
+    contents = pictures(arguments.images)
+    with tempfile.TemporaryDirectory() as folder:
+        listed = write(Path(folder), contents)
+        paths = [Path(folder, row.path) for row in listed["files"].rows]
+        work = {"plain": (plain, [paths[k : k + 32] for k in range(0, len(paths), 32)])}
+        for name, manifest in listed.items():
+            shards = preparation.plan(manifest, "train", image_size=SIZE, shard_size=32, compression="none")
+            work[name] = (store, shards)
+        times = {}
+        for workers in (1, 2):
+            with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+                times[workers] = in_turns(pool, work, arguments.repeats)
+        stored = {kind: stored_bytes(listed["files"], kind) for kind in ("none", "gzip")}
+    figures = {
+        "images": len(contents),
+        "jpeg_bytes_per_image": np.mean([len(content) for content in contents]).item(),
+        **{f"processes_{workers}": compared(part, len(contents)) for workers, part in times.items()},
+        "speed_of_two_processes_against_one": {
+            name: np.median(times[1][name][:, 0]) / np.median(times[2][name][:, 0]) for name in work
+        },
+        "stored": stored,
+    }
+    measure.report("prepare", figures, save=arguments.save)
+
+
+if __name__ == "__main__":
+    main()
