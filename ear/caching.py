@@ -4,6 +4,8 @@ One shard of latents per shard of images, with the same rows. Bytes depend on th
 size, the number of threads and the machine, not on interruptions.
 """
 
+import dataclasses
+import functools
 import io
 import itertools
 from collections.abc import Iterator
@@ -15,8 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ear import distributed, posterior, records
-from ear.autoencoder import Tokenizer
+from ear import device as devices
+from ear import distributed, parallel, posterior, records
+from ear.autoencoder import Tokenizer, load_tokenizer
 from ear.images import to_signed
 from ear.latents import FORMAT, STATS, Statistics
 from ear.prepared import PreparedImages
@@ -40,12 +43,22 @@ class Encoder:
         return torch.stack(both, dim=1).half().cpu()
 
 
+@dataclass(frozen=True)
+class Cluster:
+    """A Dask cluster to encode on, and what its workers need to make the encoder that this process has."""
+
+    address: str  # of the scheduler
+    tokenizer: Path  # the tokenizer's file, as all paths within reach of every worker
+    threads: int  # CPU threads of a worker
+
+
 def cache(
     prepared: Path,  # the folder of prepared images
     target: Path,  # the folder to write, whole or not at all
     *,
     encoder: Encoder,
     scratch: Path,  # keeps finished shards from one run to the next
+    cluster: Cluster | None = None,  # to use instead of this process and its peers
 ) -> None:
     """Encode all images; run again after an interruption, go on with the shards that are missing.
 
@@ -56,13 +69,10 @@ def cache(
     splits = {split: PreparedImages(prepared, split) for split in ("train", "val")}
     _check_size(splits["train"], encoder.tokenizer, prepared)
     shards = _shards(prepared)
-    own = shards[distributed.rank() :: distributed.size()]
-    with Progress("cache", sum(len(shard.rows) for shard in own)) as progress:
-
-        def write(shard: _Shard) -> dict:
-            return write_shard(shard.file, splits[shard.split], shard.rows, encoder, scratch, progress)
-
-        entries = distributed.on_main(distributed.in_turns(shards, write), list)
+    if cluster:
+        entries = _on_cluster(shards, prepared, encoder, scratch, cluster)
+    else:
+        entries = _here(shards, splits, encoder, scratch)
     if entries is None:
         return
     with records.whole_folder(target) as folder:
@@ -73,6 +83,83 @@ def cache(
             for split in splits
         }
         records.write_json(folder / STATS, _stats(of_split, splits["train"], encoder))
+
+
+def _here(
+    shards: list["_Shard"], splits: dict[str, PreparedImages], encoder: Encoder, scratch: Path
+) -> list[dict] | None:
+    """The entries of all shards, in order, encoded by this process and its peers; None on those but the main one."""
+    own = shards[distributed.rank() :: distributed.size()]
+    with Progress("cache", sum(len(shard.rows) for shard in own)) as progress:
+
+        def write(shard: _Shard) -> dict:
+            return write_shard(shard.file, splits[shard.split], shard.rows, encoder, scratch, progress)
+
+        return distributed.on_main(distributed.in_turns(shards, write), list)
+
+
+def _on_cluster(
+    shards: list["_Shard"], prepared: Path, encoder: Encoder, scratch: Path, cluster: Cluster
+) -> list[dict] | None:
+    """As `_here`, each shard encoded by some worker of the cluster."""
+    if not distributed.is_main():
+        return None
+    work = functools.partial(
+        _remotely,
+        prepared=prepared.resolve(),
+        index=records.sha256(prepared / "index.json"),
+        scratch=scratch.resolve(),
+        cluster=dataclasses.replace(cluster, tokenizer=cluster.tokenizer.resolve()),
+        fingerprint=encoder.fingerprint,
+        batch_size=encoder.batch_size,
+        device=encoder.device.type,
+    )
+    entries = {}
+    with Progress("cache", sum(len(shard.rows) for shard in shards)) as progress:
+        for shard, entry in parallel.map_shards(work, shards, workers=0, cluster=cluster.address):
+            entries[shard] = entry
+            progress.advance(len(shard.rows))
+    return [entries[shard] for shard in shards]
+
+
+def _remotely(
+    shard: "_Shard",
+    *,
+    prepared: Path,
+    index: str,  # SHA-256 of index.json
+    scratch: Path,
+    cluster: Cluster,
+    fingerprint: str,
+    batch_size: int,
+    device: str,
+) -> dict:
+    """`write_shard` in a worker of a cluster."""
+    encoder = Encoder(
+        _tokenizer(cluster.tokenizer, fingerprint).to(device),
+        fingerprint,
+        batch_size,
+        devices.prepare(device, cluster.threads),
+    )
+    images = _images(prepared, index)[shard.split]
+    with Progress(shard.file, len(shard.rows)) as progress:  # in the worker's own log
+        return write_shard(shard.file, images, shard.rows, encoder, scratch, progress)
+
+
+@functools.lru_cache(maxsize=1)  # read once by a worker, not once for every shard
+def _tokenizer(path: Path, fingerprint: str) -> Tokenizer:
+    _check_shared(path, fingerprint)
+    return load_tokenizer(path)
+
+
+@functools.lru_cache(maxsize=1)
+def _images(prepared: Path, index: str) -> dict[str, PreparedImages]:
+    _check_shared(prepared / "index.json", index)
+    return {split: PreparedImages(prepared, split) for split in ("train", "val")}
+
+
+def _check_shared(path: Path, digest: str) -> None:
+    if records.sha256(path) != digest:
+        raise ValueError(f"{path} is another file on a worker of the cluster; let all machines share its folder.")
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from typing import TypeVar
 Shard = TypeVar("Shard")
 Result = TypeVar("Result")
 
-_PIXELS = ("pillow", "h5py", "numpy")  # the packages whose versions decide about the bytes of a shard
+_DECISIVE = ("pillow", "h5py", "numpy", "torch")  # the packages whose versions decide about the bytes of a shard
 _SECONDS_TO_CONNECT = 20
 
 
@@ -106,11 +106,11 @@ def _knock(address: str) -> None:
 
 def versions() -> dict[str, str]:
     """Versions of the packages that decide about the bytes of a shard."""
-    return {name: importlib.metadata.version(name) for name in (*_PIXELS, "ear")}
+    return {name: importlib.metadata.version(name) for name in (*_DECISIVE, "ear")}
 
 
 def _check_alike(client, address: str) -> None:
-    """Another version of a decoder may give other pixels, silently."""
+    """Another version of a decoder or of a kernel may give other values, silently."""
     here, found = versions(), client.run(versions)
     if not found:
         raise ValueError(f"the cluster at runtime.cluster, {address!r}, has no workers; start some with `dask worker`.")

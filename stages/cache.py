@@ -25,7 +25,9 @@ def work(parameters) -> None:
         device=device,
     )
     scratch = program.scratch("cache", parameters, [TOKENIZER, PREPARED / "index.json"])
-    caching.cache(PREPARED, Path("data/latents"), encoder=encoder, scratch=scratch)
+    address = parameters.runtime.cluster
+    cluster = caching.Cluster(address, TOKENIZER, parameters.compute.threads) if address else None
+    caching.cache(PREPARED, Path("data/latents"), encoder=encoder, scratch=scratch, cluster=cluster)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """From prepared images to latents: values, statistics, what is kept between runs, what is refused."""
 
+import dataclasses
 import shutil
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from prepared_sets import pixels, write_prepared
 from processes import together
 
 from ear import caching, records
-from ear.autoencoder import Identity, Tokenizer, kl_structure, new_kl
+from ear.autoencoder import Identity, Tokenizer, kl_structure, new_kl, save_tokenizer
 from ear.images import to_signed, to_uint8
 from ear.latents import LatentStore
 
@@ -162,3 +163,21 @@ def test_images_of_another_size_are_refused(base):
     with pytest.raises(ValueError, match="have 8 pixels a side, but the tokenizer was made for 16"):
         cache(base, Identity(image_size=16, downsample=2))
     assert not (base / "latents").exists()
+
+
+def test_a_cluster_gives_the_same_bytes(base, cluster):
+    tokenizer = tiny()
+    save_tokenizer(base / "tokenizer.safetensors", tokenizer)
+    fingerprint = records.sha256(base / "tokenizer.safetensors")
+    here = contents(cache(base, tokenizer, fingerprint=fingerprint))
+    encoder = caching.Encoder(tokenizer, fingerprint=fingerprint, batch_size=3, device=CPU)
+    workers = caching.Cluster(cluster, base / "tokenizer.safetensors", threads=1)
+    (base / "other").mkdir()
+    caching.cache(base / "prepared", base / "there", encoder=encoder, scratch=base / "other", cluster=workers)
+    assert contents(base / "there") == here
+
+    changed = dataclasses.replace(encoder, fingerprint="cd" * 32)
+    (base / "third").mkdir()
+    with pytest.raises(ValueError, match=r"tokenizer\.safetensors is another file on a worker of the cluster"):
+        caching.cache(base / "prepared", base / "there", encoder=changed, scratch=base / "third", cluster=workers)
+    assert contents(base / "there") == here
