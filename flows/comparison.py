@@ -12,7 +12,7 @@ from ear import config
 
 Values = Mapping[str, Any]  # {"section.key": value}
 
-GUIDANCE = (1.0, 1.5, 2.0)
+GUIDANCE = (1.0, 1.5, 2.2, 3.0)
 RULES: dict[str, Values] = {
     "energy": {"score.name": "energy"},
     "kernel": {"score.name": "kernel"},
@@ -51,8 +51,8 @@ ABLATIONS = (
     ),
     Ablation(
         "Samples per token",
-        "More samples (all pairs are scored) or more draws of the target lower the variance of the gradient only.",
-        (*_each("score.samples", 2, 4, 8), {"score.targets": 4}),
+        "More samples, all of their pairs, or more draws of the target: only the variance of the gradient falls.",
+        (*_each("score.samples", 2, 4, 8), {"score.pairs": "disjoint"}, {"score.targets": 4}),
     ),
     Ablation(
         "Training temperature",
@@ -73,7 +73,7 @@ ABLATIONS = (
     Ablation(
         "Guidance",
         "Scale of the extrapolation from the hidden state without the class to the one with it; one trained model.",
-        _each("sample.guidance", 1.0, 1.5, 2.0, 3.0),
+        _each("sample.guidance", *GUIDANCE),
     ),
     Ablation("Steps", "Passes in which the tokens are drawn; one trained model.", _each("sample.steps", 4, 8, 16)),
 )

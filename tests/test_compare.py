@@ -54,13 +54,13 @@ def test_equal_runs_have_one_name(parameters):
     assert len(ablations) == len(comparison.ABLATIONS)
 
 
-@pytest.mark.parametrize("guidance", [1.5, 1.7])
+@pytest.mark.parametrize("guidance", [2.2, 1.7])
 def test_every_ablation_holds_the_parameters_as_they_are(guidance):
     parameters = compose(["preset=digits", f"sample.guidance={guidance}"])
     for title, runs in ablation_runs(parameters, 640).items():
         assert [values for _, values in runs].count({"train.images": 640}) == 1, title
     guided = ablation_runs(parameters, 640)["Guidance"]
-    assert guided[0][0] == {"sample.guidance": 1.0 if guidance == 1.5 else 1.7}
+    assert guided[0][0] == {"sample.guidance": 1.0 if guidance == 2.2 else 1.7}
 
 
 def test_every_run_is_valid(parameters, tmp_path):
