@@ -1,6 +1,5 @@
 """Training of a KL autoencoder on prepared images."""
 
-import itertools
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -74,7 +73,7 @@ class AutoencoderTraining:
             optimizer=adamw(groups, learning_rate=learning_rate, beta1=0.9, beta2=0.99),
             loss=self.loss,
             rate=schedule("cosine", total_images=total_images, warmup_images=int(_WARMUP * total_images)),
-            ema_decay=ema_decay,
+            ema_decays={"average": ema_decay},
             clip_norm=_CLIP_NORM,
             global_batch_size=batch_size,
             micro_batch_size=batch_size,
@@ -94,10 +93,10 @@ class AutoencoderTraining:
         )
         return self.trainer.average.module, self.trainer.history
 
-    def batches(self, start: int) -> Iterator[np.ndarray]:
-        """Endless uint8 batches from image position `start`."""
+    def batches(self, positions: Iterator[int]) -> Iterator[np.ndarray]:
+        """The uint8 batches that start at the given positions of the training."""
         order = randomness.DataOrder(len(self.images), self.objective.seed)
-        for position in itertools.count(start, self.batch_size):
+        for position in positions:
             yield self.images.images(order.indices(position, self.batch_size).numpy())
 
     def loss(self, batch: np.ndarray, position: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:

@@ -6,32 +6,35 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ear.records import read_tensors, write_tensors
+from ear.records import read_description, write_tensors
 
 _KEPT = 2  # the newest, and one to fall back on
 
 
-def pack(module: nn.Module, average: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    """All tensors of a training state by name: weights.*, average.*, optimizer.KEY.PARAMETER."""
-    tensors = {f"weights.{name}": tensor for name, tensor in module.state_dict().items()}
-    tensors |= {f"average.{name}": tensor for name, tensor in average.state_dict().items()}
-    for name, parameter in module.named_parameters():
+def pack(modules: dict[str, nn.Module], optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    """All tensors of a training state by name: MODULE.* of each module; of the first one, optimizer.KEY.PARAMETER."""
+    tensors = {}
+    for prefix, module in modules.items():
+        tensors |= {f"{prefix}.{name}": tensor for name, tensor in module.state_dict().items()}
+    for name, parameter in _trained(modules).named_parameters():
         for key, value in optimizer.state.get(parameter, {}).items():
             tensors[f"optimizer.{key}.{name}"] = value
     return tensors
 
 
-def unpack(
-    tensors: dict[str, torch.Tensor], module: nn.Module, average: nn.Module, optimizer: torch.optim.Optimizer
-) -> None:
+def unpack(tensors: dict[str, torch.Tensor], modules: dict[str, nn.Module], optimizer: torch.optim.Optimizer) -> None:
     """The inverse of `pack`, in place; raises ValueError naming a tensor that is missing, extra or of another shape."""
-    load_weights(module, _under(tensors, "weights."))
-    load_weights(average, _under(tensors, "average."))
+    for prefix, module in modules.items():
+        load_weights(module, _under(tensors, f"{prefix}."))
     moments = _under(tensors, "optimizer.")
-    for name, parameter in module.named_parameters():
+    for name, parameter in _trained(modules).named_parameters():
         state = _of_parameter(moments, name)
         if state:
             optimizer.state[parameter] = {k: v.to(parameter.device).clone() for k, v in state.items()}
+
+
+def _trained(modules: dict[str, nn.Module]) -> nn.Module:
+    return next(iter(modules.values()))
 
 
 def _under(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
@@ -66,13 +69,15 @@ def save(folder: Path, images: int, tensors: dict[str, torch.Tensor], descriptio
         path.unlink()
 
 
-def newest(folder: Path) -> tuple[dict[str, torch.Tensor], dict] | None:
-    """(tensors, description) of the newest readable checkpoint, or None; an unreadable one is passed over aloud."""
+def newest(folder: Path) -> Path | None:
+    """The newest readable checkpoint, for `read_tensors`, or None; an unreadable one is passed over aloud."""
     for path in reversed(_by_progress(folder)):
         try:
-            return read_tensors(path)
+            read_description(path)
         except ValueError as error:
             print(f"{error} Falling back to the checkpoint before it.", flush=True)
+        else:
+            return path
     return None
 
 

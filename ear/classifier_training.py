@@ -1,7 +1,6 @@
 """Training of the classifier whose features stand in for Inception's on a small data set."""
 
 from collections.abc import Iterator
-from itertools import count
 from pathlib import Path
 
 import torch
@@ -33,8 +32,8 @@ def train_classifier(
     classifier = Classifier(len(images.classes), images.image_size)
     classifier.initialise(randomness.generator(seed, "weights")).to(device)
 
-    def batches(start: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        for position in count(start, batch_size):
+    def batches(positions: Iterator[int]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        for position in positions:
             rows = order.indices(position, batch_size).numpy()
             yield to_signed(images.images(rows)), torch.from_numpy(images.labels[rows])
 
@@ -48,7 +47,7 @@ def train_classifier(
         optimizer=adamw([group], learning_rate=learning_rate, beta1=0.9, beta2=0.99),
         loss=loss,
         rate=schedule("cosine", total_images=total_images, warmup_images=0),
-        ema_decay=_EMA_DECAY,
+        ema_decays={"average": _EMA_DECAY},
         clip_norm=1.0,
         global_batch_size=batch_size,
         micro_batch_size=batch_size,

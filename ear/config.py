@@ -154,7 +154,9 @@ class Train:
 
     images: int = option("images seen in all", minimum=1)
     global_batch_size: int = option("images per optimiser step, over all processes", minimum=1)
-    micro_batch_size: int = option("images per forward pass; must divide global_batch_size", minimum=1)
+    micro_batch_size: int = option(
+        "images per forward pass; must divide global_batch_size / number of processes", minimum=1
+    )
     learning_rate: float = option("peak rate of AdamW", above=0)
     warmup_images: int = option("images over which the rate grows linearly from 0", minimum=0)
     schedule: str = option("rate after the warm-up: constant or cosine (to 0)", choices=("constant", "cosine"))
@@ -167,7 +169,11 @@ class Train:
         "training temperature of the score, in (0, 1]; 1 is strictly proper", above=0, maximum=1
     )
     ema_decay: float = option("decay per step of the averaged weights, reached after a warm-up", minimum=0, below=1)
-    precision: str = option("float32 or bfloat16 (CUDA autocast)", choices=("float32", "bfloat16"))
+    ema_decay_long: float = option("decay of a second average, scored beside the first", minimum=0, below=1)
+    precision: str = option(
+        "float32, or on CUDA tfloat32 (float32 with fast products) or bfloat16 (autocast; weights stay float32)",
+        choices=("float32", "tfloat32", "bfloat16"),
+    )
     validate_images: int = option("images between validations", minimum=1)
     checkpoint_images: int = option("images between checkpoints", minimum=1)
     seed: int = option("seed of weights, order, masks and noise", minimum=0)
@@ -236,7 +242,8 @@ class Runtime:
     )
     workers: int = option("processes that decode images or load latents", minimum=0)
     cluster: str = option("Dask scheduler that shards are sent to, such as tcp://host:8786; empty for this machine")
-    compile: bool = option("torch.compile the model in training (CUDA)")
+    compile: bool = option("torch.compile the transformer in training, where the device is CUDA")
+    checkpointing: bool = option("training: compute activations again in the backward pass to save memory")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,13 +9,15 @@ import contextvars
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import timedelta
 from typing import TypeVar
 
 Result = TypeVar("Result")
 _alone = contextvars.ContextVar("alone", default=False)
-_PATIENCE = timedelta(hours=2)  # the main process may write or validate alone for so long
+_PATIENCE = timedelta(hours=2)  # the main process may write or train a small model alone for so long
+_FAREWELL_SECONDS = 5.0
 
 
 class FailedElsewhere(Exception):
@@ -62,11 +64,15 @@ def group() -> Iterator[None]:
 
     store, *_ = next(distributed.rendezvous("env://", timeout=_PATIENCE))
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    distributed.init_process_group(backend, store=store, rank=rank(), world_size=size(), timeout=_PATIENCE)
     try:
+        distributed.init_process_group(backend, store=store, rank=rank(), world_size=size(), timeout=_PATIENCE)
+        distributed.barrier()  # one that failed at once would leave others behind that are still connecting
         yield
     except Exception as error:
-        if not _is_first(store):
+        first = _is_first(store)
+        _leave()
+        _await_others(store)
+        if not first:
             raise FailedElsewhere from error
         if _is_lost_connection(error):
             raise ConnectionError(
@@ -75,7 +81,25 @@ def group() -> Iterator[None]:
             ) from error
         raise
     finally:
+        _leave()
+
+
+def _leave() -> None:
+    from torch import distributed
+
+    if distributed.is_initialized():
         distributed.destroy_process_group()
+
+
+def _await_others(store) -> None:
+    """Keep the main process until the others, as far as they live, have asked the store that it holds."""
+    from torch import distributed
+
+    if not is_main() or distributed.is_torchelastic_launched():  # whose agent holds the store
+        return
+    deadline = time.monotonic() + _FAREWELL_SECONDS
+    while store.add("failed", 0) < size() and time.monotonic() < deadline:
+        time.sleep(0.05)
 
 
 def _is_first(store) -> bool:
@@ -126,6 +150,27 @@ def any_of(flag: bool) -> bool:
     import torch
 
     return bool(total(torch.tensor(int(flag))))
+
+
+def gathered(tensor):
+    """[processes, *tensor.shape]: every process's `tensor`, in the order of ranks."""
+    if size() == 1:
+        return tensor[None]
+    import torch
+    from torch import distributed
+
+    parts = [torch.empty_like(tensor) for _ in range(size())]
+    distributed.all_gather(parts, tensor)
+    return torch.stack(parts)
+
+
+def copy_from_main(tensors: Iterable) -> None:
+    """Give `tensors` in every process the values that they have in the main one, in place."""
+    if size() > 1:
+        from torch import distributed
+
+        for tensor in tensors:
+            distributed.broadcast(tensor, src=0)
 
 
 def from_main(work: Callable[[], Result]) -> Result:

@@ -6,7 +6,6 @@ file. stats.json holds what is common to all: classes, shape, statistics, and ro
 `ear.caching` writes them.
 """
 
-import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -185,15 +184,14 @@ def latent_batches(
     store: LatentStore,
     *,
     order: DataOrder,
-    start: int,  # position of the first image, counted from the start of training
+    positions: Iterator[int],  # where micro-batches start, counted in images from the start of training
     micro_batch_size: int,
     mirror: bool,  # show every other image mirrored, by chance
     seed: int,  # of the mirroring
     workers: int,  # processes that read ahead; 0 reads in this one. The batches are the same
 ) -> Iterator[tuple[Tensor, Tensor, int]]:
-    """Yield (float16 moments [B, 2C, H, W], int64 labels [B], position of the first image) without end."""
+    """Yield (float16 moments [B, 2C, H, W], int64 labels [B], position of the first image) of each position."""
     dataset = _MicroBatches(store, order, micro_batch_size, mirror, seed)
-    positions = itertools.count(start, micro_batch_size)
     if workers == 0:
         return map(dataset.__getitem__, positions)
     return iter(DataLoader(dataset, sampler=positions, batch_size=None, num_workers=workers))

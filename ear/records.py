@@ -107,15 +107,29 @@ def write_tensors(path: str | Path, tensors: dict, description: dict) -> None:
 
 def read_tensors(path: str | Path) -> tuple[dict, dict]:
     """(tensors by name, description) of a file written by `write_tensors`; raises FileNotFoundError or ValueError."""
+    with _opened(Path(path)) as file:
+        return {name: file.get_tensor(name) for name in file.keys()}, _description(file)  # noqa: SIM118 - not a dict
+
+
+def read_description(path: str | Path) -> dict:
+    """The description alone; raises as `read_tensors` does, also for a file that was cut short."""
+    with _opened(Path(path)) as file:
+        return _description(file)
+
+
+def _description(file) -> dict:
+    return json.loads((file.metadata() or {}).get(_DESCRIPTION, "{}"))
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator:
     from safetensors import SafetensorError, safe_open
 
-    path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; run the stage that writes it (`dvc repro`).")
     try:
         with safe_open(path, framework="pt") as file:
-            description = json.loads((file.metadata() or {}).get(_DESCRIPTION, "{}"))
-            return {name: file.get_tensor(name) for name in file.keys()}, description  # noqa: SIM118 - not a dict
+            yield file
     except (SafetensorError, ValueError) as error:
         raise ValueError(f"{path} is not a readable safetensors file ({error}); run its stage again.") from error
 

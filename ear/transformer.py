@@ -4,8 +4,10 @@ Attention is bidirectional, or causal with a cache of keys and values for genera
 Shapes: B images, T sequence positions, W width, H heads.
 """
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 NORM_EPS = 1e-6
 
@@ -79,6 +81,7 @@ class Transformer(nn.Module):
         super().__init__()
         self.blocks = nn.ModuleList(Block(width, heads, mlp_ratio, dropout, causal) for _ in range(depth))
         self.norm = nn.LayerNorm(width, eps=NORM_EPS)
+        self.checkpointing = False  # backward computes every block again instead of keeping its activations
 
     def caches(self, capacity: int) -> list[Cache]:
         """Empty caches for a sequence of up to `capacity` positions, one per block."""
@@ -86,6 +89,8 @@ class Transformer(nn.Module):
 
     def forward(self, x: Tensor, caches: list[Cache] | None = None) -> Tensor:
         """[B, T, W] => [B, T, W]; with `caches` the T positions follow those of the calls before."""
+        recompute = self.checkpointing and torch.is_grad_enabled()
         for number, block in enumerate(self.blocks):
-            x = block(x, None if caches is None else caches[number])
+            cache = None if caches is None else caches[number]
+            x = checkpoint(block, x, cache, use_reentrant=False) if recompute else block(x, cache)
         return self.norm(x)

@@ -3,8 +3,8 @@
 Continues the weights, their average and the optimiser of data/model; writes data/finetuned.
 """
 
-from ear import checkpoint, records
 from ear import model as models
+from ear import records
 from stages import phase, program
 
 STATE = "data/model/state.safetensors"
@@ -16,8 +16,6 @@ def work(parameters) -> None:
     trained, description = models.load("data/model/model.safetensors")
     state, seen = records.read_tensors(STATE)
     model = models.build(trained.shape).to(device)
-    if parameters.runtime.compile:
-        model.transformer.compile()
     training = phase.Phase(
         model,
         name="finetune",
@@ -29,7 +27,7 @@ def work(parameters) -> None:
         temperature=parameters.finetune.temperature,
         mirror=parameters.data.mirror,
         device=device,
-        workers=parameters.runtime.workers,
+        runtime=parameters.runtime,
         earlier_images=seen["images"],
     )
     if description["tokenizer"] != training.store.tokenizer:
@@ -37,10 +35,10 @@ def work(parameters) -> None:
             f"data/model/model.safetensors was trained on latents of tokenizer {description['tokenizer'][:12]}, but "
             f"data/latents come from {training.store.tokenizer[:12]}; run the train stage again."
         )
-    checkpoint.unpack(state, training.trainer.module, training.trainer.average.module, training.trainer.optimizer)
+    training.trainer.restore(state)
     training.run(program.scratch("finetune", parameters, ["data/latents/stats.json", "data/model/metrics.json", STATE]))
     training.publish("data/finetuned", keep_state=False)
 
 
 if __name__ == "__main__":
-    program.run("finetune", work, __doc__)
+    program.run("finetune", work, __doc__, many_processes=True)

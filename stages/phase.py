@@ -1,15 +1,14 @@
 """What the two training stages share: one phase of training on cached latents."""
 
-import contextlib
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
 from ear import device as devices
+from ear import distributed, randomness
 from ear import model as models
-from ear import randomness
-from ear.config import Train
+from ear.config import Runtime, Train
 from ear.latents import LatentStore, latent_batches, normalised
 from ear.model import Model
 from ear.optimizer import adamw, schedule
@@ -17,6 +16,7 @@ from ear.records import whole_folder, write_json, write_tensors
 from ear.training import Trainer, write_table
 
 _VALIDATION_IMAGES = 4096  # at most; held-out shards are stored shuffled
+_STATE_BYTES = 24  # per parameter: weight, gradient, two moments, two averages in float32
 
 
 class Phase:
@@ -35,13 +35,16 @@ class Phase:
         temperature: float,
         mirror: bool,
         device: torch.device,
-        workers: int,
+        runtime: Runtime,
         earlier_images: int = 0,  # seen in earlier phases
     ):
-        if options.precision == "bfloat16" and device.type == "cpu":
-            raise ValueError("train.precision is 'bfloat16', which CPUs emulate 100 times slower; set it to 'float32'.")
+        if options.precision != "float32" and device.type == "cpu":
+            raise ValueError(
+                f"train.precision is {options.precision!r}, which CPUs lack (or emulate, 100 times slower); "
+                "set it to 'float32'."
+            )
         self.options, self.images, self.temperature, self.device = options, images, temperature, device
-        self.mirror, self.workers, self.name = mirror, workers, name
+        self.mirror, self.workers, self.name = mirror, runtime.workers, name
         self.seed = randomness.derive(options.seed, name)
         self.store, self.held_out = LatentStore("data/latents", "train"), LatentStore("data/latents", "val")
         groups = model.parameter_groups(weight_decay=options.weight_decay, head_rate=options.head_rate)
@@ -50,15 +53,20 @@ class Phase:
             optimizer=adamw(groups, learning_rate=learning_rate, beta1=options.beta1, beta2=options.beta2),
             loss=self.loss,
             rate=schedule(rate_schedule, total_images=images, warmup_images=warmup_images),
-            ema_decay=options.ema_decay,
+            ema_decays={"averaged": options.ema_decay, "averaged_long": options.ema_decay_long},
             clip_norm=options.clip_norm,
             global_batch_size=options.global_batch_size,
             micro_batch_size=options.micro_batch_size,
             earlier_images=earlier_images,
         )
+        model.transformer.checkpointing = runtime.checkpointing
+        if runtime.compile and device.type == "cuda":
+            model.transformer.compile()
 
     def run(self, folder: Path) -> None:
         """Train to the end, resuming from the checkpoints in `folder`."""
+        if distributed.is_main():
+            print("\n".join(self.introduction()), flush=True)
         self.trainer.fit(
             self.batches,
             total_images=self.images,
@@ -69,12 +77,28 @@ class Phase:
             title=self.name,
         )
 
-    def batches(self, start: int):
-        """Endless micro-batches from image position `start`."""
+    def introduction(self) -> list[str]:
+        """What a person wants to see before waiting for it: sizes, batches, rate, memory, and what is normal."""
+        options, processes = self.options, distributed.size()
+        parameters = sum(p.numel() for p in self.trainer.module.parameters())
+        step, micro = options.global_batch_size, options.micro_batch_size
+        base = max(group["base"] for group in self.trainer.optimizer.param_groups)
+        return [
+            f"{self.name}: {parameters:,} parameters, {options.precision} on {self.device}; "
+            f"{parameters * _STATE_BYTES / 1e9:.2f} GB for weights, gradients, moments, averages; activations extra",
+            f"{len(self.store):,} images; {-(-self.images // step):,} steps of {step} images = {processes} process(es) "
+            f"x {step // micro // processes} micro-batch(es) x {micro}; peak rate {base:g}",
+            "the averages follow the last ninth of the steps done, in the end "
+            f"{1 / (1 - options.ema_decay):,.0f} and {1 / (1 - options.ema_decay_long):,.0f} steps; "
+            "they may score worse than the weights early on and should lead later",
+        ]
+
+    def batches(self, positions: Iterator[int]):
+        """The micro-batches that start at the given image positions."""
         return latent_batches(
             self.store,
             order=randomness.DataOrder(len(self.store), self.seed),
-            start=start,
+            positions=positions,
             micro_batch_size=self.options.micro_batch_size,
             mirror=self.mirror,
             seed=self.seed,
@@ -96,35 +120,37 @@ class Phase:
             return model.loss(latents, labels, temperature=temperature, generator=generator)
 
     def _autocast(self):
-        if self.options.precision == "float32":
-            return contextlib.nullcontext()
-        return torch.autocast(self.device.type, dtype=torch.bfloat16)
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.options.precision == "bfloat16")
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
-        """Loss on held-out latents at training temperature 1, of the raw and of the averaged weights."""
-        candidates: dict[str, Callable] = {"loss": self.trainer.module, "averaged_loss": self.trainer.average.module}
+        """Loss on held-out latents at training temperature 1, of the raw and of the averaged weights.
+
+        The processes share the micro-batches; each has the result.
+        """
+        averages = {name: average.module for name, average in self.trainer.averages.items()}
+        models = [self.trainer.module.eval(), *averages.values()]
         size, rows = self.options.micro_batch_size, min(len(self.held_out), _VALIDATION_IMAGES)
-        sums = dict.fromkeys(candidates, 0.0)
-        for start in range(0, rows, size):
+        sums = torch.zeros(len(models), dtype=torch.float64)
+        for start in distributed.share(range(0, rows, size)):
             indices = torch.arange(start, min(start + size, rows))
-            moments, labels = self.held_out.rows(indices, torch.zeros(len(indices), dtype=torch.bool))
-            for name, model in candidates.items():
-                loss = self._loss(
-                    model.eval(), torch.as_tensor(moments), torch.as_tensor(labels), "validation", start, 1
-                )
-                sums[name] += float(loss) * len(indices) / rows
-        return sums
+            batch = map(torch.as_tensor, self.held_out.rows(indices, torch.zeros(len(indices), dtype=torch.bool)))
+            moments, labels = batch
+            losses = [self._loss(model, moments, labels, "validation", start, 1) for model in models]
+            sums += torch.stack(losses).double().cpu() * len(indices)
+        means = (distributed.total(sums) / rows).tolist()
+        return dict(zip(["loss", *(f"{name}_loss" for name in averages)], means, strict=True))
 
     def publish(self, target: str, *, keep_state: bool) -> None:
         """Write the averaged weights, the logs and the metrics (and the whole state, if another phase follows)."""
+        if not distributed.is_main():
+            return
         history, model = self.trainer.history, self.trainer.average.module
         with whole_folder(target) as folder:
             description = {"statistics": self.store.statistics.as_dict(), "tokenizer": self.store.tokenizer}
             models.save(folder / "model.safetensors", model, description)
             if keep_state:
-                tensors, _ = self.trainer.state()
-                write_tensors(folder / "state.safetensors", tensors, {"images": self.trainer.images})
+                write_tensors(folder / "state.safetensors", self.trainer.state(), {"images": self.trainer.images})
             write_table(folder / "training.tsv", history.training)
             write_table(folder / "validation.tsv", history.validation)
             figures = {
@@ -133,6 +159,7 @@ class Phase:
                 "training_loss": history.training[-1]["loss"],
                 "validation_loss": history.validation[-1]["loss"],
                 "validation_loss_averaged": history.validation[-1]["averaged_loss"],
+                "validation_loss_averaged_long": history.validation[-1]["averaged_long_loss"],
             }
             write_json(folder / "metrics.json", {name: float(f"{value:.6g}") for name, value in figures.items()})
 
@@ -148,5 +175,7 @@ def learn_tokens(model: Model, store: LatentStore, seed: int) -> None:
 
 
 def start(parameters) -> torch.device:
-    """The device, with the tracked number of threads."""
-    return devices.prepare(parameters.runtime.device, parameters.compute.threads)
+    """The device, with the tracked number of threads and precision."""
+    device = devices.prepare(parameters.runtime.device, parameters.compute.threads)
+    devices.set_matmul_precision(tf32=parameters.train.precision == "tfloat32")
+    return device

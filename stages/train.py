@@ -21,8 +21,6 @@ def work(parameters) -> None:
     shape = Shape(store.shape, tuple(store.classes), asdict(parameters.model), scores.chosen(asdict(parameters.score)))
     model = models.build(shape).initialise(randomness.generator(options.seed, "weights")).to(device)
     phase.learn_tokens(model, store, options.seed)
-    if parameters.runtime.compile:
-        model.transformer.compile()
     training = phase.Phase(
         model,
         name="train",
@@ -34,11 +32,11 @@ def work(parameters) -> None:
         temperature=options.temperature,
         mirror=parameters.data.mirror,
         device=device,
-        workers=parameters.runtime.workers,
+        runtime=parameters.runtime,
     )
     training.run(program.scratch("train", parameters, ["data/latents/stats.json"]))
     training.publish("data/model", keep_state=True)
 
 
 if __name__ == "__main__":
-    program.run("train", work, __doc__)
+    program.run("train", work, __doc__, many_processes=True)

@@ -52,10 +52,10 @@ def folder(tmp_path) -> Path:
     return tmp_path
 
 
-def batches(folder: Path, count: int, **changes) -> list[tuple]:
-    store = LatentStore(folder, "train")
-    options = {"order": DataOrder(ROWS, 5), "start": 0, "micro_batch_size": 4, "mirror": True, "seed": 9, "workers": 0}
-    return list(itertools.islice(latent_batches(store, **{**options, **changes}), count))
+def batches(folder: Path, count: int, start: int = 0, size: int = 4, **changes) -> list[tuple]:
+    store, positions = LatentStore(folder, "train"), itertools.count(start, size)
+    options = {"order": DataOrder(ROWS, 5), "mirror": True, "seed": 9, "workers": 0} | changes
+    return list(itertools.islice(latent_batches(store, positions=positions, micro_batch_size=size, **options), count))
 
 
 def test_what_is_known_without_reading_a_row(folder):
@@ -123,7 +123,7 @@ def test_batches_are_a_function_of_seed_and_images_seen(folder, workers):
 
 
 def test_every_epoch_shows_every_row_once(folder):
-    seen = np.concatenate([moments for moments, _, _ in batches(folder, 3 * ROWS, micro_batch_size=1, mirror=False)])
+    seen = np.concatenate([moments for moments, _, _ in batches(folder, 3 * ROWS, size=1, mirror=False)])
     epochs = np.split(seen, 3)
     for epoch in epochs:
         assert sorted(row.tobytes() for row in epoch) == sorted(row.tobytes() for row in ALL[:, 0])
