@@ -7,6 +7,7 @@ optimiser and average on one global batch; sampling draws latents with sample.st
 tokenizer's decoder. Rules take turns, so that whatever else the machine does falls on all; the median turn counts.
 """
 
+import itertools
 import statistics
 import time
 from dataclasses import asdict
@@ -50,7 +51,7 @@ class Candidate:
             ),
             loss=self._loss,
             rate=lambda images: 1e-3,
-            ema_decay=options.ema_decay,
+            ema_decays={"average": options.ema_decay},
             clip_norm=options.clip_norm,
             global_batch_size=options.global_batch_size,
             micro_batch_size=options.micro_batch_size,
@@ -68,10 +69,9 @@ class Candidate:
         """Train for a few steps and draw one batch."""
         options = self.options.sample
         batch = (self.latents, torch.arange(len(self.latents), device=self.device) % len(self.model.shape.classes))
-        parts = self.trainer.global_batch_size // self.trainer.micro_batch_size
         start = self._now()
         for _ in range(_STEPS):
-            self.trainer.step([batch] * parts)
+            self.trainer.step(itertools.repeat(batch))
         between = self._now()
         sample(
             self.model.eval(),
