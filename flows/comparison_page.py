@@ -1,7 +1,7 @@
 """docs/scores.md from the results of a comparison: the text around the tables stands here, every figure in the results.
 
-A result is what `flows.compare` collects: {"budget", "floor", "held_out_accuracy", "sampling", "rules", "ablations",
-"timings"}; rules and ablations are absent where they were not asked for.
+`flows.compare` collects the results: budget, floor, held_out_accuracy, sampling, benchmarks, rules, ablations; the last
+two are absent where they were not asked for.
 """
 
 from collections.abc import Iterable, Mapping
@@ -17,7 +17,7 @@ def page(results: Mapping[str, Any]) -> str:
     """The whole document."""
     parts = [_introduction(results)]
     if "rules" in results:
-        parts += [_rules(results), _guidance(results["rules"]), _costs(results["timings"]), _grids(results["rules"])]
+        parts += [_rules(results), _guidance(results["rules"]), _costs(results["benchmarks"]), _grids(results["rules"])]
     if "ablations" in results:
         parts.append(_ablations(results))
     return "\n\n".join([*parts, _reading(results)]) + "\n"
@@ -59,8 +59,8 @@ def _guidance(rules: list[Mapping]) -> str:
     return "FID (class accuracy) by guidance scale:\n\n" + table(head, rows)
 
 
-def _costs(timings: Mapping) -> str:
-    figures, machine = timings["figures"], timings["machine"]
+def _costs(benchmarks: Mapping) -> str:
+    figures, machine = benchmarks["scores"]["figures"], benchmarks["scores"]["machine"]
     sampling = figures["sampling"]
     rows = [
         [
@@ -81,7 +81,18 @@ of turns that the rules took one after another (`python -m benchmarks.scores`), 
 {sampling["steps"]} steps and {sampling["batch_size"]} images at once, without the tokenizer's decoder, on {device}.
 {_load(machine)}
 
-{table(head, rows)}"""
+{table(head, rows)}
+
+{_heads(benchmarks["heads"]["figures"])}"""
+
+
+def _heads(figures: Mapping) -> str:
+    """The energy score against the diffusion loss, head against head."""
+    steps = figures["digits"]["evaluations_per_token"]["hyvarinen"]
+    digits, base = (f"{figures[size]['hyvarinen_over_energy']:.0f}" for size in ("digits", "base"))
+    return f"""In the head alone, drawing a token by {steps} steps of the diffusion loss takes {digits} times as long as by
+the energy score at the size used here, and {base} times at the size of the published base model
+(`python -m benchmarks.heads`)."""
 
 
 def _load(machine: Mapping) -> str:
@@ -117,7 +128,22 @@ One change at a time from `params.yaml` at the same budget (guidance {sampling["
         rows = [_ablation_row(row) for row in results["ablations"][ablation.title]]
         head = [ablation.title, "FID", "class accuracy", "precision", "recall"]
         parts.append(f"### {ablation.title}\n\n{ablation.text}\n\n{table(head, rows)}")
+        if "score.pairs" in {key for row in results["ablations"][ablation.title] for key in row["values"]}:
+            parts.append(_variance(results["benchmarks"]["variance"]["figures"]))
     return "\n\n".join(parts)
+
+
+def _variance(figures: Mapping) -> str:
+    """What all pairs of the samples save."""
+    rows = []
+    for name, of in figures.items():
+        ratios = [*of["perfect_forecast"]["ratio"].values(), of["head_weights"]["ratio"]]
+        rows.append([name.removeprefix("m="), *(f"{ratio:.3f}" for ratio in ratios)])
+    names = [name.replace("_", " ") for name in next(iter(figures.values()))["perfect_forecast"]["ratio"]]
+    return f"""Variance of the gradient with all pairs of m samples, over that with disjoint pairs of the same samples
+(`python -m benchmarks.variance`): by location and scale of a perfect forecast, and by the weights of a trained head.
+
+{table(["m", *names, "head weights"], rows)}"""
 
 
 def _ablation_row(row: Mapping) -> list[str]:
@@ -135,8 +161,8 @@ def _reading(results: Mapping) -> str:
 FID, precision and recall are measured in the features of a classifier trained on the real training images, which is
 right for {results["held_out_accuracy"]:.3f} of the real held-out ones; class accuracy is the share of generated images
 that it takes for the class they were drawn for. The FID between real held-out and real training images, the floor, is
-{results["floor"]:.4g}. Each run drew {results["sampling"]["count"]:,} images and was trained once, so small differences
-are chance (the first ablation shows how large it is). None of these figures compares with published ones.
+{results["floor"]:.4g}. Each model was trained once and drew {results["sampling"]["count"]:,} images, so small
+differences are chance (the ablation of that name shows how large it is). No figure here compares with published ones.
 
     python -m flows.compare                # all of it; goes on where it was stopped
     python -m flows.compare --only rules   # the scores without the ablations

@@ -10,6 +10,7 @@ import fcntl
 import json
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -89,8 +90,10 @@ def read(name: str, path: str) -> str:
 def fetch(name: str, path: str, target: Path) -> None:
     """Copy an output of the experiment `name` from DVC's cache. Raises RepositoryError."""
     revision = _git("rev-parse", f"{_refs()}{name}").strip()
-    with records.whole_file(target) as partial:
-        repository.ask("get", ".", path, "--rev", revision, "--out", str(partial), "--force")
+    with tempfile.TemporaryDirectory() as folder, records.whole_file(target) as partial:
+        fetched = Path(folder) / "output"
+        repository.ask("get", ".", path, "--rev", revision, "--out", str(fetched))
+        shutil.copyfile(fetched, partial)  # what DVC puts there may be a second name of the file in its cache
 
 
 def metrics(name: str) -> dict[str, dict]:

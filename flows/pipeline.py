@@ -9,7 +9,7 @@ With Prefect's server, which shows runs at http://127.0.0.1:4200 and starts them
 `export PREFECT_API_URL=http://127.0.0.1:4200/api`:
 
     prefect server start --host 127.0.0.1
-    prefect work-pool create ear --type process && prefect worker start --pool ear
+    prefect worker start --pool ear --type process
     prefect --no-prompt deploy --all && prefect deployment run pipeline/local --watch
 
 DVC decides what is out of date. Stages run one at a time and stop with the flow: Ctrl-C, a cancelled run and a

@@ -453,15 +453,16 @@ def test_deployments_run_and_cancel(repo, server):
             [sys.executable, "-m", "prefect", *arguments], cwd=repo, env=server, capture_output=True, text=True
         )
 
-    assert prefect("work-pool", "create", "ear", "--type", "process").returncode == 0
-    assert prefect("--no-prompt", "deploy", "--all").returncode == 0
-    worker = [sys.executable, "-m", "prefect", "worker", "start", "--pool", "ear"]
-    with background(*worker, cwd=repo, log=repo.parent / "worker.log", env=server):
+    worker = [sys.executable, "-m", "prefect", "worker", "start", "--pool", "ear", "--type", "process"]
+    log = repo.parent / "worker.log"
+    with background(*worker, cwd=repo, log=log, env=server):
+        wait_for(lambda: "started!" in log.read_text())  # it has created the pool
+        assert prefect("--no-prompt", "deploy", "--all").returncode == 0
         run_options = ["-p", 'overrides={"sample.temperature": 0.5}', "-p", 'stages=["middle"]']
         watched = prefect("deployment", "run", "pipeline/local", *run_options, "--watch")
-        assert watched.returncode == 0, watched.stdout + watched.stderr + (repo.parent / "worker.log").read_text()
+        assert watched.returncode == 0, watched.stdout + watched.stderr + log.read_text()
         assert Path("out/middle").read_text() == "source\nfirst 8\nmiddle 0.5\n"
-        assert "middle at 0.5" in (repo.parent / "worker.log").read_text()
+        assert "middle at 0.5" in log.read_text()
 
         started = prefect("deployment", "run", "pipeline/local", "-p", 'overrides={"sample.steps": 99}')
         identifier = next(word for line in started.stdout.splitlines() if "UUID:" in line for word in line.split()[-1:])
