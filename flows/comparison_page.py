@@ -90,8 +90,8 @@ def _heads(figures: Mapping) -> str:
     """The energy score against the diffusion loss, head against head."""
     steps = figures["digits"]["evaluations_per_token"]["hyvarinen"]
     digits, base = (f"{figures[size]['hyvarinen_over_energy']:.0f}" for size in ("digits", "base"))
-    return f"""In the head alone, drawing a token by {steps} steps of the diffusion loss takes {digits} times as long as by
-the energy score at the size used here, and {base} times at the size of the published base model
+    return f"""In the head alone, drawing a token by {steps} steps of the diffusion loss takes {digits} times as long as
+by the energy score at the size used here, and {base} times at the size of the published base model
 (`python -m benchmarks.heads`)."""
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 DEFAULTS = {
     "PREFECT_HOME": str(Path.cwd() / ".prefect"),
-    # The first start migrates a database, which takes 15 to 25 s on two cores; Prefect's own limit is 20 s.
-    "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",
+    # The first start migrates a database: 15 to 25 s on two cores, minutes where they are busy; Prefect gives it 20 s.
+    "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "600",
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
     "DO_NOT_TRACK": "1",
 }
