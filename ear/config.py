@@ -152,7 +152,8 @@ class Score:
 class Train:
     """The first phase of training."""
 
-    images: int = option("images seen in all", minimum=1)
+    weights: str = option("published EAR checkpoint to start from, on the latents of its tokenizer; empty for none")
+    images: int = option("images seen in all; 0 takes the weights as they are", minimum=0)
     global_batch_size: int = option("images per optimiser step, over all processes", minimum=1)
     micro_batch_size: int = option(
         "images per forward pass; must divide global_batch_size / number of processes", minimum=1
@@ -183,7 +184,7 @@ class Train:
 class Finetune:
     """The short second phase; what is not named here is taken from train."""
 
-    images: int = option("images seen in this phase", minimum=1)
+    images: int = option("images seen in this phase; 0 leaves the model as it is", minimum=0)
     learning_rate: float = option("rate of AdamW, without warm-up", above=0)
     schedule: str = option("constant or cosine (to 0)", choices=("constant", "cosine"))
     temperature: float = option("training temperature of the score, in (0, 1]", above=0, maximum=1)
@@ -276,6 +277,11 @@ class Parameters:
         if self.score.pairs == "disjoint" and self.score.samples % 2:
             raise ValueError(
                 f"score.samples is {self.score.samples}, but score.pairs is disjoint; choose an even number, or all."
+            )
+        if not self.train.images and not self.train.weights:
+            raise ValueError(
+                "train.images is 0, but train.weights is empty: there would be no model; raise train.images, or name a "
+                "published checkpoint in train.weights."
             )
         if self.sample.count % self.evaluate.repeats:
             raise ValueError(

@@ -5,6 +5,7 @@ Continues the weights, their average and the optimiser of data/model; writes dat
 
 from ear import model as models
 from ear import records
+from ear.latents import Statistics
 from stages import phase, program
 
 STATE = "data/model/state.safetensors"
@@ -28,6 +29,7 @@ def work(parameters) -> None:
         mirror=parameters.data.mirror,
         device=device,
         runtime=parameters.runtime,
+        statistics=Statistics(**description["statistics"]),
         earlier_images=seen["images"],
     )
     if description["tokenizer"] != training.store.tokenizer:

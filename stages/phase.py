@@ -9,11 +9,11 @@ from ear import device as devices
 from ear import distributed, randomness
 from ear import model as models
 from ear.config import Runtime, Train
-from ear.latents import LatentStore, latent_batches, normalised
+from ear.latents import LatentStore, Statistics, latent_batches, normalised
 from ear.model import Model
 from ear.optimizer import adamw, schedule
 from ear.records import whole_folder, write_json, write_tensors
-from ear.training import Trainer, write_table
+from ear.training import History, Trainer, write_table
 
 _VALIDATION_IMAGES = 4096  # at most; held-out shards are stored shuffled
 _STATE_BYTES = 24  # per parameter: weight, gradient, two moments, two averages in float32
@@ -36,6 +36,7 @@ class Phase:
         mirror: bool,
         device: torch.device,
         runtime: Runtime,
+        statistics: Statistics | None = None,  # that normalise the latents; by default their own
         earlier_images: int = 0,  # seen in earlier phases
     ):
         if options.precision != "float32" and device.type == "cpu":
@@ -47,6 +48,7 @@ class Phase:
         self.mirror, self.workers, self.name = mirror, runtime.workers, name
         self.seed = randomness.derive(options.seed, name)
         self.store, self.held_out = LatentStore("data/latents", "train"), LatentStore("data/latents", "val")
+        self.statistics = statistics or self.store.statistics
         groups = model.parameter_groups(weight_decay=options.weight_decay, head_rate=options.head_rate)
         self.trainer = Trainer(
             model,
@@ -64,7 +66,13 @@ class Phase:
             model.transformer.compile()
 
     def run(self, folder: Path) -> None:
-        """Train to the end, resuming from the checkpoints in `folder`."""
+        """Train to the end, resuming from the checkpoints in `folder`; with no images to see, only validate."""
+        if not self.images:
+            figures = {"images": 0, **self.validate()}
+            # The log has the columns of a training; its loss is the validation's.
+            row = {"images": 0, "loss": figures["loss"], "gradient_norm": 0.0, "rate": 0.0}
+            self.trainer.history = History([row], [figures])
+            return
         if distributed.is_main():
             print("\n".join(self.introduction()), flush=True)
         self.trainer.fit(
@@ -115,7 +123,7 @@ class Phase:
         generator = randomness.generator(self.seed, purpose, position)
         moments, labels = moments.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
         draws = (model.score.targets, len(moments), moments.shape[1] // 2, *moments.shape[2:])
-        latents = normalised(moments, randomness.normal(draws, generator, self.device), self.store.statistics)
+        latents = normalised(moments, randomness.normal(draws, generator, self.device), self.statistics)
         with self._autocast():
             return model.loss(latents, labels, temperature=temperature, generator=generator)
 
@@ -147,7 +155,7 @@ class Phase:
             return
         history, model = self.trainer.history, self.trainer.average.module
         with whole_folder(target) as folder:
-            description = {"statistics": self.store.statistics.as_dict(), "tokenizer": self.store.tokenizer}
+            description = {"statistics": self.statistics.as_dict(), "tokenizer": self.store.tokenizer}
             models.save(folder / "model.safetensors", model, description)
             if keep_state:
                 write_tensors(folder / "state.safetensors", self.trainer.state(), {"images": self.trainer.images})
