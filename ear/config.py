@@ -13,6 +13,8 @@ import typing
 from dataclasses import dataclass, field
 from pathlib import Path
 
+_PRECISIONS = ("float32", "tfloat32", "bfloat16")
+
 
 def option(
     help: str,
@@ -173,7 +175,7 @@ class Train:
     ema_decay_long: float = option("decay of a second average, scored beside the first", minimum=0, below=1)
     precision: str = option(
         "float32, or on CUDA tfloat32 (float32 with fast products) or bfloat16 (autocast; weights stay float32)",
-        choices=("float32", "tfloat32", "bfloat16"),
+        choices=_PRECISIONS,
     )
     validate_images: int = option("images between validations", minimum=1)
     checkpoint_images: int = option("images between checkpoints", minimum=1)
@@ -201,6 +203,9 @@ class Sample:
         "guidance over the steps: linear (from 1 up to the scale) or constant", choices=("linear", "constant")
     )
     temperature: float = option("inference temperature; 1 is none", minimum=0)
+    precision: str = option(
+        "float32, or on CUDA tfloat32 or bfloat16 (autocast; tokens and decoder stay float32)", choices=_PRECISIONS
+    )
     batch_size: int = option("images generated at once; another number gives other last bits", minimum=1)
     seed: int = option("image k is drawn from its own stream (seed, k)", minimum=0)
 
@@ -243,7 +248,7 @@ class Runtime:
     )
     workers: int = option("processes that decode images or load latents", minimum=0)
     cluster: str = option("Dask scheduler that shards are sent to, such as tcp://host:8786; empty for this machine")
-    compile: bool = option("torch.compile the transformer in training, where the device is CUDA")
+    compile: bool = option("torch.compile the transformer in training and sampling, where the device is CUDA")
     checkpointing: bool = option("training: compute activations again in the backward pass to save memory")
 
 

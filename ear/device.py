@@ -29,6 +29,13 @@ def prepare(device: str, threads: int) -> torch.device:
     return torch.device("cuda", number)
 
 
-def set_matmul_precision(*, tf32: bool) -> None:
-    """Whether CUDA multiplies float32 matrices with 10 bits of mantissa, several times faster."""
-    torch.set_float32_matmul_precision("high" if tf32 else "highest")
+def set_precision(precision: str, device: torch.device, *, key: str) -> None:
+    """Let CUDA multiply float32 matrices with 10 bits of mantissa, several times faster, for "tfloat32" alone.
+
+    Raises ValueError, which names the parameter `key`, where a CPU is asked for less than float32.
+    """
+    if precision != "float32" and device.type == "cpu":
+        raise ValueError(
+            f"{key} is {precision!r}, which CPUs lack (or emulate, 100 times slower); set it to 'float32'."
+        )
+    torch.set_float32_matmul_precision("high" if precision == "tfloat32" else "highest")

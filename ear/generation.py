@@ -76,18 +76,20 @@ class Generator:
         schedule: str,
         temperature: float,
         seed: int,
+        precision: str = "float32",  # of the model; bfloat16 is autocast
     ) -> np.ndarray:
         """uint8 [N, H, W, 3] for one batch of class numbers."""
         source = ImageStreams(seed, range(first, first + len(labels)))
-        latents = sample(
-            self.model,
-            torch.as_tensor(labels, device=self.device),
-            steps=steps,
-            guidance=guidance,
-            schedule=schedule,
-            temperature=temperature,
-            source=source,
-        )
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=precision == "bfloat16"):
+            latents = sample(
+                self.model,
+                torch.as_tensor(labels, device=self.device),
+                steps=steps,
+                guidance=guidance,
+                schedule=schedule,
+                temperature=temperature,
+                source=source,
+            )
         return self.pixels(latents, range(first, first + len(labels)), guidance=guidance)
 
     def pixels(self, latents: torch.Tensor, numbers: Sequence[int], *, guidance: float) -> np.ndarray:

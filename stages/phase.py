@@ -39,11 +39,6 @@ class Phase:
         statistics: Statistics | None = None,  # that normalise the latents; by default their own
         earlier_images: int = 0,  # seen in earlier phases
     ):
-        if options.precision != "float32" and device.type == "cpu":
-            raise ValueError(
-                f"train.precision is {options.precision!r}, which CPUs lack (or emulate, 100 times slower); "
-                "set it to 'float32'."
-            )
         self.options, self.images, self.temperature, self.device = options, images, temperature, device
         self.mirror, self.workers, self.name = mirror, runtime.workers, name
         self.seed = randomness.derive(options.seed, name)
@@ -185,5 +180,5 @@ def learn_tokens(model: Model, store: LatentStore, seed: int) -> None:
 def start(parameters) -> torch.device:
     """The device, with the tracked number of threads and precision."""
     device = devices.prepare(parameters.runtime.device, parameters.compute.threads)
-    devices.set_matmul_precision(tf32=parameters.train.precision == "tfloat32")
+    devices.set_precision(parameters.train.precision, device, key="train.precision")
     return device

@@ -23,7 +23,10 @@ def work(parameters) -> None:
     """Draw, decode, store."""
     options = parameters.sample
     device = devices.prepare(parameters.runtime.device, parameters.compute.threads)
+    devices.set_precision(options.precision, device, key="sample.precision")
     generator = Generator.open(MODEL, TOKENIZER, device)
+    if parameters.runtime.compile and device.type == "cuda":
+        generator.model.transformer.compile()
     classes = generator.model.shape.classes
     labels = balanced_labels(options.count, len(classes))
     file = program.scratch("sample", parameters, [MODEL, TOKENIZER]) / "samples.h5"
@@ -51,7 +54,8 @@ def finished(file: Path, first: int) -> Path:
 
 def draw(generator: Generator, labels: list[int], missing: list[int], options, file: Path) -> None:
     """Fill the file batch by batch, each process every so-manieth of them."""
-    settings = {name: getattr(options, name) for name in ("steps", "guidance", "schedule", "temperature", "seed")}
+    names = ("steps", "guidance", "schedule", "temperature", "seed", "precision")
+    settings = {name: getattr(options, name) for name in names}
 
     def batch(first: int) -> int:
         images = generator.images(labels[first : first + options.batch_size], first=first, **settings)

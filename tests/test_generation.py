@@ -93,6 +93,14 @@ def test_images_that_are_not_finite_are_named(data):
         generator.images([1, 2, 4], first=100, schedule="linear", **DRAW)
 
 
+def test_bfloat16_moves_images_a_little(data):
+    generator = generation.Generator.open(data / generation.MODEL, data / generation.TOKENIZER)
+    settings = {"first": 0, "schedule": "linear", **DRAW}
+    exact, rounded = (generator.images([1, 2], precision=p, **settings) for p in ("float32", "bfloat16"))
+    difference = np.abs(exact.astype(int) - rounded)
+    assert 0 < difference.mean() < 5
+
+
 def test_labels_are_balanced():
     assert generation.balanced_labels(5, 2) == [0, 1, 0, 1, 0]
     assert [list(part) for _, part in generation.batches([0, 1, 0, 1, 0], 2)] == [[0, 1], [0, 1], [0]]

@@ -93,6 +93,11 @@ def test_a_killed_run_goes_on_with_the_missing_batches(monkeypatch):
     assert drawn == [0, 5, 10, 10, 15, 20]
 
 
+def test_low_precision_is_for_cuda():
+    with pytest.raises(ValueError, match=r"sample\.precision is 'bfloat16', which CPUs lack"):
+        run(precision="bfloat16")
+
+
 def test_other_parameters_start_afresh():
     assert run() != run(temperature=0.5)
     assert run(seed=1) != run(seed=2)

@@ -1,0 +1,87 @@
+"""Reference and evaluate with Inception and published statistics: generated weights and an npz in the real formats."""
+
+import importlib
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from omegaconf import OmegaConf
+from prepared_sets import pixels, write_prepared
+from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+from ear import config, metrics, records, samples
+from stages import program
+
+ROOT = Path(__file__).parent.parent
+PARAMETERS = {
+    "compute.threads": 1,
+    "runtime.device": "cpu",
+    "data.image_size": 8,
+    "tokenizer.name": "identity",
+    "tokenizer.downsample": 2,
+    "sample.count": 10,
+    "reference.extractor": "inception",
+    "reference.weights": "inception.pth",
+    "reference.statistics": "adm.npz",
+    "reference.batch_size": 5,
+    "evaluate.kid_subset_size": 4,
+    "evaluate.neighborhood": 1,
+}
+
+
+def run(stage: str, **changes) -> None:
+    content = OmegaConf.load(ROOT / "params.yaml")
+    for key, value in {**PARAMETERS, **changes}.items():
+        OmegaConf.update(content, key, value)
+    parameters = config.parse(OmegaConf.to_container(content))
+    view = program.visible(parameters, program.declared(stage).get("params", []))
+    importlib.import_module(f"stages.{stage}").work(view)
+
+
+def write_weights(path: str) -> None:
+    """Inception weights of torch's initial values, whose features are spread so that they differ between images."""
+    torch.save({}, "empty.pth")
+    with pytest.MonkeyPatch.context() as context:
+        context.setattr(FeatureExtractorInceptionV3, "load_state_dict", lambda *_: None)
+        torch.manual_seed(0)
+        module = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], feature_extractor_weights_path="empty.pth")
+    torch.save({name: 3 * value if "conv.weight" in name else value for name, value in module.state_dict().items()}, path)
+
+
+def test_published_statistics_replace_the_training_images(tmp_path, monkeypatch, one_thread):
+    for name in ("ear", "stages", "dvc.yaml"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    monkeypatch.chdir(tmp_path)
+    images = pixels(10)
+    write_prepared(tmp_path / "data/prepared", images, (6,), 4)
+    write_weights("inception.pth")
+    np.savez("adm.npz", mu=np.full(2048, 0.5), sigma=np.eye(2048), arr_0=np.zeros((1, 8, 8, 3), np.uint8))
+    run("tokenizer")
+    run("reference")
+    reference = metrics.Reference.load("data/reference/features.safetensors")
+    assert torch.equal(reference.gaussian.sigma, torch.eye(2048, dtype=torch.float64))
+    assert reference.features.shape == (6, 2048)
+    assert reference.features.std(dim=0).mean() > 0
+
+    sampling = {"seed": 0, "classes": ["a", "b", "c"]}
+    samples.create("data/samples/samples.h5", labels=[0] * 10, image_shape=(8, 8, 3), sampling=sampling)
+    samples.write("data/samples/samples.h5", 0, images)
+    run("evaluate")
+    figures = json.loads(Path("data/evaluation/metrics.json").read_text())
+    assert figures["protocol"]["reference"] == {
+        "name": "adm.npz",
+        "images": None,
+        "sha256": records.sha256("adm.npz"),
+        "rows": 6,
+    }
+    assert figures["protocol"]["extractor"]["features"] == 2048
+    assert len(figures["why"]) == 3  # few images, unbalanced, other weights: but not the reference
+    assert not any("statistics" in reason for reason in figures["why"])
+    assert "class_accuracy" not in figures
+    assert figures["reconstruction"]["rfid"] == pytest.approx(0, abs=1e-4)
+    assert figures["fid"] > 100  # sigma is the identity, which 10 images are far from
+    with pytest.raises(ValueError, match=r"mu has shape \[3\], but the extractor has 2048 features"):
+        np.savez("other.npz", mu=np.zeros(3), sigma=np.eye(3))
+        run("reference", **{"reference.statistics": "other.npz"})
