@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 from prepared_sets import pixels, write_prepared
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
-from ear import config, metrics, records, samples
+from ear import config, features, metrics, records, samples
 from stages import program
 
 ROOT = Path(__file__).parent.parent
@@ -46,8 +46,9 @@ def write_weights(path: str) -> None:
     with pytest.MonkeyPatch.context() as context:
         context.setattr(FeatureExtractorInceptionV3, "load_state_dict", lambda *_: None)
         torch.manual_seed(0)
-        module = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], feature_extractor_weights_path="empty.pth")
-    torch.save({name: 3 * value if "conv.weight" in name else value for name, value in module.state_dict().items()}, path)
+        module = FeatureExtractorInceptionV3(features.INCEPTION, ["2048"], feature_extractor_weights_path="empty.pth")
+    weights = module.state_dict()
+    torch.save({name: 3 * value if "conv.weight" in name else value for name, value in weights.items()}, path)
 
 
 def test_published_statistics_replace_the_training_images(tmp_path, monkeypatch, one_thread):
@@ -82,6 +83,6 @@ def test_published_statistics_replace_the_training_images(tmp_path, monkeypatch,
     assert "class_accuracy" not in figures
     assert figures["reconstruction"]["rfid"] == pytest.approx(0, abs=1e-4)
     assert figures["fid"] > 100  # sigma is the identity, which 10 images are far from
+    np.savez("other.npz", mu=np.zeros(3), sigma=np.eye(3))
     with pytest.raises(ValueError, match=r"mu has shape \[3\], but the extractor has 2048 features"):
-        np.savez("other.npz", mu=np.zeros(3), sigma=np.eye(3))
         run("reference", **{"reference.statistics": "other.npz"})

@@ -38,6 +38,8 @@ TINY = {
     "finetune.images": 0,
     "sample.count": 10,
     "sample.steps": 4,
+    "sample.guidance": 1.5,
+    "sample.temperature": 1.0,
 }
 pytestmark = pytest.mark.usefixtures("one_thread")
 
