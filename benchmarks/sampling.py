@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import measure
+from ear import device as devices
 from ear import model as models
 from ear import sampling, scores
 from ear.config import Parameters
@@ -78,6 +79,8 @@ def measured(preset: str, batch: int, device: torch.device, repeats: int) -> dic
     """Images per second of one preset, the head's share, and the ratio to the baseline."""
     parameters = compose([f"preset={preset}"])
     options, model = parameters.sample, untrained(preset, parameters).to(device)
+    precision = options.precision if device.type == "cuda" else "float32"
+    devices.set_precision(precision, device, key="sample.precision")
     labels = (torch.arange(batch) % len(model.shape.classes)).to(device)
     common = {"steps": options.steps, "temperature": options.temperature}
     ways = {
@@ -87,7 +90,7 @@ def measured(preset: str, batch: int, device: torch.device, repeats: int) -> dic
     }
 
     def once(way: Callable[[Source], object]) -> None:
-        with torch.autocast("cuda", torch.bfloat16, enabled=device.type == "cuda"):
+        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
             way(ImageStreams(0, range(batch)))
         if device.type == "cuda":
             torch.cuda.synchronize()
@@ -95,7 +98,7 @@ def measured(preset: str, batch: int, device: torch.device, repeats: int) -> dic
     seconds = {name: measure.median_seconds(lambda w=way: once(w), repeats) for name, way in ways.items()}
     return {
         "parameters": sum(p.numel() for p in model.parameters()),
-        "precision": "bfloat16" if device.type == "cuda" else "float32",
+        "precision": precision,
         "batch": batch,
         "steps": options.steps,
         "guidance": options.guidance,

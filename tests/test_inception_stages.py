@@ -81,7 +81,8 @@ def test_published_statistics_replace_the_training_images(tmp_path, monkeypatch,
     assert len(figures["why"]) == 3  # few images, unbalanced, other weights: but not the reference
     assert not any("statistics" in reason for reason in figures["why"])
     assert "class_accuracy" not in figures
-    assert figures["reconstruction"]["rfid"] == pytest.approx(0, abs=1e-4)
+    cost = figures["reconstruction"]
+    assert abs(cost["rfid"]) < 1e-3 * cost["rfid_train"]  # of equal images, whose few features leave sigma singular
     assert figures["fid"] > 100  # sigma is the identity, which 10 images are far from
     np.savez("other.npz", mu=np.zeros(3), sigma=np.eye(3))
     with pytest.raises(ValueError, match=r"mu has shape \[3\], but the extractor has 2048 features"):
