@@ -2,9 +2,9 @@
 
     python -m benchmarks.latents --rows 4096 --save
 
-All three hold the same float16 moments of KL-16 at 256 pixels a side, plain and mirrored (32 KiB per image), and hand out
-the same random batches of 64 rows, every other one mirrored; the files were just written, so they are in memory where
-there is enough of it.
+All three hold the same float16 moments of KL-16 at 256 pixels a side, plain and mirrored (32 KiB per image), and hand
+out the same random batches of 64 rows, every other one mirrored; the files were just written, so they are in memory
+where there is enough of it.
 
     store   ear.latents: contiguous HDF5 shards of 1024 rows, mapped at their offset
     npz     a folder with one .npz file per image
