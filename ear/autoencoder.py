@@ -98,6 +98,11 @@ class KL(Tokenizer):
         """See `Tokenizer`."""
         return self.network.decode(latents).sample
 
+    @property
+    def last_layer(self) -> nn.Parameter:
+        """The decoder's last weights."""
+        return self.network.decoder.conv_out.weight
+
     def config(self) -> dict:
         """See `Tokenizer`."""
         return {"structure": self.structure}

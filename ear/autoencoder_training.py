@@ -9,6 +9,7 @@ import torch
 from ear import randomness
 from ear.autoencoder import KL, Tokenizer
 from ear.autoencoder_loss import AutoencoderLoss, Terms
+from ear.critic import CriticTraining, PatchCritic
 from ear.images import to_signed
 from ear.optimizer import Group, adamw, schedule
 from ear.prepared import PreparedImages
@@ -61,18 +62,27 @@ class AutoencoderTraining:
         objective: Objective,
         total_images: int,  # seen in training
         batch_size: int,  # images per step
-        learning_rate: float,  # the peak
+        learning_rate: float,  # the peak, of the critic, too
         ema_decay: float,
+        adversarial_weight: float = 0.0,  # 0 for no critic
+        adversarial_start: int = 0,  # images; see `CriticTraining`
     ):
         self.images, self.held_out, self.objective = images, held_out, objective
         self.total_images, self.batch_size = total_images, batch_size
         self.tokenizer = tokenizer.to(objective.device)
+        rate = schedule("cosine", total_images=total_images, warmup_images=int(_WARMUP * total_images))
+        self.critic = None
+        if adversarial_weight:
+            network = PatchCritic().initialise(randomness.generator(objective.seed, "critic")).to(objective.device)
+            options = {"weight": adversarial_weight, "start": adversarial_start}
+            self.critic = CriticTraining(network, learning_rate=learning_rate, rate=rate, **options)
         groups = [Group(list(tokenizer.parameters()), weight_decay=0.0)]
-        self.trainer = Trainer(
+        self.trainer = _Trainer(
             self.tokenizer,
+            critic=self.critic,
             optimizer=adamw(groups, learning_rate=learning_rate, beta1=0.9, beta2=0.99),
             loss=self.loss,
-            rate=schedule("cosine", total_images=total_images, warmup_images=int(_WARMUP * total_images)),
+            rate=rate,
             ema_decays={"average": ema_decay},
             clip_norm=_CLIP_NORM,
             global_batch_size=batch_size,
@@ -100,6 +110,28 @@ class AutoencoderTraining:
             yield self.images.images(order.indices(position, self.batch_size).numpy())
 
     def loss(self, batch: np.ndarray, position: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Of one uint8 batch, for the trainer."""
-        terms = self.objective.terms(self.tokenizer, self.objective.signed(batch), "training", position)
-        return terms.loss, terms.figures
+        """Of one uint8 batch, for the trainer; the critic takes its own step on the way."""
+        images = self.objective.signed(batch)
+        terms = self.objective.terms(self.tokenizer, images, "training", position)
+        if self.critic is None:
+            return terms.loss, terms.figures
+        adversarial, figures = self.critic(
+            images, terms.decoded, terms.reconstruction, self.tokenizer.last_layer, position
+        )
+        return terms.loss + adversarial, terms.figures | figures
+
+
+class _Trainer(Trainer):
+    """A trainer whose checkpoints hold the critic, too."""
+
+    def __init__(self, module: KL, *, critic: CriticTraining | None, **options):
+        super().__init__(module, **options)
+        self.critic = critic
+
+    def state(self) -> dict[str, torch.Tensor]:
+        return super().state() | (self.critic.state() if self.critic else {})
+
+    def restore(self, tensors: dict[str, torch.Tensor]) -> None:
+        super().restore(tensors)
+        if self.critic:
+            self.critic.restore(tensors)

@@ -80,6 +80,10 @@ class Tokenizer:
     perceptual_folder: str = option(
         "kl: folder with vgg16-397923af.pth and weights-vgg16-lpips.pth; empty: torch's own, downloaded where absent"
     )
+    adversarial_weight: float = option("kl: adaptive weight of a patch critic's judgement; 0 for none", minimum=0)
+    adversarial_start: int = option(
+        "kl: images before that judgement counts; the critic learns from half of it on", minimum=0
+    )
     images: int = option("kl: images seen in training", minimum=1)
     batch_size: int = option("kl: images per step; all: images described at once", minimum=1)
     learning_rate: float = option("kl: peak rate of AdamW; linear warm-up over 5% of the images, cosine decay", above=0)
@@ -302,7 +306,7 @@ class Parameters:
             )
 
 
-_PERCEPTUAL_SIDE = 16  # pixels; after four halvings nothing is left of smaller images
+_LEAST_SIDE = {"perceptual_weight": 16, "adversarial_weight": 24}  # pixels that its network leaves something of
 
 
 def _check_tokenizer(data: Data, tokenizer: Tokenizer) -> None:
@@ -323,11 +327,12 @@ def _check_tokenizer(data: Data, tokenizer: Tokenizer) -> None:
         raise ValueError(
             f"tokenizer.weights is empty, but tokenizer.name is {tokenizer.name}; name the file or folder to import."
         )
-    if tokenizer.name == "kl" and tokenizer.perceptual_weight and data.image_size < _PERCEPTUAL_SIDE:
-        raise ValueError(
-            f"data.image_size is {data.image_size}, but the perceptual network needs {_PERCEPTUAL_SIDE} pixels; set "
-            "tokenizer.perceptual_weight to 0."
-        )
+    for key, least in _LEAST_SIDE.items():
+        if tokenizer.name == "kl" and getattr(tokenizer, key) and data.image_size < least:
+            raise ValueError(
+                f"tokenizer.{key} is {getattr(tokenizer, key)}, but its network needs {least} pixels a side and "
+                f"data.image_size is {data.image_size}; set tokenizer.{key} to 0."
+            )
 
 
 def _check_model(data: Data, tokenizer: Tokenizer, model: Model) -> None:

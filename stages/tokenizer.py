@@ -60,6 +60,8 @@ def train(images: PreparedImages, held_out: PreparedImages, options, device: tor
         batch_size=options.batch_size,
         learning_rate=options.learning_rate,
         ema_decay=options.ema_decay,
+        adversarial_weight=options.adversarial_weight,
+        adversarial_start=options.adversarial_start,
     )
 
 

@@ -61,6 +61,16 @@ def test_written_parameters_read_back_equal(tmp_path):
         ("tokenizer.block_channels", ["a", 1, 2], ["tokenizer.block_channels[0] is 'a'", "a whole number"]),
         ("tokenizer.name", "published", ["tokenizer.weights is empty", "tokenizer.name is published"]),
         ("tokenizer.name", "vq", ["tokenizer.name is 'vq'", "'published'"]),
+        (
+            "tokenizer.perceptual_weight",
+            1.0,
+            ["tokenizer.perceptual_weight is 1.0", "16 pixels", "data.image_size is 8"],
+        ),
+        (
+            "tokenizer.adversarial_weight",
+            0.5,
+            ["tokenizer.adversarial_weight is 0.5", "24 pixels", "adversarial_weight to 0"],
+        ),
         ("tokenizer.perceptual_weight", -1.0, ["tokenizer.perceptual_weight is -1.0", "at least 0"]),
         ("data.image_size", 9, ["data.image_size is 9", "tokenizer.downsample, 2"]),
         ("data.source", "folder", ["data.path is empty", "data.source is folder"]),

@@ -20,6 +20,7 @@ from prepared_sets import pixels, write_prepared
 
 from ear import config, records
 from ear.autoencoder import load_tokenizer
+from ear.critic import CriticTraining
 from ear.latents import LatentStore
 from stages import program
 
@@ -180,6 +181,40 @@ def test_perceptual_distance_is_trained_and_logged(repository, perceptual_folder
     row = dict(zip(header.split("\t"), map(float, first.split("\t")), strict=True))
     assert row["perceptual"] > 0.1
     assert row["loss"] == pytest.approx(row["reconstruction"] + row["perceptual"], rel=1e-3)
+
+
+CRITICAL = {
+    "data.image_size": 24,
+    "tokenizer.adversarial_weight": 0.5,
+    "tokenizer.adversarial_start": 64,
+    "tokenizer.images": 160,
+}
+
+
+def test_stopped_training_with_a_critic_ends_in_the_same_bytes(repository):
+    write_prepared(repository / "data/prepared", pixels(64, size=24), LENGTHS, VAL)
+    run("tokenizer", **CRITICAL)
+    whole = contents("data/tokenizer")
+    header, *rows = Path("data/tokenizer/training.tsv").read_text().splitlines()
+    weights = [float(row.split("\t")[header.split("\t").index("adversarial_weight")]) for row in rows]
+    assert weights[-1] > 0
+    shutil.rmtree("data/tokenizer")
+    shutil.rmtree("work")
+
+    calls, judge = [], CriticTraining.__call__
+
+    def stopping(critic, *arguments):
+        calls.append(arguments[-1])
+        if len(calls) == 7:  # of 10 steps: after the first one in which the critic is heard
+            raise KeyboardInterrupt
+        return judge(critic, *arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(CriticTraining, "__call__", stopping)
+        with pytest.raises(KeyboardInterrupt):
+            run("tokenizer", **CRITICAL)
+    run("tokenizer", **CRITICAL)
+    assert contents("data/tokenizer") == whole
 
 
 def test_images_of_another_size_than_asked_for_are_refused(repository):
