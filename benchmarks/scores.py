@@ -93,6 +93,7 @@ class Candidate:
     def figures(self) -> dict:
         """Rates (medians) and counts."""
         return {
+            "facts": self.model.score.facts(),
             "parameters": sum(p.numel() for p in self.model.parameters()),
             "training_images_per_second": 1 / statistics.median(self.training),
             "sampling_images_per_second": 1 / statistics.median(self.sampling),

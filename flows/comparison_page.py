@@ -17,7 +17,13 @@ def page(results: Mapping[str, Any]) -> str:
     """The whole document."""
     parts = [_introduction(results)]
     if "rules" in results:
-        parts += [_rules(results), _guidance(results["rules"]), _costs(results["benchmarks"]), _grids(results["rules"])]
+        parts += [
+            _rules(results),
+            _guidance(results["rules"]),
+            _facts(results["benchmarks"]),
+            _costs(results["benchmarks"]),
+            _grids(results["rules"]),
+        ]
     if "ablations" in results:
         parts.append(_ablations(results))
     return "\n\n".join([*parts, _reading(results)]) + "\n"
@@ -57,6 +63,21 @@ def _guidance(rules: list[Mapping]) -> str:
     ]
     head = ["score", *(f"guidance {scale:g}" for scale in scales)]
     return "FID (class accuracy) by guidance scale:\n\n" + table(head, rows)
+
+
+def _facts(benchmarks: Mapping) -> str:
+    rows = []
+    for rule, row in benchmarks["scores"]["figures"]["rules"].items():
+        facts = row["facts"]
+        proper = "yes" if facts["strictly_proper"] else "no"
+        rows.append([rule, proper, facts["temperature_scales"], facts["guidance_extrapolates"]])
+    head = ["score", "strictly proper", "the inference temperature scales", "guidance extrapolates the"]
+    return f"""## What they are
+
+Strictly proper over the tokens that the head can draw (the categorical one draws those of its codebook alone), at
+training temperature 1.
+
+{table(head, rows)}"""
 
 
 def _costs(benchmarks: Mapping) -> str:

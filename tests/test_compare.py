@@ -90,6 +90,8 @@ def test_a_candidate_is_timed(one_thread):
     figures = candidate.figures()
     assert figures["parameters"] == sum(p.numel() for p in candidate.model.parameters())
     assert figures["evaluations_per_image"] == {"transformer": 2, "head": 16 * 5}
+    assert figures["facts"]["strictly_proper"] is True
+    assert figures["facts"]["guidance_extrapolates"] == "predicted noise"
     assert candidate.trainer.images == 2 * 3 * parameters.train.global_batch_size
     assert figures["sampling_images_per_second"] > 0
     assert figures["training_images_per_second"] > 0

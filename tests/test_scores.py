@@ -71,10 +71,11 @@ def test_network_evaluations_are_counted(name):
 @pytest.mark.parametrize("name", scores.SCORES)
 def test_facts_for_whoever_compares_scores(name):
     score = head(name, targets=3)
-    assert score.strictly_proper
+    facts = score.facts()
+    assert facts["strictly_proper"] is True
+    assert facts["evaluations_per_token"] == (20 if name == "hyvarinen" else 1)
+    assert facts["temperature_scales"] != facts["guidance_extrapolates"]
     assert score.targets == (3 if name in ("energy", "kernel") else 1)
-    assert score.temperature_scales
-    assert score.guidance_extrapolates
 
 
 def test_alpha_two_declares_that_it_is_not_strictly_proper():

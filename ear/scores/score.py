@@ -22,6 +22,11 @@ class Score(nn.Module, ABC):
     temperature_scales: str  # what the inference temperature multiplies (or divides)
     guidance_extrapolates: str  # where conditional and unconditional prediction meet
 
+    def facts(self) -> dict:
+        """The facts by name, as plain values."""
+        names = ("strictly_proper", "evaluations_per_token", "temperature_scales", "guidance_extrapolates")
+        return {name: getattr(self, name) for name in names}
+
     @abstractmethod
     def initialise(self, generator: torch.Generator) -> None:
         """Set the head's weights where they differ from xavier-uniform matrices and zero biases."""
