@@ -77,7 +77,7 @@ def head_only(model: Model, labels: Tensor, *, steps: int, temperature: float, s
 
 def measured(preset: str, batch: int, device: torch.device, repeats: int) -> dict:
     """Images per second of one preset, the head's share, and the ratio to the baseline."""
-    parameters = compose([f"preset={preset}"])
+    parameters = compose([f"preset={preset}", "data.path=/images", "tokenizer.weights=/weights.ckpt"])  # not read
     options, model = parameters.sample, untrained(preset, parameters).to(device)
     precision = options.precision if device.type == "cuda" else "float32"
     devices.set_precision(precision, device, key="sample.precision")

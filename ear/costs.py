@@ -25,6 +25,7 @@ from ear.sampling import sample
 
 _FLOAT = 4  # bytes
 _HALF = 2
+_AVERAGES = 2  # of the weights, at two rates
 _MASK_DRAWS = 4096  # of which the mean number of masked tokens is computed
 
 
@@ -77,7 +78,7 @@ def of_pipeline(parameters: config.Parameters, *, classes: int, images: int) -> 
             "weights": weights,
             "gradients": weights,
             "AdamW moments": 2 * weights,
-            "averaged weights": weights,
+            "averaged weights": _AVERAGES * weights,
             "activations": plain,
         },
         checkpointed_activations=checkpointed,
@@ -240,11 +241,12 @@ def disk_bytes(parameters: config.Parameters, shape: Shape, *, images: int, weig
     """What the stages write. Compressed images are counted as if they were not: the saving depends on them."""
     channels, h, w = shape.latent
     side = parameters.data.image_size
+    state = (1 + 2 + _AVERAGES) * weights  # weights, moments, averages
     return {
         "data/prepared": images * (3 * side**2 + _FLOAT),
         "data/latents": images * (2 * 2 * channels * h * w * _HALF + _FLOAT),
-        "data/model": 5 * weights,  # averaged weights; weights, averaged weights and moments for finetune
+        "data/model": weights + state,  # the state is where finetune starts
         "data/finetuned": weights,
-        "work, while a phase trains": 3 * 4 * weights,  # two checkpoints and the one being written
+        "work, while a phase trains": 3 * state,  # two checkpoints and the one being written
         "data/samples": parameters.sample.count * 3 * side**2,
     }

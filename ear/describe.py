@@ -49,8 +49,9 @@ def _memory(costs: Costs, parameters: config.Parameters) -> Section:
     """Of one training process."""
     train = parameters.train
     rows = {name: size(count) for name, count in costs.memory.items()}
-    rows["all"] = size(sum(costs.memory.values()))
-    rows["activations, checkpointed"] = size(costs.checkpointed_activations)
+    every = sum(costs.memory.values())
+    rows["all"] = size(every)
+    rows["all, with checkpointing"] = size(every - costs.memory["activations"] + costs.checkpointed_activations)
     return f"memory of a training process ({train.precision}, {train.micro_batch_size} images at once)", rows
 
 
