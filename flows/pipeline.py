@@ -25,6 +25,8 @@ import base64
 import signal
 import sys
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -34,6 +36,7 @@ from prefect import State, flow, get_run_logger, task
 from prefect.artifacts import create_markdown_artifact, create_table_artifact
 from prefect.cache_policies import NO_CACHE
 from prefect.exceptions import TerminationSignal
+from prefect.settings import get_current_settings
 from prefect.states import Completed, Failed
 
 from flows import overrides as parameter_overrides
@@ -201,9 +204,12 @@ def picture(path: Path) -> str:
 
 def report(name: str, work) -> int:
     """Run a flow as a program: `work()` gives its last state; prints one line, returns the exit code."""
-    signal.signal(
-        signal.SIGHUP, lambda *_: signal.raise_signal(signal.SIGTERM)
-    )  # a closed terminal stops the stage too
+    # A closed terminal stops the stage too.
+    signal.signal(signal.SIGHUP, lambda *_: signal.raise_signal(signal.SIGTERM))
+    if not server_answers(url := get_current_settings().api.url):
+        mend = "start it with `prefect server start`, or unset PREFECT_API_URL to do without one."
+        print(f"{name}: no Prefect server answers at {url}, the PREFECT_API_URL; {mend}", file=sys.stderr)
+        return 1
     start = time.monotonic()
     try:
         state = work()
@@ -216,6 +222,19 @@ def report(name: str, work) -> int:
         return 0
     print(f"{name}: {state.message} {seconds}", file=sys.stderr)
     return 1
+
+
+def server_answers(url: str | None) -> bool:
+    """Whether a server is at `url`; true without one, since Prefect then starts its own for the length of the run."""
+    if url is None:
+        return True
+    try:
+        urllib.request.urlopen(f"{url}/health", timeout=10).close()
+    except urllib.error.HTTPError:
+        return True  # it answers, if only to refuse
+    except OSError:
+        return False
+    return True
 
 
 def main() -> int:

@@ -428,6 +428,16 @@ def test_the_program_refuses_a_wrong_argument_in_one_line(monkeypatch, capsys):
     assert said.err == "pipeline: 'sample.steps' sets nothing; write SECTION.KEY=VALUE, such as sample.guidance=2.0.\n"
 
 
+def test_a_server_that_is_down_is_said_in_one_line(repo):
+    nowhere = environment(PREFECT_API_URL="http://127.0.0.1:1/api")
+    done = subprocess.run([sys.executable, "-m", "flows.pipeline"], env=nowhere, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr == (
+        "pipeline: no Prefect server answers at http://127.0.0.1:1/api, the PREFECT_API_URL; start it with `prefect "
+        "server start`, or unset PREFECT_API_URL to do without one.\n"
+    )
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])  # SIGHUP becomes SIGTERM
 def test_a_signal_stops_the_stage_and_its_children(repo, server, number):
     overrides.apply("params.yaml", {"sample.steps": 99})
