@@ -24,6 +24,7 @@ _ADVICE = (
     "\tdvc config core.autostage",
     "Use `dvc push`",
     "To apply the results of an experiment",
+    "WARNING: No file hash info found for",  # an output that was never made
     "\tdvc exp apply",
 )
 
