@@ -98,14 +98,17 @@ class CriticTraining:
         zero = torch.zeros((), device=images.device)
         names = ("critic_loss", "critic_real", "critic_fake", "adversarial", "adversarial_weight")
         figures = dict.fromkeys(names, zero)
-        if position >= self.start // 2:
-            figures |= self.learn(images, decoded.detach(), position)
-        if position < self.start:
+        if position < self.start // 2:
             return zero, figures
+        figures |= self.learn(images, decoded.detach(), position)
+        # 0, but NaN with its gradient where the critic has diverged: then the trainer stops as for any other loss.
+        term = 0.0 * figures["critic_loss"] * last_layer.sum()
+        if position < self.start:
+            return term, figures
         adversarial = -self.network(decoded).mean()
         weight = self.weight * adaptive_weight(reconstruction, adversarial, last_layer)
         figures |= {"adversarial": adversarial.detach(), "adversarial_weight": weight}
-        return weight * adversarial, figures
+        return term + weight * adversarial, figures
 
     def learn(self, images: Tensor, decoded: Tensor, position: int) -> dict[str, Tensor]:
         """One step of the critic's optimiser; the critic is frozen outside of it."""

@@ -103,6 +103,14 @@ def test_critic_is_idle_then_learns_then_is_heard():
     assert all(p.grad is None or not p.requires_grad for p in critic.network.parameters())
 
 
+def test_diverged_critic_spoils_the_gradient_that_the_trainer_guards():
+    critic, decoder = training(), Decoder()
+    critic.network.layers[0].bias.data[0] = float("nan")
+    term, _ = judged(critic, START // 2, decoder)
+    term.backward()
+    assert decoder.last.weight.grad.isnan().all()
+
+
 def test_both_gradients_are_equally_strong_at_the_last_layer():
     critic, decoder, real = training(weight=1.0, start=0), Decoder(), images(0)
     decoded = decoder(real)
