@@ -23,12 +23,15 @@ def compose(overrides: list[str]) -> config.Parameters:
     from hydra.errors import HydraException
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
 
     try:
         with initialize_config_module("conf", version_base="1.3"):
             composed = OmegaConf.to_container(hydra_compose("config", overrides), resolve=True)
     except (HydraException, OmegaConfBaseException) as error:
         raise ValueError(_one_line(error)) from error
+    except YAMLError as error:
+        raise ValueError(f"a file of conf/ is not valid YAML: {' '.join(str(error).split())}") from error
     return config.parse(composed, origin="conf")
 
 
