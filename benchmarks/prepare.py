@@ -1,8 +1,9 @@
 """How fast are images prepared, against plain Pillow, and how large are they? python -m benchmarks.prepare [--save]
 
 Real photographs (those that scikit-image brings) at the size and the quality of ImageNet's, as JPEG files and in a tar
-archive. Plain Pillow is the loop that everybody writes: open, convert, crop, keep the array. Both decode the same files
-in turns, so that what else runs on the machine slows both. Speed per core is by CPU time, user and system.
+archive. Plain Pillow is the loop that everybody writes: open, convert, crop, keep the array. All take the same images
+in turns, so that what else runs on the machine slows all. Speed per core is by CPU time, user and system. `decoded`
+does what plain Pillow does; `files` and `archive` also store the images: in HDF5, with a digest, safe on the disk.
 """
 
 import functools
@@ -23,6 +24,7 @@ from ear import preparation
 from ear.manifest import Manifest, Row
 
 SIZE = 256
+SHARD = 128
 PHOTOGRAPHS = ("astronaut", "chelsea", "coffee", "rocket")
 
 
@@ -74,6 +76,11 @@ def plain(paths: list[Path]) -> list[np.ndarray]:
     return arrays
 
 
+def decode(shard: preparation.Shard) -> None:
+    """What `prepare` does before it stores a shard."""
+    preparation.decode_shard(shard)
+
+
 def store(shard: preparation.Shard) -> None:
     """What `prepare` does with one shard, into a new folder beside the images; it stays until the benchmark ends."""
     preparation.write_shard(shard, Path(tempfile.mkdtemp(dir=shard.root)))
@@ -111,7 +118,7 @@ def compared(times: dict[str, np.ndarray], count: int) -> dict:
 
 def stored_bytes(manifest: Manifest, compression: str) -> dict:
     """Size and CPU time of one shard per image."""
-    (shard,) = preparation.plan(manifest, "train", image_size=SIZE, shard_size=128, compression=compression)[:1]
+    (shard,) = preparation.plan(manifest, "train", image_size=SIZE, shard_size=SHARD, compression=compression)[:1]
     folder = Path(tempfile.mkdtemp(dir=shard.root))
     seconds = cpu_seconds(functools.partial(preparation.write_shard, shard), folder)
     return {
@@ -130,10 +137,14 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         listed = write(Path(folder), contents)
         paths = [Path(folder, row.path) for row in listed["files"].rows]
-        work = {"plain": (plain, [paths[k : k + 32] for k in range(0, len(paths), 32)])}
-        for name, manifest in listed.items():
-            shards = preparation.plan(manifest, "train", image_size=SIZE, shard_size=32, compression="none")
-            work[name] = (store, shards)
+        work = {"plain": (plain, [paths[k : k + SHARD] for k in range(0, len(paths), SHARD)])}
+        for name, manifest, function in (
+            ("decoded", listed["files"], decode),
+            ("files", listed["files"], store),
+            ("archive", listed["archive"], store),
+        ):
+            shards = preparation.plan(manifest, "train", image_size=SIZE, shard_size=SHARD, compression="none")
+            work[name] = (function, shards)
         times = {}
         for workers in (1, 2):
             with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:

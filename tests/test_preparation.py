@@ -291,3 +291,20 @@ def test_rotation_is_as_the_manifest_says(tmp_path):
     left = PreparedImages(prepare(tmp_path / "tree", ignored, scratch=tmp_path / "s"), "train").images([0])
     assert not np.array_equal(turned, left)
     assert np.array_equal(turned[:, ::-1, ::-1], left)
+
+
+def test_the_odd_files_of_imagenet_are_read_for_what_they_are(tmp_path):
+    """A PNG that is called JPEG, a JPEG in CMYK, a JPEG with a damaged EXIF block."""
+    colour = Image.new("RGB", (12, 9), (255, 0, 0))
+    folder = tmp_path / "tree/train/n02105855"
+    folder.mkdir(parents=True)
+    colour.save(folder / "n02105855_2933.JPEG", "PNG")
+    Image.new("CMYK", (12, 9), (0, 255, 255, 0)).save(folder / "n02105855_1.JPEG", quality=100)
+    colour.save(folder / "n02105855_2.JPEG", exif=b"Exif\0\0II*\0\x08\0\0\0\xff\xff\x12\x01", quality=100)
+    manifest = listed(tmp_path / "tree")
+    target = prepare(tmp_path / "tree", manifest)
+    assert (target / "rejected.csv").read_text() == "path,reason\n"
+    stored = [PreparedImages(target, split) for split in ("train", "val")]
+    pixels = np.concatenate([part.images(range(len(part))) for part in stored]).astype(int)
+    assert pixels.shape == (3, 8, 8, 3)
+    assert abs(pixels - [255, 0, 0]).max() <= 2
