@@ -30,6 +30,7 @@ TINY = {
     "tokenizer.downsample": 2,
     "model.width": 32,
     "model.depth": 2,
+    "model.dropout": 0.1,
     "model.head_width": 24,
     "model.head_depth": 1,
     "train.images": 192,

@@ -1,0 +1,186 @@
+"""How fast is a training step, and what does it gain over a plain loop?
+
+    python -m benchmarks.training [--preset NAME ...] [--rounds N] [--save]
+
+Untrained models of the presets' sizes on random latents; a step is forward, backward, clipping, optimiser and averages
+on one global batch. The plain loop does what published code does: the head on all tokens, one pass of the head per
+noise sample, optimiser and average parameter by parameter, the loss read at every step. The two take turns, so that
+whatever else the machine does falls on both; the median turn counts.
+Without --preset: digits and, where there is a CUDA device, the three published ImageNet sizes with their own precision
+and compilation; there, MFU is images per second times counted operations over the device's peak.
+"""
+
+import itertools
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks import measure
+from benchmarks.sampling import PUBLISHED, untrained
+from ear import costs, optimizer
+from ear import device as devices
+from ear.config import Parameters
+from ear.configure import compose
+from ear.ema import Average
+from ear.masking import mask_first, masked_count, random_orders
+from ear.model import Model, patchify
+from ear.randomness import generator, uniform
+from ear.scores.generator import pairwise_loss
+from ear.training import Trainer
+
+_PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # bfloat16 without sparsity, from the data sheets
+_STEPS = {"cpu": 3, "cuda": 10}  # of one turn
+
+
+def latents_and_labels(model: Model, images: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """A micro-batch of noise."""
+    latents = torch.randn((images, *model.shape.latent), generator=generator(0, "latents"))
+    return latents.to(device), (torch.arange(images) % len(model.shape.classes)).to(device)
+
+
+def trainer(model: Model, parameters: Parameters, loss: Callable) -> Trainer:
+    """The trainer of the train stage."""
+    options = parameters.train
+    groups = model.parameter_groups(weight_decay=options.weight_decay, head_rate=options.head_rate)
+    rates = {"learning_rate": options.learning_rate, "beta1": options.beta1, "beta2": options.beta2}
+    return Trainer(
+        model,
+        optimizer=optimizer.adamw(groups, **rates),
+        loss=loss,
+        rate=lambda images: 1e-3,
+        ema_decays={"averaged": options.ema_decay, "averaged_long": options.ema_decay_long},
+        clip_norm=options.clip_norm,
+        global_batch_size=options.global_batch_size,
+        micro_batch_size=options.micro_batch_size,
+    )
+
+
+def plain_loss(model: Model, latents: Tensor, labels: Tensor, source: torch.Generator) -> Tensor:
+    """The loss of `Model.loss` with the head on all tokens, once per noise sample."""
+    tokens, rule = patchify(latents, model.patch), model.score
+    orders = random_orders(len(tokens), model.tokens, source, tokens.device)
+    mask = mask_first(orders, masked_count(model.tokens, model.mask_ratio_min, source))
+    null = uniform((len(tokens),), source, tokens.device) < model.label_dropout
+    hidden = model.hidden(tokens, mask, labels, null).flatten(0, 1)
+    samples = [
+        rule.generate(hidden, rule.draw_noise((len(hidden),), source, hidden.device)) for _ in range(rule.samples)
+    ]
+    per_token = pairwise_loss(torch.stack(samples), tokens.flatten(0, 1)[None], rule.distance, pairs=rule.pairs)
+    return (per_token * mask.flatten()).sum() / mask.sum()
+
+
+class PlainLoop:
+    """Training as one writes it first."""
+
+    def __init__(self, model: Model, parameters: Parameters):
+        self.model, self.options = model, parameters.train
+        groups = model.parameter_groups(weight_decay=self.options.weight_decay, head_rate=self.options.head_rate)
+        declared = [{"params": g.parameters, "weight_decay": g.weight_decay} for g in groups]
+        self.optimizer = torch.optim.AdamW(declared, lr=1e-6, betas=(0.9, 0.95), foreach=False)
+        self.averages = [Average(model).module for _ in range(2)]
+
+    def step(self, batch: tuple[Tensor, Tensor], position: int, autocast: Callable) -> float:
+        """One step on a global batch of equal micro-batches."""
+        self.model.train()
+        self.optimizer.zero_grad()
+        parts = self.options.global_batch_size // self.options.micro_batch_size
+        total = 0.0
+        for part in range(parts):
+            with autocast():
+                loss = plain_loss(self.model, *batch, generator(0, "loss", position, part)) / parts
+            loss.backward()
+            total += loss.item()
+        nn.utils.clip_grad_norm_(self.model.parameters(), self.options.clip_norm, foreach=False)
+        self.optimizer.step()
+        with torch.no_grad():
+            for average in self.averages:
+                for ours, theirs in zip(average.parameters(), self.model.parameters(), strict=True):
+                    ours.mul_(0.999).add_(theirs, alpha=0.001)
+        return total
+
+
+def turns(ways: dict[str, Callable[[], object]], *, rounds: int, steps: int, cuda: bool) -> dict[str, list[float]]:
+    """Seconds per step of each way, turn by turn; the first turn of each is not counted."""
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(1 + rounds):
+        for name, step in ways.items():
+            start = time.perf_counter()
+            for _ in range(steps):
+                step()
+            if cuda:
+                torch.cuda.synchronize()
+            seconds[name].append((time.perf_counter() - start) / steps)
+    return {name: times[1:] for name, times in seconds.items()}
+
+
+def measured(preset: str, device: torch.device, rounds: int) -> dict:
+    """The figures of one preset."""
+    cuda, fast = device.type == "cuda", {"train.precision=float32"} if device.type == "cpu" else set()
+    inputs = {"data.path=/images", "tokenizer.weights=/weights.ckpt"} if preset != "digits" else set()  # not read
+    parameters = compose([f"preset={preset}", *sorted(fast | inputs)])
+    options = parameters.train
+    ours, plain = (untrained(preset, parameters).to(device) for _ in range(2))
+    if cuda and parameters.runtime.compile:
+        ours.transformer.compile()
+    batch = latents_and_labels(ours, options.micro_batch_size, device)
+
+    def autocast():
+        return torch.autocast(device.type, torch.bfloat16, enabled=options.precision == "bfloat16")
+
+    def loss(batch: tuple[Tensor, Tensor], position: int):
+        with autocast():
+            return ours.loss(*batch, temperature=1.0, generator=generator(0, "loss", position)), {}
+
+    training, loop, positions = trainer(ours, parameters, loss), PlainLoop(plain, parameters), itertools.count()
+    ways = {
+        "training": lambda: training.step(itertools.repeat(batch)),
+        "plain loop": lambda: loop.step(batch, next(positions), autocast),
+    }
+    seconds = turns(ways, rounds=rounds, steps=_STEPS[device.type], cuda=cuda)
+    ratios = [theirs / own for own, theirs in zip(seconds["training"], seconds["plain loop"], strict=True)]
+    rate = options.global_batch_size / statistics.median(seconds["training"])
+    figures = {
+        "parameters": sum(p.numel() for p in ours.parameters()),
+        "precision": options.precision,
+        "images_per_step": options.global_batch_size,
+        "micro_batch_size": options.micro_batch_size,
+        "images_per_second": rate,
+        "plain_images_per_second": options.global_batch_size / statistics.median(seconds["plain loop"]),
+        "speedup": statistics.median(ratios),
+        "speedup_range": [min(ratios), max(ratios)],
+    }
+    ways.clear()
+    del loop, plain  # whose memory is not the training's
+    return figures | (on_cuda(ours, training, batch, rate) if cuda else {})
+
+
+def on_cuda(model: Model, training: Trainer, batch: tuple[Tensor, Tensor], rate: float) -> dict:
+    """Peak memory of a step, and MFU where the device's peak is known."""
+    torch.cuda.reset_peak_memory_stats()
+    training.step(itertools.repeat(batch))
+    flops = costs.training_flops(model.shape)["forward and backward"]
+    peak = next((p for name, p in _PEAK_FLOPS.items() if name in torch.cuda.get_device_name()), None)
+    return {
+        "peak_memory_gb": torch.cuda.max_memory_allocated() / 1e9,
+        "operations_per_image": flops,
+        "mfu": rate * flops / peak if peak else None,
+    }
+
+
+def main() -> None:
+    """Measure all presets."""
+    cuda = torch.cuda.is_available()
+    parser = measure.arguments(__doc__)
+    parser.add_argument("--preset", nargs="+", default=["digits", *(PUBLISHED if cuda else ())], metavar="NAME")
+    parser.add_argument("--rounds", type=int, default=5, help="turns of which the median counts (default: 5)")
+    arguments = parser.parse_args()
+    device = devices.prepare("auto", compose([]).compute.threads)
+    figures = {name: measured(name, device, arguments.rounds) for name in arguments.preset}
+    measure.report("training", figures, save=arguments.save)
+
+
+if __name__ == "__main__":
+    main()
