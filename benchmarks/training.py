@@ -72,34 +72,33 @@ def plain_loss(model: Model, latents: Tensor, labels: Tensor, source: torch.Gene
     return (per_token * mask.flatten()).sum() / mask.sum()
 
 
-class PlainLoop:
-    """Training as one writes it first."""
+def plain_loop(model: Model, parameters: Parameters, batch: tuple[Tensor, Tensor], autocast: Callable) -> Callable:
+    """A step of training as one writes it first, on a global batch of equal micro-batches."""
+    options, positions = parameters.train, itertools.count()
+    groups = model.parameter_groups(weight_decay=options.weight_decay, head_rate=options.head_rate)
+    declared = [{"params": g.parameters, "weight_decay": g.weight_decay} for g in groups]
+    adamw = torch.optim.AdamW(declared, lr=1e-6, betas=(options.beta1, options.beta2), foreach=False)
+    averages = [Average(model).module for _ in range(2)]
+    parts = options.global_batch_size // options.micro_batch_size
 
-    def __init__(self, model: Model, parameters: Parameters):
-        self.model, self.options = model, parameters.train
-        groups = model.parameter_groups(weight_decay=self.options.weight_decay, head_rate=self.options.head_rate)
-        declared = [{"params": g.parameters, "weight_decay": g.weight_decay} for g in groups]
-        self.optimizer = torch.optim.AdamW(declared, lr=1e-6, betas=(0.9, 0.95), foreach=False)
-        self.averages = [Average(model).module for _ in range(2)]
-
-    def step(self, batch: tuple[Tensor, Tensor], position: int, autocast: Callable) -> float:
-        """One step on a global batch of equal micro-batches."""
-        self.model.train()
-        self.optimizer.zero_grad()
-        parts = self.options.global_batch_size // self.options.micro_batch_size
-        total = 0.0
+    def step() -> float:
+        model.train()
+        adamw.zero_grad()
+        position, total = next(positions), 0.0
         for part in range(parts):
             with autocast():
-                loss = plain_loss(self.model, *batch, generator(0, "loss", position, part)) / parts
+                loss = plain_loss(model, *batch, generator(0, "loss", position, part)) / parts
             loss.backward()
             total += loss.item()
-        nn.utils.clip_grad_norm_(self.model.parameters(), self.options.clip_norm, foreach=False)
-        self.optimizer.step()
+        nn.utils.clip_grad_norm_(model.parameters(), options.clip_norm, foreach=False)
+        adamw.step()
         with torch.no_grad():
-            for average in self.averages:
-                for ours, theirs in zip(average.parameters(), self.model.parameters(), strict=True):
+            for average in averages:
+                for ours, theirs in zip(average.parameters(), model.parameters(), strict=True):
                     ours.mul_(0.999).add_(theirs, alpha=0.001)
         return total
+
+    return step
 
 
 def turns(ways: dict[str, Callable[[], object]], *, rounds: int, steps: int, cuda: bool) -> dict[str, list[float]]:
@@ -122,7 +121,7 @@ def measured(preset: str, device: torch.device, rounds: int) -> dict:
     inputs = {"data.path=/images", "tokenizer.weights=/weights.ckpt"} if preset != "digits" else set()  # not read
     parameters = compose([f"preset={preset}", *sorted(fast | inputs)])
     options = parameters.train
-    ours, plain = (untrained(preset, parameters).to(device) for _ in range(2))
+    ours = untrained(preset, parameters).to(device)
     if cuda and parameters.runtime.compile:
         ours.transformer.compile()
     batch = latents_and_labels(ours, options.micro_batch_size, device)
@@ -134,10 +133,10 @@ def measured(preset: str, device: torch.device, rounds: int) -> dict:
         with autocast():
             return ours.loss(*batch, temperature=1.0, generator=generator(0, "loss", position)), {}
 
-    training, loop, positions = trainer(ours, parameters, loss), PlainLoop(plain, parameters), itertools.count()
+    training = trainer(ours, parameters, loss)
     ways = {
         "training": lambda: training.step(itertools.repeat(batch)),
-        "plain loop": lambda: loop.step(batch, next(positions), autocast),
+        "plain loop": plain_loop(untrained(preset, parameters).to(device), parameters, batch, autocast),
     }
     seconds = turns(ways, rounds=rounds, steps=_STEPS[device.type], cuda=cuda)
     ratios = [theirs / own for own, theirs in zip(seconds["training"], seconds["plain loop"], strict=True)]
@@ -152,8 +151,7 @@ def measured(preset: str, device: torch.device, rounds: int) -> dict:
         "speedup": statistics.median(ratios),
         "speedup_range": [min(ratios), max(ratios)],
     }
-    ways.clear()
-    del loop, plain  # whose memory is not the training's
+    ways.clear()  # the plain loop's memory is not the training's
     return figures | (on_cuda(ours, training, batch, rate) if cuda else {})
 
 

@@ -86,12 +86,12 @@ def run(
     parser.add_argument("--params", default="params.yaml", help="parameter file (default: params.yaml)")
     arguments = parser.parse_args()
     try:
-        parameters = visible(config.load(arguments.params), declared(stage).get("params", []))
-        if distributed.size() > 1 and not many_processes:
-            raise ValueError(f"{stage} works in one process, but the launcher started {distributed.size()}; start one.")
-        if many_processes and parameters.runtime.processes > 1 and not distributed.launched():
-            sys.exit(distributed.launch(f"stages.{stage}", sys.argv[1:], parameters.runtime.processes))
         with distributed.group():
+            parameters = visible(config.load(arguments.params), declared(stage).get("params", []))
+            if distributed.size() > 1 and not many_processes:
+                raise ValueError(f"{stage} works in one process, but the launcher started {distributed.size()}.")
+            if many_processes and parameters.runtime.processes > 1 and not distributed.launched():
+                sys.exit(distributed.launch(f"stages.{stage}", sys.argv[1:], parameters.runtime.processes))
             work(parameters)
     except distributed.FailedElsewhere:
         sys.exit(1)
