@@ -12,7 +12,7 @@ from ear.config import Runtime, Train
 from ear.latents import LatentStore, Statistics, latent_batches, normalised
 from ear.model import Model
 from ear.optimizer import adamw, schedule
-from ear.records import whole_folder, write_json, write_tensors
+from ear.records import rounded, whole_folder, write_json, write_tensors
 from ear.training import History, Trainer, write_table
 
 _VALIDATION_IMAGES = 4096  # at most; held-out shards are stored shuffled
@@ -164,7 +164,7 @@ class Phase:
                 "validation_loss_averaged": history.validation[-1]["averaged_loss"],
                 "validation_loss_averaged_long": history.validation[-1]["averaged_long_loss"],
             }
-            write_json(folder / "metrics.json", {name: float(f"{value:.6g}") for name, value in figures.items()})
+            write_json(folder / "metrics.json", rounded(figures))
 
 
 def learn_tokens(model: Model, store: LatentStore, seed: int) -> None:
