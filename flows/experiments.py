@@ -11,7 +11,7 @@ import json
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -42,18 +42,20 @@ def run(name: str, values: Mapping[str, Any], *, line: Callable[[str], None]) ->
         _git("fetch", "--quiet", str(COPY), f"+{_refs()}*:{_refs()}*")
 
 
-def nearest(parameters: Mapping) -> str | None:
-    """The experiment of this commit whose outputs leave `parameters` the least to run; None for the workspace's own."""
-    saved = {None: len(up_to_date(_workspace_lock(), parameters))}
-    saved |= {name: len(up_to_date(_lock(name), parameters)) for name in _names()}
-    return max(saved, key=saved.get)
+def nearest(parameters: Mapping) -> dict[str, str]:
+    """Of all outputs known, those that leave `parameters` the least to run, as far as git keeps them: path => text.
+
+    There are the workspace's own, what a killed experiment left in the copy, and the experiments of this commit.
+    """
+    known = [_results_in(Path()), _results_in(COPY), *map(_results_of, _names())]
+    return max(known, key=lambda files: len(up_to_date(_stages(files.get(LOCK, "")), parameters)))
 
 
 def is_complete(name: str, values: Mapping[str, Any]) -> bool:
     """Whether the experiment `name` of this commit exists and was made with {"section.key": value}."""
     if name not in _names():
         return False
-    lock = _lock(name)
+    lock = _stages(read(name, LOCK))
     return up_to_date(lock, overrides.check(PARAMETERS, values)) == set(lock)
 
 
@@ -98,7 +100,7 @@ def fetch(name: str, path: str, target: Path) -> None:
 
 def metrics(name: str) -> dict[str, dict]:
     """Metrics file (JSON) => its content, in the experiment `name`. Raises RepositoryError."""
-    return {path: json.loads(read(name, path)) for path in _results(name) if path.endswith(".json")}
+    return {path: json.loads(text) for path, text in _results_of(name).items() if path.endswith(".json")}
 
 
 @contextlib.contextmanager
@@ -113,23 +115,21 @@ def _alone() -> Iterator[None]:
         yield
 
 
-def _bring_up(start: str | None) -> None:
-    """Bring the copy to the state of the workspace, with the outputs of the experiment `start` if there is one."""
+def _bring_up(results: Mapping[str, str]) -> None:
+    """Bring the copy to the state of the workspace, but with these `results` of earlier stages."""
     if not COPY.is_dir():
         _create()
     _git("fetch", "--quiet", "--prune", str(Path.cwd()), "HEAD", f"+{_refs()}*:{_refs()}*", folder=COPY)
     _git("checkout", "--quiet", "--force", "--detach", head(), folder=COPY)
     _git("clean", "--quiet", "--force", "-d", folder=COPY)
-    results = _results(start) if start else []
     for path in edited():
-        if path in results:
-            continue
         (COPY / path).unlink(missing_ok=True)
         if Path(path).is_file():
             (COPY / path).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(path, COPY / path)
-    if start:
-        _git("checkout", "--quiet", f"{_refs()}{start}", "--", *results, folder=COPY)
+    for path, text in results.items():
+        (COPY / path).parent.mkdir(parents=True, exist_ok=True)
+        (COPY / path).write_text(text)
 
 
 def _create() -> None:
@@ -148,20 +148,25 @@ def edited() -> list[str]:
     return [path for path in listed.split("\0") if path]
 
 
-def _results(name: str) -> list[str]:
-    """What git keeps of the outputs of the experiment `name`: dvc.lock and the metrics files."""
-    outputs = {output["path"] for stage in _lock(name).values() for output in stage.get("outs", [])}
-    tree = _git("ls-tree", "-r", "--name-only", "-z", f"{_refs()}{name}").split("\0")
-    return [LOCK, *(path for path in tree if path in outputs)]
+def _results_in(folder: Path) -> dict[str, str]:
+    """dvc.lock and the metrics files in `folder`: path => text; nothing where there is no dvc.lock."""
+    if not (folder / LOCK).is_file():
+        return {}
+    listed = _git("ls-files", "-z", "--cached", "--others", "--exclude-standard", folder=folder).split("\0")
+    kept = _kept((folder / LOCK).read_text(), listed)
+    return {path: (folder / path).read_text() for path in kept if (folder / path).is_file()}
 
 
-def _lock(name: str) -> dict[str, dict]:
-    """The stages in the dvc.lock of the experiment `name`."""
-    return _stages(read(name, LOCK))
+def _results_of(name: str) -> dict[str, str]:
+    """dvc.lock and the metrics files of the experiment `name`: path => text."""
+    listed = _git("ls-tree", "-r", "--name-only", "-z", f"{_refs()}{name}").split("\0")
+    return {path: read(name, path) for path in _kept(read(name, LOCK), listed)}
 
 
-def _workspace_lock() -> dict[str, dict]:
-    return _stages(Path(LOCK).read_text()) if Path(LOCK).is_file() else {}
+def _kept(lock: str, paths: Iterable[str]) -> list[str]:
+    """dvc.lock and those of `paths` that it lists as outputs; what git does not list, DVC's cache holds."""
+    outputs = {output["path"] for stage in _stages(lock).values() for output in stage.get("outs", [])}
+    return [LOCK, *(path for path in paths if path in outputs)]
 
 
 def _stages(lock: str) -> dict[str, dict]:

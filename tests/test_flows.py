@@ -87,6 +87,7 @@ def template(tmp_path_factory) -> Path:
     """A repository whose three stages are up to date and committed."""
     folder = tmp_path_factory.mktemp("template")
     shutil.copy(ROOT / "params.yaml", folder)
+    overrides.apply(folder / "params.yaml", {"sample.steps": 8, "sample.temperature": 1.0, "sample.guidance": 1.5})
     (folder / "dvc.yaml").write_text(DVC_YAML)
     (folder / "stage.py").write_text(STAGE)
     (folder / "source").write_text("source\n")
@@ -125,7 +126,7 @@ def background(*arguments: str, cwd: Path, log: Path, env: dict[str, str]):
         process.wait()
 
 
-def wait_for(condition, seconds: float = 60.0):
+def wait_for(condition, seconds: float = 300.0):
     limit = time.monotonic() + seconds
     while time.monotonic() < limit:
         value = condition()
@@ -152,7 +153,7 @@ def server(tmp_path_factory) -> dict[str, str]:
     settings = environment(PREFECT_HOME=str(home), PREFECT_SERVER_ANALYTICS_ENABLED="false", DO_NOT_TRACK="1")
     start = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)]
     with background(*start, cwd=home, log=home / "server.log", env=settings):
-        wait_for(lambda: healthy(url), 120)
+        wait_for(lambda: healthy(url), 600)
         yield {**settings, "PREFECT_API_URL": url}
 
 
@@ -263,14 +264,14 @@ def test_overrides_change_only_their_lines(tmp_path):
         "sample.guidance": 2,
         "data.source": "folder",
         "data.path": "a b: c",
-        "tokenizer.block_channels": [8, 8, 8],
+        "tokenizer.block_channels": [8, 8],
     }
     overrides.apply(path, values)
     changed = [(a, b) for a, b in zip(before, path.read_text().splitlines(), strict=True) if a != b]
     assert [b.split("#")[0].strip() for _, b in changed] == [
         'source: "folder"',
         'path: "a b: c"',
-        "block_channels: [8, 8, 8]",
+        "block_channels: [8, 8]",
         "guidance: 2",
     ]
     assert all(a.partition("#")[2] == b.partition("#")[2] for a, b in changed)
@@ -336,7 +337,7 @@ def test_stopping_leaves_no_process_behind(deaf):
     with pytest.raises(KeyboardInterrupt):
         command.stream([sys.executable, "-c", program], line=stop_at_three, grace=0.5)
     assert len(pids) == 3
-    wait_for(lambda: gone(pids), 2)
+    wait_for(lambda: gone(pids), 30)
 
 
 # --- the pipeline
@@ -447,7 +448,7 @@ def test_a_signal_stops_the_stage_and_its_children(repo, server, number):
         pids = started_pids(repo)
         assert not gone(pids)
         process.send_signal(number)
-        assert process.wait(timeout=30) not in (None, 0)
+        assert process.wait(timeout=120) not in (None, 0)
     assert gone(pids)
     assert Path("out/first").read_text() == "source\nfirst 8\n"
     assert "busy" not in run(*repository.DVC, "status", cwd=repo)
@@ -478,7 +479,7 @@ def test_deployments_run_and_cancel(repo, server):
         identifier = next(word for line in started.stdout.splitlines() if "UUID:" in line for word in line.split()[-1:])
         pids = started_pids(repo)
         assert prefect("flow-run", "cancel", identifier).returncode == 0
-        wait_for(lambda: gone(pids), 40)
+        wait_for(lambda: gone(pids))
 
 
 @pytest.mark.slow
@@ -522,7 +523,8 @@ def test_an_experiment_starts_from_the_outputs_that_leave_it_least_to_do(repo):
     assert not experiments.is_complete("other", other)
     assert run_lines("other", other) == ["middle at 0.5", "last at 1.5"]
     with pytest.raises(repository.RepositoryError, match="which is unlucky"):
-        experiments.run("broken", {"sample.temperature": 13}, line=print)
+        experiments.run("broken", {"sample.steps": 9, "sample.temperature": 13}, line=print)
+    assert run_lines("mended", {"sample.steps": 9}) == ["middle at 1.0", "last at 1.5"]
     overrides.apply("params.yaml", {"sample.seed": 5})
     assert run_lines("both", both) == ["last at 3.0"]
     assert experiments.is_complete("both", both)
