@@ -6,6 +6,7 @@ file. stats.json holds what is common to all: classes, shape, statistics, and ro
 `ear.caching` writes them.
 """
 
+import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -194,4 +195,10 @@ def latent_batches(
     dataset = _MicroBatches(store, order, micro_batch_size, mirror, seed)
     if workers == 0:
         return map(dataset.__getitem__, positions)
-    return iter(DataLoader(dataset, sampler=positions, batch_size=None, num_workers=workers))
+    options = {"num_workers": workers, "worker_init_fn": _outlast_sigterm}
+    return iter(DataLoader(dataset, sampler=positions, batch_size=None, **options))
+
+
+def _outlast_sigterm(_) -> None:
+    """Go on reading while the training, which a launcher asks to end together with its readers, saves its state."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)

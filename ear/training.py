@@ -108,7 +108,7 @@ class Trainer:
         """
         self.resume(folder)
         with _termination() as asked, Progress(title, total_images, start=self.images) as progress:
-            stream = iter(batches(self._positions()))  # its processes inherit the handler: they outlast the checkpoint
+            stream = iter(batches(self._positions()))
             while self.images < total_images:
                 before = self.images
                 self.step(stream)

@@ -16,14 +16,16 @@ _fork = multiprocessing.get_context("fork")
 def together(work: Callable[[], object], count: int = 2, seconds: float = 60.0) -> list:
     """Run `work()` in `count` connected processes; what each returns (must pickle), or the exception that ended it."""
     queue, port = _fork.Queue(), _free_port()
-    children = [
-        _fork.Process(target=_work, args=(work, rank, count, port, queue), daemon=True) for rank in range(count)
-    ]
+    children = [_fork.Process(target=_work, args=(work, rank, count, port, queue)) for rank in range(count)]
     for child in children:
         child.start()
-    results = dict(queue.get(timeout=seconds) for _ in children)
-    for child in children:
-        child.join(seconds)
+    try:
+        results = dict(queue.get(timeout=seconds) for _ in children)
+        for child in children:
+            child.join(seconds)
+    finally:
+        for child in children:
+            child.kill()
     return [results[rank] for rank in range(count)]
 
 

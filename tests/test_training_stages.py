@@ -18,7 +18,7 @@ from prepared_sets import pixels, write_prepared
 from processes import together
 
 from ear import config, distributed, records
-from stages import program
+from stages import phase, program
 
 ROOT = Path(__file__).parent.parent
 TINY = {
@@ -140,6 +140,26 @@ def test_low_precision_is_for_cuda(repository):
     for precision in ("bfloat16", "tfloat32"):
         with pytest.raises(ValueError, match=f"train.precision is '{precision}', which CPUs lack"):
             run("train", **{"train.precision": precision})
+
+
+def test_sigterm_to_training_and_its_readers_leaves_a_checkpoint(repository, monkeypatch):
+    """As torchrun and Slurm send it: to every process of the group."""
+    loss = phase.Phase.loss
+
+    def interrupted(self, batch, position):
+        if position == 100:
+            os.killpg(0, signal.SIGTERM)
+        return loss(self, batch, position)
+
+    def work():
+        os.setpgrp()
+        monkeypatch.setattr(phase.Phase, "loss", interrupted)
+        run("train", **{"runtime.workers": 2, "train.checkpoint_images": 192})
+
+    (error,) = together(work, 1)
+    assert str(error) == "SIGTERM ended train after 112 images, with a checkpoint; start it again to go on."
+    (saved,) = Path("work/train").glob("*/checkpoint-*.safetensors")
+    assert records.read_description(saved)["images"] == 112
 
 
 def workers(launcher: subprocess.Popen) -> list[psutil.Process]:
