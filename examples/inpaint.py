@@ -5,6 +5,7 @@ and drawn with another class.
 """
 
 import argparse
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -23,18 +24,25 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=Path("data"), help="the pipeline's folder (default: data)")
     parser.add_argument("--output", type=Path, default=Path("docs/inpainting.png"), help="the picture to write")
     arguments = parser.parse_args()
-    held_out = PreparedImages(arguments.data / "prepared", "val")
+    try:
+        save_png(arguments.output, picture(arguments.data))
+    except (ValueError, FileNotFoundError) as error:
+        sys.exit(f"inpaint: {error}")
+    print(f"wrote {arguments.output}")
+
+
+def picture(data: Path) -> np.ndarray:
+    """uint8 [height, width, 3]; a row per class, at most 8."""
+    held_out = PreparedImages(data / "prepared", "val")
     rows = first_of_each_class(held_out.labels)[:_ROWS]
     images, labels = held_out.images(rows), held_out.labels[rows]
     mask = lower_half(images)
-    options = {"data": arguments.data, "steps": 8, "guidance": 1.5}
+    options = {"data": data, "steps": 8, "guidance": 1.5}
     columns = [images, np.where(mask[..., None], _GREY, images).astype(np.uint8)]
     columns += [ear.inpaint(images, mask, labels.tolist(), seed=seed, **options) for seed in range(3)]
     other = (labels + 1) % len(held_out.classes)
     columns.append(ear.inpaint(images, mask, other.tolist(), seed=0, **options))
-    picture = np.stack(columns, axis=1).reshape(-1, *images.shape[1:])
-    save_png(arguments.output, grid(picture, columns=len(columns)))
-    print(f"wrote {arguments.output}")
+    return grid(np.stack(columns, axis=1).reshape(-1, *images.shape[1:]), columns=len(columns))
 
 
 def first_of_each_class(labels: np.ndarray) -> np.ndarray:
