@@ -34,7 +34,8 @@ from flows.sweep import run_experiment
 
 Part = Literal["rules", "ablations"]
 
-IMAGES = 44_800  # half of what the digits preset trains on: all of it in less than an hour on two cores
+# A third and a sixth of what the digits preset trains on: all of it in less than an hour on two cores.
+IMAGES: dict[Part, int] = {"rules": 44_800, "ablations": 22_400}
 EVALUATION, REFERENCE = "data/evaluation/metrics.json", "data/reference/metrics.json"
 GRID = "data/samples/grid.png"
 BENCHMARKS = ("heads", "scores", "variance")  # names in benchmarks/results/; scores is measured here
@@ -43,18 +44,26 @@ _RESULTS = ("dvc.lock", "data/", "docs/", "benchmarks/results/")
 
 
 @flow(name="compare")
-def compare(images: int = IMAGES, only: Part | None = None, output: str = "docs") -> State:
+def compare(
+    images: int = IMAGES["rules"],
+    ablation_images: int = IMAGES["ablations"],
+    only: Part | None = None,
+    output: str = "docs",
+) -> State:
     """Train all rules and ablations, and write the page.
 
     Args:
-        images: training images of each model.
+        images: training images of each rule's model.
+        ablation_images: training images of each model of the ablations.
         only: the rules, or the ablations of the energy score; none means both.
         output: folder for scores.md and scores/.
     """
+    whole: dict[Part, int] = {"rules": images, "ablations": ablation_images}
+    budget = {part: count for part, count in whole.items() if only in (None, part)}
     try:
         check_committed()
         parameters = config.load(PARAMETERS)
-        runs = {experiment_name(values): values for values in planned(parameters, images, only)}
+        runs = {experiment_name(values): values for values in planned(parameters, budget)}
         for values in runs.values():
             overrides.check(PARAMETERS, values)
     except (ValueError, FileNotFoundError, RepositoryError) as error:
@@ -66,7 +75,7 @@ def compare(images: int = IMAGES, only: Part | None = None, output: str = "docs"
     state = measure_rates(return_state=True)
     if not state.is_completed():
         return Failed(message=state.message)
-    results = collect(parameters, images, only)
+    results = collect(parameters, budget)
     publish(results, Path(output))
     return Completed(message=f"{len(runs)} runs; see {output}/scores.md")
 
@@ -80,13 +89,13 @@ def check_committed() -> None:
         )
 
 
-def planned(parameters: config.Parameters, images: int, only: Part | None) -> list[Values]:
-    """The changes of params.yaml of all runs, those that train alike next to each other."""
+def planned(parameters: config.Parameters, budget: Mapping[Part, int]) -> list[Values]:
+    """The changes of params.yaml of all runs of the parts in `budget`, those that train alike next to each other."""
     plan: list[Values] = []
-    if only != "ablations":
-        plan += [values for runs in rule_runs(parameters, images).values() for values in runs.values()]
-    if only != "rules":
-        plan += [values for runs in ablation_runs(parameters, images).values() for _, values in runs]
+    if "rules" in budget:
+        plan += [values for runs in rule_runs(parameters, budget["rules"]).values() for values in runs.values()]
+    if "ablations" in budget:
+        plan += [values for runs in ablation_runs(parameters, budget["ablations"]).values() for _, values in runs]
     return plan
 
 
@@ -113,31 +122,31 @@ def measure_rates() -> State:
     return Completed()
 
 
-def collect(parameters: config.Parameters, images: int, only: Part | None) -> dict[str, Any]:
-    """All that the page shows."""
+def collect(parameters: config.Parameters, budget: Mapping[Part, int]) -> dict[str, Any]:
+    """All that the page shows of the parts in `budget`."""
     results: dict[str, Any] = {
         "budget": {
             "commit": experiments.head(),
-            "train_images": images,
+            "train_images": dict(budget),
             "finetune_images": parameters.finetune.images,
         },
         "sampling": asdict(parameters.sample),
         "benchmarks": {name: records.read_json(f"benchmarks/results/{name}.json") for name in BENCHMARKS},
     }
-    if only != "ablations":
+    if "rules" in budget:
         results["rules"] = [
             {"rule": rule, "runs": [{"guidance": scale, **outcome(values)} for scale, values in runs.items()]}
-            for rule, runs in rule_runs(parameters, images).items()
+            for rule, runs in rule_runs(parameters, budget["rules"]).items()
         ]
-    if only != "rules":
-        default = comparison.default_run(parameters, images)
+    if "ablations" in budget:
+        default = comparison.default_run(parameters, budget["ablations"])
         results["ablations"] = {
             title: [
                 {"values": dict(variant), "default": values == default, **outcome(values)} for variant, values in runs
             ]
-            for title, runs in ablation_runs(parameters, images).items()
+            for title, runs in ablation_runs(parameters, budget["ablations"]).items()
         }
-    real = json.loads(experiments.read(experiment_name(planned(parameters, images, only)[0]), REFERENCE))
+    real = json.loads(experiments.read(experiment_name(planned(parameters, budget)[0]), REFERENCE))
     return results | {"floor": real["fid"], "held_out_accuracy": real["val_accuracy"]}
 
 
@@ -165,7 +174,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         prog="python -m flows.compare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--images", type=int, default=IMAGES, help=f"training images per model (default: {IMAGES})")
+    for part, count in IMAGES.items():
+        option = "--images" if part == "rules" else "--ablation-images"
+        parser.add_argument(option, type=int, default=count, help=f"training images per model of the {part} ({count})")
     parser.add_argument("--only", choices=("rules", "ablations"), help="default: both")
     parser.add_argument("--output", default="docs", help="folder for scores.md and scores/ (default: docs)")
     arguments = parser.parse_args()

@@ -40,10 +40,16 @@ def _introduction(results: Mapping) -> str:
 
 *Written by `python -m flows.compare`; run it again rather than editing this page.*
 
-One transformer, one set of cached latents, one budget: every model saw {budget["train_images"]:,} images in training
+One transformer, one set of cached latents, one budget for all models of a table: {_budget(budget)} images in training,
 and {budget["finetune_images"]:,} in the second phase; code and `params.yaml` are those of commit
 `{budget["commit"][:10]}`. A rule is chosen by its own keys alone (`score.name`, `score.covariance`, `model.attention`,
 `model.order`); nothing else was tuned for it but the guidance scale."""
+
+
+def _budget(budget: Mapping) -> str:
+    """Training images by part: 44,800 (scores) and 22,400 (ablations)."""
+    names = {"rules": "scores", "ablations": "ablations"}
+    return " and ".join(f"{count:,} ({names[part]})" for part, count in budget["train_images"].items())
 
 
 def _rules(results: Mapping) -> str:

@@ -45,11 +45,11 @@ def test_equal_runs_have_one_name(parameters):
     assert experiment_name(rules["logarithmic, full"][1.0]) == (
         "compare-score.name=logarithmic-score.covariance=full-train.images=640-sample.guidance=1.0"
     )
-    plan = planned(parameters, 640, None)
+    plan = planned(parameters, {"rules": 640, "ablations": 640})
     names = {experiment_name(values) for values in plan}
     assert len(names) == len({json.dumps(values, sort_keys=True) for values in plan})
     assert len(names) < len(plan)
-    assert planned(parameters, 640, "rules") + planned(parameters, 640, "ablations") == plan
+    assert planned(parameters, {"rules": 640}) + planned(parameters, {"ablations": 640}) == plan
     assert changes({"train.images": parameters.train.images, "score.alpha": 1.5}, parameters) == {"score.alpha": 1.5}
     assert len(ablations) == len(comparison.ABLATIONS)
 
@@ -66,9 +66,9 @@ def test_every_ablation_holds_the_parameters_as_they_are(guidance):
 def test_every_run_is_valid(parameters, tmp_path):
     path = tmp_path / "params.yaml"
     path.write_text(to_yaml(parameters, "test"))
-    for values in planned(parameters, 640, None):
+    for values in planned(parameters, {"rules": 640, "ablations": 640}):
         overrides.check(path, values)
-    with pytest.raises(ValueError, match=r"train.images is 0; it must be at least 1"):
+    with pytest.raises(ValueError, match=r"train\.images is 0, but train\.weights is empty"):
         overrides.check(path, default_run(parameters, 0))
 
 
