@@ -1,0 +1,303 @@
+"""What does each stage cost per image at ImageNet's size, and what do ImageNet and a billion images come to?
+
+    python -m benchmarks.scaling [--save] [--write docs/scaling.md]
+
+One small real run per stage, with the imagenet256_base preset's own sizes in float32 and untrained weights. Times are
+CPU seconds of one core (one thread), medians of three runs: what else runs on the machine changes them little. --write
+fills the document's tables from what --save, and benchmarks.listing before it, have put into benchmarks/results/; with
+--saved nothing is measured.
+"""
+
+import re
+import statistics
+import tempfile
+import time
+import tracemalloc
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+from benchmarks import measure
+from benchmarks.prepare import pictures, store, write
+from benchmarks.sampling import untrained
+from ear import costs, features, metrics, preparation, randomness, records
+from ear.autoencoder import KL, kl_structure, new_kl
+from ear.autoencoder_loss import AutoencoderLoss
+from ear.caching import Encoder
+from ear.config import Parameters
+from ear.configure import compose
+from ear.describe import IMAGENET, duration, operations, size
+from ear.manifest import Found, read_manifest, write_manifest
+from ear.model import Model
+from ear.sampling import network_evaluations, sample
+
+PRESET = "imagenet256_base"
+BILLION = 1_000_000_000
+GPUS, TERAFLOPS = 8, 200  # what the projections assume of a machine: how many, and what each sustains
+_CPU = torch.device("cpu")
+_REPEATS = 3
+_PICTURES = 64  # decoded and stored in one run
+_STEPS = 2  # of sampling in one run; every step is one equal pass of the transformer
+_INCEPTION_IMAGES = 8
+_ORDERED = 10_000_000  # rows of which one epoch's order is drawn
+_LISTED = 20_000  # images of a manifest that is read
+_FRECHET = 2048  # features
+_SETS = ("bytes per image", "ImageNet", "10^9 images")
+
+
+def cpu_seconds(work: Callable[[], object]) -> float:
+    """Median CPU seconds of this process over three calls; the first one, often slower, hardly ever counts."""
+    seconds = []
+    for _ in range(_REPEATS):
+        start = time.process_time()
+        work()
+        seconds.append(time.process_time() - start)
+    return statistics.median(seconds)
+
+
+def prepare_seconds() -> float:
+    """Decode, crop and store one photograph of ImageNet's usual size."""
+    with tempfile.TemporaryDirectory() as folder:
+        manifest = write(Path(folder), pictures(_PICTURES))["files"]
+        sizes = {"image_size": 256, "shard_size": _PICTURES, "compression": "none"}
+        shards = preparation.plan(manifest, "train", **sizes)
+        return cpu_seconds(lambda: [store(shard) for shard in shards]) / _PICTURES
+
+
+def tokenizer_seconds(tokenizer: KL) -> dict[str, float]:
+    """One image through KL-16: encoded with its mirror image, decoded, and a training step without optimiser."""
+    pixels = np.random.default_rng(0).integers(0, 256, (1, 256, 256, 3), dtype=np.uint8)
+    encoder = Encoder(tokenizer.eval(), "", 1, _CPU)
+    latents = torch.randn(1, tokenizer.latent_channels, 16, 16, generator=randomness.generator(0))
+    loss = AutoencoderLoss(kl_weight=1e-6)
+    images = torch.rand(1, 3, 256, 256, generator=randomness.generator(1)) * 2 - 1
+
+    def decode() -> None:
+        with torch.inference_mode():
+            tokenizer.decode(latents)
+
+    return {
+        "cache": cpu_seconds(lambda: encoder.moments(pixels)),
+        "decode": cpu_seconds(decode),
+        "tokenizer": cpu_seconds(lambda: loss(tokenizer.train(), images, latents).loss.backward()),
+    }
+
+
+def model_seconds(model: Model, parameters: Parameters) -> dict[str, float]:
+    """One image: forward and backward pass of training; sampling with guidance, without the decoder."""
+    latents = torch.randn(1, *model.shape.latent, generator=randomness.generator(0))
+    labels, options = torch.zeros(1, dtype=torch.long), parameters.sample
+
+    def train() -> None:
+        generator = randomness.generator(0, "loss")
+        model.train().loss(latents, labels, temperature=1.0, generator=generator).backward()
+
+    def draw() -> None:
+        settings = {"guidance": options.guidance, "temperature": options.temperature}
+        sample(model.eval(), labels, steps=_STEPS, source=randomness.generator(0), **settings)
+
+    whole, part = (network_evaluations(model, steps)["transformer"] for steps in (options.steps, _STEPS))
+    return {"train": cpu_seconds(train), "draw": cpu_seconds(draw) * whole / part}
+
+
+def untrained_inception() -> FeatureExtractorInceptionV3:
+    """The extractor of published figures with torch's initial weights."""
+
+    class Untrained(FeatureExtractorInceptionV3):
+        def load_state_dict(self, *_):
+            pass
+
+    with tempfile.NamedTemporaryFile(suffix=".pth") as empty:
+        torch.save({}, empty.name)
+        layers = ["2048", "logits_unbiased"]
+        return Untrained(features.INCEPTION, layers, feature_extractor_weights_path=empty.name)
+
+
+def evaluation_figures() -> dict:
+    """Inception's features of one image, and the Frechet distance of two sets of them."""
+    pixels = np.random.default_rng(0).integers(0, 256, (_INCEPTION_IMAGES, 256, 256, 3), dtype=np.uint8)
+    module = untrained_inception()
+    extractor = features.Extractor(module, features.INCEPTION, "", tuple(module.features_list), _CPU)
+    seconds = cpu_seconds(lambda: extractor(pixels)) / _INCEPTION_IMAGES
+    first, second = (metrics.Moments() for _ in range(2))
+    for number, moments in enumerate((first, second)):
+        moments.add(torch.randn(2 * _FRECHET, _FRECHET, generator=randomness.generator(number)))
+    distance = cpu_seconds(lambda: metrics.frechet_distance(first.gaussian(), second.gaussian()))
+    with FlopCounterMode(display=False) as counter:
+        extractor(pixels[:1])
+    return {"cpu_seconds": {"features": seconds, "Frechet distance": distance}, "flop": counter.get_total_flops()}
+
+
+def order_seconds() -> float:
+    """The order of one epoch, per million rows."""
+    return cpu_seconds(lambda: randomness.DataOrder(_ORDERED, 0).indices(0, 1)) / (_ORDERED / 1e6)
+
+
+def manifest_row_bytes() -> float:
+    """Memory that one listed image takes in a stage that has read the manifest."""
+    with tempfile.TemporaryDirectory() as folder:
+        paths = [f"train/n{k % 1000:08d}/n{k % 1000:08d}_{k}.JPEG" for k in range(_LISTED)]
+        found = [Found("train", path.split("/")[1], path, path, bytes=110_000) for path in paths]
+        write_manifest(folder, found, tree="", root="", names={}, upright=False)
+        tracemalloc.start()
+        manifest = read_manifest(folder)
+        used, _ = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+    return used / len(manifest.rows)
+
+
+def measured(parameters: Parameters) -> dict:
+    """CPU seconds, operations and bytes, each per unit of work (an image where nothing else is said)."""
+    kl16 = kl_structure(channels=16, block_channels=parameters.tokenizer.block_channels, layers=2)
+    tokenizer = new_kl(seed=0, image_size=256, structure=kl16)
+    encode, decode = costs.tokenizer_flops(tokenizer)
+    counted = costs.of_pipeline(parameters, classes=IMAGENET[0], images=IMAGENET[1])
+    evaluation = evaluation_figures()
+    return {
+        "cpu_seconds": {
+            "prepare": prepare_seconds(),
+            **tokenizer_seconds(tokenizer),
+            **model_seconds(untrained(PRESET, parameters), parameters),
+            **evaluation["cpu_seconds"],
+            "order of a million": order_seconds(),
+        },
+        "flop": {
+            "tokenizer": 3 * (encode + decode),
+            "cache": 2 * encode,
+            "train": counted.training_flops["forward and backward"],
+            "sample": sum(counted.sampling_flops.values()),
+            "features": evaluation["flop"],
+        },
+        "bytes": {
+            "manifest row in memory": manifest_row_bytes(),
+            **{name: counted.disk[name] / counted.images for name in ("data/prepared", "data/latents")},
+        },
+        "images": {
+            "tokenizer": parameters.tokenizer.images,
+            "train": parameters.train.images + parameters.finetune.images,
+            "sample": parameters.sample.count,
+        },
+        "assumed": {"gpus": GPUS, "teraflops": TERAFLOPS},
+    }
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one stage does over and over."""
+
+    stage: str
+    unit: str
+    seconds: float  # of one core, per unit
+    flop: float | None  # per unit; None where the work is none for a GPU
+    units: tuple[int, int]  # for ImageNet, for a billion images
+
+
+def works(figures: dict, listing_seconds: float) -> list[Work]:
+    """The stages, in the order in which they run."""
+    seconds, flop, count = figures["cpu_seconds"], figures["flop"], figures["images"]
+    every = (IMAGENET[1], BILLION)
+    trained, generated, tokenized = (count["train"], BILLION), (count["sample"],) * 2, (count["tokenizer"],) * 2
+    drawn, features_of = seconds["draw"] + seconds["decode"], (seconds["features"], flop["features"])
+    return [
+        Work("fetch", "a file listed", listing_seconds, None, every),
+        Work("prepare", "a photograph decoded, cropped, stored", seconds["prepare"], None, every),
+        Work("reference", "Inception's features of an image", *features_of, every),
+        Work("tokenizer", "KL-16: a step on an image", seconds["tokenizer"], flop["tokenizer"], tokenized),
+        Work("cache", "an image and its mirror image encoded", seconds["cache"], flop["cache"], every),
+        Work("train, finetune", "an image forward and back", seconds["train"], flop["train"], trained),
+        Work("sample", "an image drawn and decoded", drawn, flop["sample"], generated),
+        Work("evaluate", "Inception's features of an image", *features_of, generated),
+    ]
+
+
+def tables(scaling: dict, listing: dict) -> dict[str, str]:
+    """The document's tables by name, from the saved results of this benchmark and of benchmarks.listing."""
+    machine, figures, listed = scaling["machine"], scaling["figures"], listing["figures"]
+    find, write_out = (listed["seconds"]["tree"][part]["cpu"] for part in ("find", "write_manifest"))
+    stages = works(figures, (find + write_out) / listed["files"])
+    stored, assumed = figures["bytes"], figures["assumed"]
+    disk = {"data/raw/manifest.csv": listed["manifest_bytes_per_image"]}
+    disk |= {name: stored[name] for name in ("data/prepared", "data/latents")}
+    memory = {
+        "fetch, prepare: the listed images": stored["manifest row in memory"],
+        "train, per process: the order of an epoch": 8,
+        "train, per process: the labels": 8,
+    }
+    facts = (
+        f"One core of: {machine['cpu']}, {machine['cores']} cores; torch {machine['torch']}; load {machine['load']}."
+    )
+    return {
+        "costs": f"{facts}\n\n{_cost_table(stages, figures['cpu_seconds'])}",
+        "times": _time_table(stages, gpus=assumed["gpus"], teraflops=assumed["teraflops"]),
+        "disk": _table(("written", *_SETS), [(name, *_grown(each)) for name, each in disk.items()]),
+        "memory": _table(("held", *_SETS), [(name, *_grown(each)) for name, each in memory.items()]),
+    }
+
+
+def _grown(each: float) -> tuple[str, str, str]:
+    return f"{each:,.0f}", size(each * IMAGENET[1]), size(each * BILLION)
+
+
+def _cost_table(stages: list[Work], seconds: dict) -> str:
+    rows = []
+    for work in stages:
+        counted = (operations(work.flop), f"{work.flop / work.seconds / 1e9:.0f}") if work.flop else ("", "")
+        rows.append((work.stage, work.unit, f"{work.seconds:.3g}", *counted))
+    rows += [
+        ("train", "the order of 10^6 images, every epoch", f"{seconds['order of a million']:.2g}", "", ""),
+        ("evaluate", f"a Frechet distance in {_FRECHET} features", f"{seconds['Frechet distance']:.2g}", "", ""),
+    ]
+    return _table(("stage", "unit of work", "CPU seconds", "operations", "GFLOP/s"), rows)
+
+
+def _time_table(stages: list[Work], *, gpus: int, teraflops: float) -> str:
+    rows = []
+    for work in stages:
+        cells = [work.stage]
+        for units in work.units:
+            on_gpus = duration(units * work.flop / (gpus * teraflops * 1e12)) if work.flop else ""
+            cells += [f"{units:,}", duration(units * work.seconds), on_gpus]
+        rows.append(tuple(cells))
+    fast = f"{gpus} GPUs at {teraflops:g} TFLOP/s"
+    return _table(("stage", "ImageNet: units", "one core", fast, "10^9 images: units", "one core", fast), rows)
+
+
+def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in (head, ("---",) * len(head), *rows))
+
+
+def fill(document: str, tables: dict[str, str]) -> str:
+    """The document with each table between the marks `<!-- NAME -->` and `<!-- end -->`.
+
+    Raises ValueError for a table without marks.
+    """
+    for name, table in tables.items():
+        pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- end -->)", re.DOTALL)
+        if not pattern.search(document):
+            raise ValueError(f"the document has no lines <!-- {name} --> and <!-- end -->; add them where it belongs.")
+        document = pattern.sub(lambda found, table=table: f"{found[1]}{table}\n{found[2]}", document)
+    return document
+
+
+def main() -> None:
+    """Measure, unless the figures are saved ones, and fill the document."""
+    parser = measure.arguments(__doc__)
+    parser.add_argument("--write", type=Path, metavar="DOCUMENT", help="fill the tables of this document")
+    parser.add_argument("--saved", action="store_true", help="do not measure; take what --save has kept")
+    arguments = parser.parse_args()
+    if not arguments.saved:
+        torch.set_num_threads(1)
+        parameters = compose([f"preset={PRESET}", "data.path=/images", "tokenizer.weights=/kl16.ckpt"])  # not read
+        measure.report("scaling", measured(parameters), save=arguments.save)
+    if arguments.write:
+        saved = {name: records.read_json(measure.RESULTS / f"{name}.json") for name in ("scaling", "listing")}
+        arguments.write.write_text(fill(arguments.write.read_text(), tables(saved["scaling"], saved["listing"])))
+
+
+if __name__ == "__main__":
+    main()
