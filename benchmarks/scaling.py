@@ -3,9 +3,9 @@
     python -m benchmarks.scaling [--save] [--write docs/scaling.md]
 
 One small real run per stage, with the imagenet256_base preset's own sizes in float32 and untrained weights. Times are
-CPU seconds of one core (one thread), medians of three runs: what else runs on the machine changes them little. --write
-fills the document's tables from what --save, and benchmarks.listing before it, have put into benchmarks/results/; with
---saved nothing is measured.
+CPU seconds of one core (one thread), medians of --repeats runs: what else runs on the machine changes them little.
+--write fills the document's tables from what --save, and benchmarks.listing before it, have put into
+benchmarks/results/; with --saved nothing is measured.
 """
 
 import re
@@ -40,7 +40,6 @@ PRESET = "imagenet256_base"
 BILLION = 1_000_000_000
 GPUS, TERAFLOPS = 8, 200  # what the projections assume of a machine: how many, and what each sustains
 _CPU = torch.device("cpu")
-_REPEATS = 3
 _PICTURES = 64  # decoded and stored in one run
 _STEPS = 2  # of sampling in one run; every step is one equal pass of the transformer
 _INCEPTION_IMAGES = 8
@@ -50,26 +49,32 @@ _FRECHET = 2048  # features
 _SETS = ("bytes per image", "ImageNet", "10^9 images")
 
 
-def cpu_seconds(work: Callable[[], object]) -> float:
-    """Median CPU seconds of this process over three calls; the first one, often slower, hardly ever counts."""
-    seconds = []
-    for _ in range(_REPEATS):
-        start = time.process_time()
-        work()
-        seconds.append(time.process_time() - start)
-    return statistics.median(seconds)
+class Timer:
+    """Median CPU seconds of this process over repeated calls; the first, often slower, hardly ever counts."""
+
+    def __init__(self, repeats: int):
+        self.repeats = repeats
+
+    def __call__(self, work: Callable[[], object]) -> float:
+        """CPU seconds of one call of `work`."""
+        seconds = []
+        for _ in range(self.repeats):
+            start = time.process_time()
+            work()
+            seconds.append(time.process_time() - start)
+        return statistics.median(seconds)
 
 
-def prepare_seconds() -> float:
+def prepare_seconds(timer: Timer) -> float:
     """Decode, crop and store one photograph of ImageNet's usual size."""
     with tempfile.TemporaryDirectory() as folder:
         manifest = write(Path(folder), pictures(_PICTURES))["files"]
         sizes = {"image_size": 256, "shard_size": _PICTURES, "compression": "none"}
         shards = preparation.plan(manifest, "train", **sizes)
-        return cpu_seconds(lambda: [store(shard) for shard in shards]) / _PICTURES
+        return timer(lambda: [store(shard) for shard in shards]) / _PICTURES
 
 
-def tokenizer_seconds(tokenizer: KL) -> dict[str, float]:
+def tokenizer_seconds(timer: Timer, tokenizer: KL) -> dict[str, float]:
     """One image through KL-16: encoded with its mirror image, decoded, and a training step without optimiser."""
     pixels = np.random.default_rng(0).integers(0, 256, (1, 256, 256, 3), dtype=np.uint8)
     encoder = Encoder(tokenizer.eval(), "", 1, _CPU)
@@ -82,13 +87,13 @@ def tokenizer_seconds(tokenizer: KL) -> dict[str, float]:
             tokenizer.decode(latents)
 
     return {
-        "cache": cpu_seconds(lambda: encoder.moments(pixels)),
-        "decode": cpu_seconds(decode),
-        "tokenizer": cpu_seconds(lambda: loss(tokenizer.train(), images, latents).loss.backward()),
+        "cache": timer(lambda: encoder.moments(pixels)),
+        "decode": timer(decode),
+        "tokenizer": timer(lambda: loss(tokenizer.train(), images, latents).loss.backward()),
     }
 
 
-def model_seconds(model: Model, parameters: Parameters) -> dict[str, float]:
+def model_seconds(timer: Timer, model: Model, parameters: Parameters) -> dict[str, float]:
     """One image: forward and backward pass of training; sampling with guidance, without the decoder."""
     latents = torch.randn(1, *model.shape.latent, generator=randomness.generator(0))
     labels, options = torch.zeros(1, dtype=torch.long), parameters.sample
@@ -102,7 +107,7 @@ def model_seconds(model: Model, parameters: Parameters) -> dict[str, float]:
         sample(model.eval(), labels, steps=_STEPS, source=randomness.generator(0), **settings)
 
     whole, part = (network_evaluations(model, steps)["transformer"] for steps in (options.steps, _STEPS))
-    return {"train": cpu_seconds(train), "draw": cpu_seconds(draw) * whole / part}
+    return {"train": timer(train), "draw": timer(draw) * whole / part}
 
 
 def untrained_inception() -> FeatureExtractorInceptionV3:
@@ -118,24 +123,24 @@ def untrained_inception() -> FeatureExtractorInceptionV3:
         return Untrained(features.INCEPTION, layers, feature_extractor_weights_path=empty.name)
 
 
-def evaluation_figures() -> dict:
+def evaluation_figures(timer: Timer) -> dict:
     """Inception's features of one image, and the Frechet distance of two sets of them."""
     pixels = np.random.default_rng(0).integers(0, 256, (_INCEPTION_IMAGES, 256, 256, 3), dtype=np.uint8)
     module = untrained_inception()
     extractor = features.Extractor(module, features.INCEPTION, "", tuple(module.features_list), _CPU)
-    seconds = cpu_seconds(lambda: extractor(pixels)) / _INCEPTION_IMAGES
+    seconds = timer(lambda: extractor(pixels)) / _INCEPTION_IMAGES
     first, second = (metrics.Moments() for _ in range(2))
     for number, moments in enumerate((first, second)):
         moments.add(torch.randn(2 * _FRECHET, _FRECHET, generator=randomness.generator(number)))
-    distance = cpu_seconds(lambda: metrics.frechet_distance(first.gaussian(), second.gaussian()))
+    distance = timer(lambda: metrics.frechet_distance(first.gaussian(), second.gaussian()))
     with FlopCounterMode(display=False) as counter:
         extractor(pixels[:1])
     return {"cpu_seconds": {"features": seconds, "Frechet distance": distance}, "flop": counter.get_total_flops()}
 
 
-def order_seconds() -> float:
+def order_seconds(timer: Timer) -> float:
     """The order of one epoch, per million rows."""
-    return cpu_seconds(lambda: randomness.DataOrder(_ORDERED, 0).indices(0, 1)) / (_ORDERED / 1e6)
+    return timer(lambda: randomness.DataOrder(_ORDERED, 0).indices(0, 1)) / (_ORDERED / 1e6)
 
 
 def manifest_row_bytes() -> float:
@@ -151,20 +156,20 @@ def manifest_row_bytes() -> float:
     return used / len(manifest.rows)
 
 
-def measured(parameters: Parameters) -> dict:
+def measured(timer: Timer, parameters: Parameters) -> dict:
     """CPU seconds, operations and bytes, each per unit of work (an image where nothing else is said)."""
     kl16 = kl_structure(channels=16, block_channels=parameters.tokenizer.block_channels, layers=2)
     tokenizer = new_kl(seed=0, image_size=256, structure=kl16)
     encode, decode = costs.tokenizer_flops(tokenizer)
     counted = costs.of_pipeline(parameters, classes=IMAGENET[0], images=IMAGENET[1])
-    evaluation = evaluation_figures()
+    evaluation = evaluation_figures(timer)
     return {
         "cpu_seconds": {
-            "prepare": prepare_seconds(),
-            **tokenizer_seconds(tokenizer),
-            **model_seconds(untrained(PRESET, parameters), parameters),
+            "prepare": prepare_seconds(timer),
+            **tokenizer_seconds(timer, tokenizer),
+            **model_seconds(timer, untrained(PRESET, parameters), parameters),
             **evaluation["cpu_seconds"],
-            "order of a million": order_seconds(),
+            "order of a million": order_seconds(timer),
         },
         "flop": {
             "tokenizer": 3 * (encode + decode),
@@ -182,6 +187,7 @@ def measured(parameters: Parameters) -> dict:
             "train": parameters.train.images + parameters.finetune.images,
             "sample": parameters.sample.count,
         },
+        "repeats": timer.repeats,
         "assumed": {"gpus": GPUS, "teraflops": TERAFLOPS},
     }
 
@@ -228,9 +234,8 @@ def tables(scaling: dict, listing: dict) -> dict[str, str]:
         "train, per process: the order of an epoch": 8,
         "train, per process: the labels": 8,
     }
-    facts = (
-        f"One core of: {machine['cpu']}, {machine['cores']} cores; torch {machine['torch']}; load {machine['load']}."
-    )
+    facts = f"{machine['cpu']}, {machine['cores']} cores, load {machine['load']}; torch {machine['torch']}; "
+    facts += f"medians of {figures['repeats']}."
     return {
         "costs": f"{facts}\n\n{_cost_table(stages, figures['cpu_seconds'])}",
         "times": _time_table(stages, gpus=assumed["gpus"], teraflops=assumed["teraflops"]),
@@ -289,11 +294,12 @@ def main() -> None:
     parser = measure.arguments(__doc__)
     parser.add_argument("--write", type=Path, metavar="DOCUMENT", help="fill the tables of this document")
     parser.add_argument("--saved", action="store_true", help="do not measure; take what --save has kept")
+    parser.add_argument("--repeats", type=int, default=3, help="runs of which the median counts (default: 3)")
     arguments = parser.parse_args()
     if not arguments.saved:
         torch.set_num_threads(1)
         parameters = compose([f"preset={PRESET}", "data.path=/images", "tokenizer.weights=/kl16.ckpt"])  # not read
-        measure.report("scaling", measured(parameters), save=arguments.save)
+        measure.report("scaling", measured(Timer(arguments.repeats), parameters), save=arguments.save)
     if arguments.write:
         saved = {name: records.read_json(measure.RESULTS / f"{name}.json") for name in ("scaling", "listing")}
         arguments.write.write_text(fill(arguments.write.read_text(), tables(saved["scaling"], saved["listing"])))
