@@ -4,7 +4,7 @@ from dataclasses import asdict
 
 import pytest
 
-from ear.configure import compose, describe_preset, presets
+from ear.configure import compose, describe_preset, missing_files, presets
 
 PUBLISHED = {  # depth, width, heads, head depth, head width
     "imagenet256_base": (24, 768, 12, 6, 1024),
@@ -68,16 +68,21 @@ def test_smoke_forms_differ_in_size_not_in_structure(name):
     assert smoke.model.depth * smoke.model.width**2 < 50_000
 
 
-@pytest.mark.parametrize("name", [name for name in FULL if name != "digits"] + ["folder64_smoke"])
+@pytest.mark.parametrize("name", ["folder64", "folder64_smoke"])
 def test_a_preset_for_images_of_the_user_asks_for_their_path(name):
     with pytest.raises(ValueError, match=r"data\.path is empty, but data\.source is \w+; name the folder"):
-        compose([f"preset={name}", "tokenizer.weights=/kl16.ckpt"])
+        compose([f"preset={name}"])
 
 
-def test_the_published_presets_ask_for_the_tokenizer():
-    with pytest.raises(ValueError, match=r"tokenizer\.weights is empty, but tokenizer\.name is published; name the"):
-        compose(["preset=imagenet256_large", "data.path=/images"])
-    trained = compose(["preset=imagenet256_large", "data.path=/images", "tokenizer.name=kl"])
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_published_presets_say_which_files_they_expect(name):
+    p = compose([f"preset={name}"])
+    assert (p.data.source, p.data.path) == ("imagenet", "imagenet")
+    expected = missing_files(p)
+    assert list(expected) == ["data.path", "tokenizer.weights", "reference.statistics"]
+    assert expected["tokenizer.weights"] == "weights/kl16.ckpt"
+    assert not missing_files(compose([f"preset={name}_smoke"]))
+    trained = compose([f"preset={name}", "tokenizer.name=kl"])
     assert trained.tokenizer.block_channels == (128, 128, 256, 256, 512)
 
 
