@@ -95,14 +95,17 @@ def _scaled(value: float, units: dict[str, float]) -> str:
     return f"{value / units[unit]:,.1f} {unit}"
 
 
-def data_facts(source: str, *, classes: int | None, images: int | None) -> tuple[int, int, str]:
-    """(classes, images, where they come from): as given, else of data/latents or the embedded set, else ImageNet's."""
+def data_facts(data: config.Data, *, classes: int | None, images: int | None) -> tuple[int, int, str]:
+    """(classes, images, where they come from): as given, else of the embedded set or data/latents, else ImageNet's.
+
+    data/latents are those of a user's own folder, and of this image size; others belong to other parameters.
+    """
     stats = Path("data/latents", STATS)
-    if stats.is_file():
-        content = records.read_json(stats)
-        found, origin = (len(content["classes"]), sum(content["rows"].values())), str(stats)
-    elif source in EMBEDDED:
-        found, origin = EMBEDDED[source], source
+    cached = records.read_json(stats) if stats.is_file() else None
+    if data.source in EMBEDDED:
+        found, origin = EMBEDDED[data.source], data.source
+    elif cached and data.source != "imagenet" and cached["image_size"] == data.image_size:
+        found, origin = (len(cached["classes"]), sum(cached["rows"].values())), str(stats)
     else:
         found, origin = IMAGENET, "ImageNet's; yours with --classes and --images"
     return classes or found[0], images or found[1], "as given" if classes and images else origin
@@ -123,7 +126,7 @@ def main() -> None:
         for name in ("classes", "images", "teraflops"):
             if (value := getattr(arguments, name)) is not None and value <= 0:
                 raise ValueError(f"--{name} is {value}; it must be above 0.")
-        classes, images, origin = data_facts(parameters.data.source, classes=arguments.classes, images=arguments.images)
+        classes, images, origin = data_facts(parameters.data, classes=arguments.classes, images=arguments.images)
         costs = of_pipeline(parameters, classes=classes, images=images)
     except (ValueError, OSError) as error:
         print(f"describe: {error}", file=sys.stderr)

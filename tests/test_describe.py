@@ -1,5 +1,6 @@
 """The description of a parameter file, as a user reads it."""
 
+import dataclasses
 import json
 import sys
 
@@ -37,13 +38,17 @@ def test_description_from_parameters_alone(folder, monkeypatch, capsys):
 
 
 def test_classes_and_images_come_from_the_latents_or_from_options(folder, monkeypatch):
-    assert describe.data_facts("folder", classes=None, images=None)[:2] == (1000, 1_331_167)
+    data = compose(["preset=folder64", "data.path=/images"]).data
+    assert describe.data_facts(data, classes=None, images=None)[:2] == (1000, 1_331_167)
     (folder / "data/latents").mkdir(parents=True)
-    stats = {"classes": ["a", "b", "c"], "rows": {"train": 30, "val": 7}}
+    stats = {"classes": ["a", "b", "c"], "rows": {"train": 30, "val": 7}, "image_size": 64}
     (folder / "data/latents/stats.json").write_text(json.dumps(stats))
-    assert describe.data_facts("folder", classes=None, images=None) == (3, 37, "data/latents/stats.json")
-    assert describe.data_facts("folder", classes=5, images=None)[:2] == (5, 37)
-    assert describe.data_facts("folder", classes=5, images=6) == (5, 6, "as given")
+    assert describe.data_facts(data, classes=None, images=None) == (3, 37, "data/latents/stats.json")
+    assert describe.data_facts(data, classes=5, images=None)[:2] == (5, 37)
+    assert describe.data_facts(data, classes=5, images=6) == (5, 6, "as given")
+    larger = dataclasses.replace(data, image_size=128)
+    assert describe.data_facts(larger, classes=None, images=None)[:2] == (1000, 1_331_167)
+    assert describe.data_facts(compose(["preset=digits"]).data, classes=None, images=None) == (10, 1797, "digits")
 
 
 @pytest.mark.parametrize(
