@@ -1,0 +1,52 @@
+"""What README.md and docs/ name exists: files, modules, make targets, parameters, presets, Python names."""
+
+import importlib
+import importlib.util
+import re
+from pathlib import Path
+
+import pytest
+
+import ear
+from ear import config, configure
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
+TEXT = "\n".join(page.read_text() for page in PAGES)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
+        assert target.startswith("https://") or (page.parent / target).exists(), target
+
+
+def test_programs_exist():
+    modules = set(re.findall(r"python -m ([\w.]+\w)", TEXT)) - {"benchmarks.NAME"}
+    assert {"ear.configure", "ear.inspect", "ear.describe", "flows.pipeline", "flows.sweep"} <= modules
+    for module in modules:
+        assert importlib.util.find_spec(module), module
+
+
+def test_make_targets_exist():
+    makefile = (ROOT / "Makefile").read_text()
+    targets = set(re.findall(r"(?<![\w-])make ([a-z-]+)(?=`|\s*#|\n)", (ROOT / "README.md").read_text()))
+    assert {"demo", "test", "setup", "lint"} <= targets
+    for target in targets:
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
+
+
+def test_parameters_exist():
+    sections = {name: set(kind.__dataclass_fields__) for name, kind in config.Parameters.__annotations__.items()}
+    for section, key in re.findall(rf"\b({'|'.join(sections)})\.([a-z_]+)(?=[=`\s,])", TEXT):
+        assert key in sections[section] or key in ("py", "md", "json", "h5", "csv", "tsv"), f"{section}.{key}"
+
+
+def test_presets_exist():
+    named = set(re.findall(r"preset=(\w+)", TEXT)) - {"NAME"}
+    assert {"folder64", "imagenet256_base"} <= named <= set(configure.presets())
+
+
+def test_python_names_exist():
+    for name in set(re.findall(r"\bear\.(load|generate|inpaint|interop)\b", TEXT)):
+        assert getattr(ear, name)
