@@ -1,11 +1,15 @@
 """Fixtures of all tests."""
 
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from perceptual_files import generated_files
+
+# A shell starts background jobs with SIGINT ignored, which the programs that tests stop by it would inherit.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture
