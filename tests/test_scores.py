@@ -169,30 +169,35 @@ def test_full_covariance_learns_a_negative_correlation(one_thread):
     assert abs(torch.corrcoef(drawn.T)[0, 1] + 0.8) < 0.05
 
 
-@pytest.mark.parametrize("scale", [1.0, 1.4, 0.5])
-def test_guided_gaussian_is_the_product_of_powers(scale):
-    """Against moments on a grid of p_c^scale p_u^(1 - scale), in one dimension, and full against diagonal."""
-    c = Mixture(*(torch.tensor(v, dtype=DOUBLE).view(1, 1, -1) for v in (0.0, 0.7, 0.5)))
-    u = Mixture(*(torch.tensor(v, dtype=DOUBLE).view(1, 1, -1) for v in (0.0, -0.4, 0.9)))
-    grid = torch.linspace(-12, 12, 400_001, dtype=DOUBLE)
-    log = -scale * (grid - 0.7) ** 2 / (2 * 0.25) - (1 - scale) * (grid + 0.4) ** 2 / (2 * 0.81)
-    weight = (log - log.max()).exp()
-    mean = (weight * grid).sum() / weight.sum()
-    sd = ((weight * (grid - mean) ** 2).sum() / weight.sum()).sqrt()
-    g = guided(c, u, scale)
-    assert abs(g.means.item() - mean) < 1e-6
-    assert abs(g.factors.item() - sd) < 1e-6
-    full = guided(*(Mixture(m.logits, m.means, m.factors[..., None]) for m in (c, u)), scale)
-    assert torch.allclose(full.means, g.means)
-    assert torch.allclose(full.factors[..., 0], g.factors)
+def two_gaussians(weights, means, scales, *, full: bool, tokens: int) -> Mixture:
+    """One-dimensional mixtures, the same for all tokens."""
+    logits, means, scales = (torch.tensor(values).expand(tokens, -1) for values in (weights, means, scales))
+    return Mixture(logits.log(), means[..., None], scales[..., None, None] if full else scales[..., None])
 
 
-def test_guidance_that_is_no_density_falls_back_to_the_condition():
-    c = Mixture(*(torch.tensor(v).view(1, 1, -1) for v in (0.0, 0.7, 2.0)))
-    u = Mixture(*(torch.tensor(v).view(1, 1, -1) for v in (0.0, -0.4, 0.1)))
-    g = guided(c, u, 3.0)
-    assert g.means.item() == pytest.approx(0.7)
-    assert g.factors.item() == 2.0
+@pytest.mark.parametrize("full", [False, True])
+@pytest.mark.parametrize("scale", [1.0, 1.5, 2.5])
+def test_guided_tokens_follow_the_product_of_powers(scale, full):
+    """Against moments on a grid of p_c^scale p_u^(1 - scale), p_c and p_u being mixtures that overlap."""
+    c = two_gaussians([0.3, 0.7], [-1.0, 0.7], [0.6, 0.5], full=full, tokens=40_000)
+    u = two_gaussians([0.5, 0.5], [-0.8, 0.3], [0.9, 1.0], full=full, tokens=40_000)
+    grid = torch.linspace(-6, 6, 40_000)[:, None]
+    log = (scale * c.log_density(grid) + (1 - scale) * u.log_density(grid)).double()
+    weight, grid = log.softmax(0), grid[:, 0].double()
+    mean = (weight * grid).sum()
+    sd = (weight * (grid - mean) ** 2).sum().sqrt()
+    drawn = guided(c, u, scale=scale, source=generator(0)).double()
+    assert abs(drawn.mean() - mean) < 0.03
+    assert abs(drawn.std() - sd) < 0.03
+
+
+def test_guidance_that_is_no_density_stays_inside_the_condition():
+    """The quotient of Gaussians has no integral where the unconditional one is narrower."""
+    c = two_gaussians([1.0], [0.7], [2.0], full=False, tokens=10_000)
+    u = two_gaussians([1.0], [-0.4], [0.1], full=False, tokens=10_000)
+    drawn = guided(c, u, scale=3.0, source=generator(0))
+    assert (drawn - 0.7).abs().max() < 6 * 2.0
+    assert (drawn + 0.4).abs().min() > 0.1  # away from what the condition makes less likely
 
 
 # Hyvarinen score

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ear.randomness import Source, normal, uniform
 from ear.scores.score import Score
 
+_CANDIDATES = 16  # draws that guidance chooses one from
 _INIT_SD = 0.02  # an all-zero start is an exact saddle: equal components get equal gradients for ever
 
 
@@ -28,11 +29,6 @@ class Mixture:
         """Whether the components have full covariance."""
         return self.factors.dim() == 4
 
-    def component(self, index: Tensor) -> "Mixture":
-        """The components `index` [N] as mixtures of one."""
-        rows = torch.arange(len(index), device=index.device)
-        return Mixture(*(values[rows, index][:, None] for values in (self.logits, self.means, self.factors)))
-
     def log_density(self, y: Tensor) -> Tensor:
         """y [N, D] => log p(y) [N], in nats."""
         difference = y[:, None] - self.means  # [N, K, D]
@@ -44,6 +40,16 @@ class Mixture:
         log_normal = -0.5 * white.square() - log_scales - 0.5 * math.log(2 * math.pi)
         return torch.logsumexp(self.logits.log_softmax(-1) + log_normal.sum(-1), dim=-1)
 
+    def draw(self, source: Source, *, temperature: float = 1.0) -> Tensor:
+        """=> [N, D]: a component by its weight, then its Gaussian with its standard deviations times `temperature`."""
+        mean, factor = self._component(_choose(self.logits, source))
+        noise = normal(mean.shape, source, mean.device)
+        return mean + temperature * ((factor @ noise[..., None])[..., 0] if self.full else factor * noise)
+
+    def _component(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        rows = torch.arange(len(index), device=index.device)
+        return self.means[rows, index], self.factors[rows, index]
+
 
 def square_plus(x: Tensor, floor: float) -> Tensor:
     """Positive scales (x + sqrt(x^2 + 4)) / 2, at least `floor`."""
@@ -54,8 +60,8 @@ class LogarithmicScore(Score):
     """Log-likelihood of a K-component mixture whose parameters are linear in the hidden state."""
 
     options = ("components", "covariance", "scale_floor")
-    temperature_scales = "the standard deviations of the chosen component"
-    guidance_extrapolates = "log-density of the chosen component"
+    temperature_scales = "the standard deviations of the components"
+    guidance_extrapolates = "log-density"
 
     def __init__(
         self,
@@ -110,47 +116,30 @@ class LogarithmicScore(Score):
         unconditional: Tensor | None = None,
         guidance: float = 1.0,
     ) -> Tensor:
-        """hidden [N, W] => [N, D]: a component by its weight, then its Gaussian, guided in density."""
+        """hidden [N, W] => [N, D], guided in density."""
         mixture = self.mixture(hidden)
-        threshold = uniform((len(hidden), 1), source, hidden.device)
-        cumulative = mixture.logits.softmax(-1).cumsum(-1)
-        index = (cumulative < threshold * cumulative[:, -1:]).sum(-1)  # inversion: one number a token
-        chosen = mixture.component(index)
-        if unconditional is not None:
-            chosen = guided(chosen, self.mixture(unconditional).component(index), guidance)
-        noise = normal((len(hidden), self.channels), source, hidden.device)
-        mean, factor = chosen.means[:, 0], chosen.factors[:, 0]
-        spread = (factor @ noise[..., None])[..., 0] if chosen.full else factor * noise
-        return mean + temperature * spread
+        if unconditional is None:
+            return mixture.draw(source, temperature=temperature)
+        return guided(mixture, self.mixture(unconditional), scale=guidance, source=source, temperature=temperature)
 
 
-def guided(conditional: Mixture, unconditional: Mixture, scale: float) -> Mixture:
-    """One Gaussian per token, proportional to p_c^scale p_u^(1 - scale): GIVT's density guidance in closed form.
+def guided(
+    conditional: Mixture, unconditional: Mixture, *, scale: float, source: Source, temperature: float = 1.0
+) -> Tensor:
+    """=> [N, D] from p_c^scale p_u^(1 - scale), GIVT's density guidance, by sampling importance resampling.
 
-    Where that is no density (its precision is not positive) the conditional one stays: per channel for diagonal
-    covariances, per token for full ones.
+    Of `_CANDIDATES` draws from the conditional mixture one is kept, with probability in proportion to
+    (p_c / p_u)^(scale - 1): exact in the limit of many, and inside the conditional mixture at any scale, where the
+    quotient of two Gaussians need not be a density at all.
     """
-    return (_guided_full if conditional.full else _guided_diagonal)(conditional, unconditional, scale)
+    candidates = torch.stack([conditional.draw(source, temperature=temperature) for _ in range(_CANDIDATES)])
+    ratio = torch.stack([conditional.log_density(y) - unconditional.log_density(y) for y in candidates], dim=-1)
+    kept = _choose((scale - 1) * ratio, source)
+    return candidates[kept, torch.arange(len(kept), device=kept.device)]
 
 
-def _guided_diagonal(c: Mixture, u: Mixture, scale: float) -> Mixture:
-    weight_c, weight_u = scale / c.factors.square(), (1 - scale) / u.factors.square()
-    precision = weight_c + weight_u
-    proper = precision > 0
-    safe = torch.where(proper, precision, torch.ones_like(precision))
-    means = torch.where(proper, (weight_c * c.means + weight_u * u.means) / safe, c.means)
-    return Mixture(c.logits, means, torch.where(proper, safe.rsqrt(), c.factors))
-
-
-def _guided_full(c: Mixture, u: Mixture, scale: float) -> Mixture:
-    weight_c = scale * torch.cholesky_inverse(c.factors)
-    weight_u = (1 - scale) * torch.cholesky_inverse(u.factors)
-    root, failed = torch.linalg.cholesky_ex(weight_c + weight_u)  # precision = root root^T
-    proper = (failed == 0)[..., None, None]
-    identity = torch.eye(root.shape[-1], device=root.device).expand_as(root)
-    root = torch.where(proper, root, identity)
-    pull = weight_c @ c.means[..., None] + weight_u @ u.means[..., None]
-    means = torch.where(proper[..., 0], torch.cholesky_solve(pull, root)[..., 0], c.means)
-    covariance = torch.cholesky_inverse(root)
-    factors = torch.where(proper, torch.linalg.cholesky_ex(covariance)[0], c.factors)
-    return Mixture(c.logits, means, factors)
+def _choose(logits: Tensor, source: Source) -> Tensor:
+    """logits [N, K] => one index a row [N], by inversion: one number a row."""
+    threshold = uniform((len(logits), 1), source, logits.device)
+    cumulative = logits.softmax(-1).cumsum(-1)
+    return (cumulative < threshold * cumulative[:, -1:]).sum(-1)
