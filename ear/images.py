@@ -103,9 +103,13 @@ def center_crop(image: Image.Image, size: int) -> np.ndarray:
     width, height = round(image.width * scale), round(image.height * scale)
     if Image.MAX_IMAGE_PIXELS and width * height > Image.MAX_IMAGE_PIXELS:
         raise ValueError(f"too long and thin: {image.width} x {image.height} pixels for a square of {size}")
-    left, top = (width - size) // 2, (height - size) // 2
-    resized = image.resize((width, height), Image.Resampling.BICUBIC)
-    return np.array(resized.crop((left, top, left + size, top + size)))
+    bicubic = Image.Resampling.BICUBIC
+    if width > size:  # Pillow filters rows first, and rounds: the columns that are cut off need no second filter
+        left = (width - size) // 2
+        rows = image.resize((width, image.height), bicubic).crop((left, 0, left + size, image.height))
+        return np.array(rows.resize((size, size), bicubic))
+    top = (height - size) // 2
+    return np.array(image.resize((size, height), bicubic).crop((0, top, size, top + size)))
 
 
 def to_signed(images: "np.ndarray | torch.Tensor") -> "torch.Tensor":

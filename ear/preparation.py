@@ -11,7 +11,7 @@ import hashlib
 import io
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,7 +26,6 @@ from ear.prepared import FORMAT
 from ear.progress import Progress
 
 _NAMED = 20  # rejected images that an error message names
-_TOGETHER = 1 << 18  # bytes to write and to digest while they are in the processor's cache
 _MOST_BYTES = 1 << 30  # of an encoded image: more than the limit on its pixels leaves room for
 
 
@@ -56,7 +55,7 @@ def prepare(
     shard_size: int,  # images per file
     compression: str,
     max_rejected: int,
-    workers: int,  # processes; 0 and 1 decode in this one. Each holds one shard in memory
+    workers: int,  # processes; 0 and 1 decode in this one. Each holds one image in memory (gzip: one shard)
     cluster: str = "",  # address of a Dask scheduler to use instead of processes
 ) -> None:
     """Decode, crop and store all images; run again after an interruption, go on with the shards that are missing.
@@ -133,14 +132,17 @@ def write_shard(shard: Shard, folder: Path) -> dict:
         summary = records.read_json(note)
         if _is_good(summary, shard, path):
             return summary
-    images, labels, rejected = decode_shard(shard)
-    digest = hashlib.sha256()
-    with records.whole_file(path) as partial, partial.open("wb") as file:
-        for part in _encode(images, labels, shard):
-            for start in range(0, len(part), _TOGETHER):
-                file.write(part[start : start + _TOGETHER])
-                digest.update(part[start : start + _TOGETHER])
-    summary = {"shard": shard.digest(), "rows": len(labels), "sha256": digest.hexdigest(), "rejected": rejected}
+    rows, rejected = list(shard.images), []
+    with records.whole_file(path) as partial:
+        # How the file starts depends on how many images follow. So a shard with unreadable ones is begun again without
+        # them, and one image at a time is in memory: fresh memory costs more than writing to the disk.
+        while True:
+            digest, found = _write(partial, rows, shard)
+            if not found:
+                break
+            rejected += found
+            rows = [row for row in rows if row.path not in {name for name, _ in found}]
+    summary = {"shard": shard.digest(), "rows": len(rows), "sha256": digest, "rejected": rejected}
     records.write_json(note, summary)
     return summary
 
@@ -154,19 +156,34 @@ def _is_good(summary: dict, shard: Shard, path: Path) -> bool:
         return all(isinstance(found, str) for found in again)
 
 
-def decode_shard(shard: Shard) -> tuple[np.ndarray, np.ndarray, list[list[str]]]:
-    """A shard => (uint8 [n, S, S, 3], int32 [n], [path, reason] of the images left out)."""
-    images = np.empty((len(shard.images), shard.image_size, shard.image_size, 3), np.uint8)
-    labels, rejected = [], []
+def _write(path: Path, rows: Sequence[Row], shard: Shard) -> tuple[str, list[list[str]]]:
+    """Write the file as though all rows can be read => (its SHA-256, [path, reason] of those that cannot)."""
+    rejected = []
+    with path.open("wb") as file:
+        digest = hashlib.sha256()
+
+        def write(part: bytes | memoryview) -> None:
+            file.write(part)
+            digest.update(part)
+
+        if shard.compression == "gzip":
+            write(_compressed(rows, shard, images(rows, shard, rejected)))
+        else:
+            write(_frame(rows, shard))
+            for image in images(rows, shard, rejected):
+                write(image.data)
+    return digest.hexdigest(), rejected
+
+
+def images(rows: Sequence[Row], shard: Shard, rejected: list[list[str]]) -> Iterator[np.ndarray]:
+    """Yield uint8 [S, S, 3] of the readable rows; [path, reason] of the others go to the end of `rejected`."""
     with Contents(shard.root) as contents:
-        for row in shard.images:
+        for row in rows:
             found = _read(row, contents, shard)
             if isinstance(found, str):
                 rejected.append([row.path, found])
             else:
-                images[len(labels)] = found
-                labels.append(row.label)
-    return images[: len(labels)], np.array(labels, np.int32), rejected
+                yield found
 
 
 def _read(row: Row, contents: Contents, shard: Shard) -> np.ndarray | str:
@@ -184,26 +201,44 @@ def _read(row: Row, contents: Contents, shard: Shard) -> np.ndarray | str:
         return str(error)
 
 
-def _encode(images: np.ndarray, labels: np.ndarray, shard: Shard) -> tuple[bytes, memoryview]:
-    """The bytes of the shard's file, in two parts. Its frame is made in memory, for HDF5 crashes where a disk is full.
+def _frame(rows: Sequence[Row], shard: Shard) -> bytes:
+    """What stands in the shard's file in front of its images, which are not compressed and end it.
 
-    Uncompressed images end the file, and are written from where they are: a copy costs as much as a tenth of decoding.
+    Like `_compressed` it is made in memory, for HDF5 crashes where a disk is full.
     """
     content = io.BytesIO()
     with h5py.File(content, "w") as file:
-        file.attrs["format"] = FORMAT
-        file.attrs["image_size"] = shard.image_size
-        file.create_dataset("labels", data=labels)
-        if shard.compression == "gzip" and len(images):
-            file.create_dataset("images", data=images, chunks=(1, *images.shape[1:]), compression="gzip")
-        else:
-            file.create_dataset("images", images.shape, np.uint8, dcpl=_room_without_values())
-            file.flush()
-            offset = file["images"].id.get_offset()
-    if shard.compression == "gzip" or not len(images):
-        return content.getvalue(), memoryview(b"")
+        _describe(file, rows, shard)
+        file.create_dataset("images", _shape(rows, shard), np.uint8, dcpl=_room_without_values())
+        file.flush()
+        offset = file["images"].id.get_offset()
+    if not rows:
+        return content.getvalue()
     assert len(content.getbuffer()) <= offset, "HDF5 put something behind the images"
-    return content.getvalue().ljust(offset, b"\0"), images.data.cast("B")
+    return content.getvalue().ljust(offset, b"\0")
+
+
+def _compressed(rows: Sequence[Row], shard: Shard, images: Iterator[np.ndarray]) -> memoryview:
+    """The shard's whole file, one chunk per image."""
+    content = io.BytesIO()
+    with h5py.File(content, "w") as file:
+        _describe(file, rows, shard)
+        shape = _shape(rows, shard)
+        chunks = (1, *shape[1:]) if rows else None
+        data = file.create_dataset("images", shape, np.uint8, chunks=chunks, compression="gzip" if rows else None)
+        for k, image in enumerate(images):
+            data[k] = image
+    return content.getbuffer()
+
+
+def _describe(file: h5py.File, rows: Sequence[Row], shard: Shard) -> None:
+    file.attrs["format"] = FORMAT
+    file.attrs["image_size"] = shard.image_size
+    file.create_dataset("labels", data=np.array([row.label for row in rows], np.int32))
+
+
+def _shape(rows: Sequence[Row], shard: Shard) -> tuple[int, int, int, int]:
+    return len(rows), shard.image_size, shard.image_size, 3
 
 
 def _room_without_values() -> h5py.h5p.PropDCID:
