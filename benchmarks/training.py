@@ -123,7 +123,7 @@ def measured(preset: str, device: torch.device, rounds: int) -> dict:
     options = parameters.train
     ours = untrained(preset, parameters).to(device)
     if cuda and parameters.runtime.compile:
-        ours.transformer.compile()
+        devices.compile_in_place(ours.transformer)
     batch = latents_and_labels(ours, options.micro_batch_size, device)
 
     def autocast():

@@ -1,6 +1,7 @@
 """The device and the arithmetic that a stage computes with."""
 
 import torch
+from torch import nn
 
 from ear import distributed
 
@@ -39,3 +40,8 @@ def set_precision(precision: str, device: torch.device, *, key: str) -> None:
             f"{key} is {precision!r}, which CPUs lack (or emulate, 100 times slower); set it to 'float32'."
         )
     torch.set_float32_matmul_precision("high" if precision == "tfloat32" else "highest")
+
+
+def compile_in_place(module: nn.Module) -> None:
+    """torch.compile a module that goes on with eager mode's dropout masks, or else compiling would change results."""
+    module.compile(options={"fallback_random": True})

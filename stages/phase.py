@@ -58,7 +58,7 @@ class Phase:
         )
         model.transformer.checkpointing = runtime.checkpointing
         if runtime.compile and device.type == "cuda":
-            model.transformer.compile()
+            devices.compile_in_place(model.transformer)
 
     def run(self, folder: Path) -> None:
         """Train to the end, resuming from the checkpoints in `folder`; with no images to see, only validate."""

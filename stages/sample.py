@@ -26,7 +26,7 @@ def work(parameters) -> None:
     devices.set_precision(options.precision, device, key="sample.precision")
     generator = Generator.open(MODEL, TOKENIZER, device)
     if parameters.runtime.compile and device.type == "cuda":
-        generator.model.transformer.compile()
+        devices.compile_in_place(generator.model.transformer)
     classes = generator.model.shape.classes
     labels = balanced_labels(options.count, len(classes))
     file = program.scratch("sample", parameters, [MODEL, TOKENIZER]) / "samples.h5"

@@ -2,10 +2,11 @@ import pytest
 import torch
 from factories import tiny_model
 
+from ear import device as devices
 from ear import model as models
 from ear.masking import mask_first, random_orders
 from ear.model import patchify, unpatchify
-from ear.randomness import generator
+from ear.randomness import generator, seed_dropout
 
 
 def inputs(model, images=3, seed=0):
@@ -118,3 +119,35 @@ def test_foreign_files_are_refused(tmp_path):
     (tmp_path / "text.safetensors").write_text("not tensors")
     with pytest.raises(ValueError, match=r"text\.safetensors is not a readable safetensors file"):
         models.load(tmp_path / "text.safetensors")
+
+
+@pytest.mark.slow
+def test_compiling_keeps_the_masks_of_dropout():
+    model = tiny_model().train()
+    latents, labels = inputs(model)
+
+    def loss() -> torch.Tensor:
+        seed_dropout(0, 5)
+        return model.loss(latents, labels, temperature=1.0, generator=generator(4))
+
+    expected = loss()
+    devices.compile_in_place(model.transformer)
+    torch.testing.assert_close(loss(), expected)
+    with pytest.raises(AssertionError):  # the tolerance is finer than what other masks change
+        torch.testing.assert_close(
+            model.eval().loss(latents, labels, temperature=1.0, generator=generator(4)), expected
+        )
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["energy", "kernel", "logarithmic", "hyvarinen", "categorical"])
+def test_loss_and_gradients_on_the_gpu_are_those_of_the_cpu(name):
+    gradients = {}
+    for device in ("cpu", "cuda"):
+        model = tiny_model(name=name)
+        latents, labels = (part.to(device) for part in inputs(model))
+        model.to(device)
+        loss = model.loss(latents, labels, temperature=1.0, generator=generator(4))
+        loss.backward()
+        gradients[device] = [loss.cpu(), *(p.grad.cpu() for p in model.parameters() if p.grad is not None)]
+    torch.testing.assert_close(gradients["cuda"], gradients["cpu"], rtol=1e-3, atol=1e-5)

@@ -68,3 +68,13 @@ def test_guidance_schedules():
     assert scale_at("linear", 3.0, tokens=256, masked=255) == pytest.approx(1 + 2 / 256)
     assert scale_at("linear", 3.0, tokens=256, masked=0) == pytest.approx(1 + 2 * 255 / 256)
     assert scale_at("linear", 1.0, tokens=256, masked=100) == 1.0
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("attention", ["bidirectional", "causal"])
+@pytest.mark.parametrize("name", ["energy", "kernel", "logarithmic", "hyvarinen", "categorical"])
+def test_images_of_the_gpu_are_those_of_the_cpu(name, attention):
+    model = tiny_model(name=name, attention=attention)
+    expected = draw(model)
+    drawn = draw(model.to("cuda"), LABELS.to("cuda"))
+    torch.testing.assert_close(drawn.cpu(), expected, rtol=1e-2, atol=1e-3)

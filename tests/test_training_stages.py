@@ -46,13 +46,13 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 def run(stage: str, **changes) -> None:
     """One stage in this process, from the start, with the default parameters made tiny."""
-    if distributed.is_main():
-        shutil.rmtree(program.SCRATCH / stage, ignore_errors=True)
-    distributed.barrier()
     content = OmegaConf.load(ROOT / "params.yaml")
     for key, value in {**TINY, **changes}.items():
         OmegaConf.update(content, key, value)
-    OmegaConf.save(content, "params.yaml")
+    if distributed.is_main():
+        shutil.rmtree(program.SCRATCH / stage, ignore_errors=True)
+        OmegaConf.save(content, "params.yaml")
+    distributed.barrier()
     parameters = program.visible(config.load("params.yaml"), program.declared(stage).get("params", []))
     importlib.import_module(f"stages.{stage}").work(parameters)
 
@@ -187,4 +187,23 @@ def test_killed_process_ends_the_stage_and_a_restart_ends_in_the_same_bytes(repo
     assert "was ended by SIGKILL" in errors
     assert "Traceback" not in errors
     assert subprocess.run(command, env=environment, timeout=300).returncode == 0
+    assert contents("data/model") == expected
+
+
+@pytest.mark.gpu
+def test_training_in_bfloat16_and_compiled_follows_float32(repository):
+    on_gpu = {"runtime.device": "cuda", "train.images": 1600}
+    run("train", **on_gpu)
+    expected = table("data/model/validation.tsv")[-1]["loss"]
+    run("train", **on_gpu, **{"train.precision": "bfloat16", "runtime.compile": True})
+    assert table("data/model/validation.tsv")[-1]["loss"] == pytest.approx(expected, rel=0.02)
+    tensors, _ = records.read_tensors("data/model/model.safetensors")
+    assert {tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()} == {torch.float32}
+
+
+@pytest.mark.gpu
+def test_training_on_the_gpu_repeats_its_bytes(repository):
+    run("train", **{"runtime.device": "cuda"})
+    expected = contents("data/model")
+    run("train", **{"runtime.device": "cuda"})
     assert contents("data/model") == expected
