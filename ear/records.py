@@ -148,4 +148,6 @@ def read_pickled(path: str | Path) -> object:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds for foreign files; all mean the same to the user
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"{path} cannot be read as plain weights ({reason}).") from error
+        raise ValueError(
+            f"{path} cannot be read as plain weights ({reason}); it is damaged or no such file, get it anew."
+        ) from error

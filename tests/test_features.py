@@ -1,6 +1,7 @@
 """The classifier, both extractors under torch-fidelity, and the way of images from HDF5 to features."""
 
 import pickle
+import zipfile
 
 import numpy as np
 import pytest
@@ -209,10 +210,10 @@ class Harmful:
 def test_weights_that_run_code_are_refused(tmp_path, capsys):
     path = tmp_path / "weights.pth"
     torch.save({"fc.weight": Harmful()}, path)
-    with pytest.raises(ValueError, match="not a file of plain weights"):
+    with pytest.raises(ValueError, match=r"weights\.pth cannot be read as plain weights"):
         features.inception_weights(str(path))
     path.write_bytes(pickle.dumps(Harmful()))
-    with pytest.raises(ValueError, match="not a file of plain weights"):
+    with pytest.raises(ValueError, match=r"weights\.pth cannot be read as plain weights"):
         features.inception_weights(str(path))
     assert "unpickled" not in capsys.readouterr().out
 
@@ -228,6 +229,17 @@ def inception_weights(tmp_path, monkeypatch):
         module = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], feature_extractor_weights_path=str(empty))
     torch.save(module.state_dict(), path)
     return path
+
+
+def test_inception_from_a_file_in_the_format_of_old_torch(tmp_path, inception_weights):
+    """Files of torch before 1.6 are no zip archives; the published weights are of that age."""
+    description, old = tmp_path / "extractor.safetensors", tmp_path / "old.pth"
+    content = torch.load(inception_weights, weights_only=True)
+    torch.save(content, old, _use_new_zipfile_serialization=False)
+    assert not zipfile.is_zipfile(old)
+    features.save_inception(description, weights=str(old))
+    module = features.open_extractor(description, CPU).module
+    assert torch.equal(module.state_dict()["fc.weight"], content["fc.weight"])
 
 
 def test_inception_from_a_file(tmp_path, inception_weights):
