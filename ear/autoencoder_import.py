@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ear.autoencoder import KL
 from ear.checkpoint import load_weights
-from ear.records import read_json, read_pickled, read_tensors, sha256
+from ear.records import read_json, read_pickled, read_tensors, sha256, tensors_by_name
 
 _ENTRIES = ("model", "state_dict")  # of published files: either holds the weights
 _CRITIC = "loss."  # what training alone needs: perceptual network and critic
@@ -38,18 +38,18 @@ _RULES = (
     (r"(attentions\.\d+)\.(?:v|value)\.", r"\1.to_v."),
     (r"(attentions\.\d+)\.(?:proj_out|proj_attn)\.", r"\1.to_out.0."),
 )
-_STRUCTURE = (  # what a folder's config.json says about the network itself; absent keys have diffusers' defaults
-    "act_fn",
-    "block_out_channels",
-    "down_block_types",
-    "latent_channels",
-    "layers_per_block",
-    "mid_block_add_attention",
-    "norm_num_groups",
-    "up_block_types",
-    "use_post_quant_conv",
-    "use_quant_conv",
-)
+_STRUCTURE = {  # what a folder's config.json says about the network itself; diffusers' defaults for absent keys
+    "act_fn": "silu",
+    "block_out_channels": [64],
+    "down_block_types": ["DownEncoderBlock2D"],
+    "latent_channels": 4,
+    "layers_per_block": 1,
+    "mid_block_add_attention": True,
+    "norm_num_groups": 32,
+    "up_block_types": ["UpDecoderBlock2D"],
+    "use_post_quant_conv": True,
+    "use_quant_conv": True,
+}
 
 
 @dataclass(frozen=True)
@@ -97,8 +97,8 @@ def import_published(path: str | Path, *, image_size: int) -> Imported:
 def import_diffusers(folder: str | Path, *, image_size: int) -> Imported:
     """The weights of a folder with config.json and diffusion_pytorch_model.safetensors, of class AutoencoderKL.
 
-    Raises FileNotFoundError; ValueError for another class, images that are not RGB, or tensors (named) that are
-    missing, extra or of another shape.
+    Raises FileNotFoundError; ValueError for another class, images that are not RGB, an impossible structure, or tensors
+    (named) that are missing, extra or of another shape.
     """
     description, path = Path(folder) / "config.json", Path(folder) / "diffusion_pytorch_model.safetensors"
     for needed in (description, path):
@@ -110,7 +110,7 @@ def import_diffusers(folder: str | Path, *, image_size: int) -> Imported:
     colours = [config.get(key, 3) for key in ("in_channels", "out_channels")]
     if colours != [3, 3]:
         raise ValueError(f"the autoencoder of {folder} has {colours} channels in and out; it must be made for RGB.")
-    structure = {key: config[key] for key in _STRUCTURE if key in config}
+    structure = {key: config.get(key, default) for key, default in _STRUCTURE.items()}
     return _imported(read_tensors(path)[0], structure, image_size=image_size, path=path, kind="diffusers")
 
 
@@ -118,11 +118,11 @@ def published_structure(weights: Mapping[str, Tensor], *, origin: str) -> dict:
     """Keywords of diffusers' AutoencoderKL, read off published tensors; raises ValueError naming a missing one."""
 
     def size(name: str) -> int:
-        if name not in weights:
+        if name not in weights or not weights[name].dim():
             raise ValueError(f"{origin} lacks {name}; it is no whole KL autoencoder of latent diffusion.")
         return weights[name].shape[0]
 
-    levels = _count(weights, "encoder.down.")
+    levels = max(_count(weights, "encoder.down."), 1)  # where there is none, the first one is missed by name
     attending = {name.partition(".attn.")[0] for name in weights if ".attn." in name}
 
     def kind(level: str, block: str) -> str:
@@ -153,7 +153,7 @@ def _entry(content: object, path: Path) -> Mapping[str, Tensor]:
     if not found:
         shown = ", ".join(map(str, names[:5]))
         raise ValueError(f"{path} has neither an entry 'model' nor 'state_dict' (it holds: {shown}).")
-    return content[found[0]]
+    return tensors_by_name(content[found[0]], origin=f"the entry {found[0]!r} of {path}")
 
 
 def _count(weights: Mapping[str, Tensor], prefix: str) -> int:
@@ -162,7 +162,10 @@ def _count(weights: Mapping[str, Tensor], prefix: str) -> int:
 
 
 def _imported(weights: Mapping[str, Tensor], structure: dict, *, image_size: int, path: Path, kind: str) -> Imported:
-    tokenizer = KL(image_size=image_size, structure=structure)
+    try:
+        tokenizer = KL(image_size=image_size, structure=structure)
+    except (TypeError, ValueError, IndexError) as error:  # diffusers checks nothing
+        raise ValueError(f"{path}: no AutoencoderKL has its structure ({error}); give a whole one.") from error
     levels, expected, named = len(structure["block_out_channels"]), tokenizer.state_dict().keys(), {}
     for name, tensor in weights.items():
         ours = our_name(name, levels)

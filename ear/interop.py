@@ -15,7 +15,7 @@ from torch import Tensor
 from ear.checkpoint import load_weights
 from ear.latents import Statistics
 from ear.model import Model, Shape
-from ear.records import read_pickled, whole_file
+from ear.records import read_pickled, tensors_by_name, whole_file
 
 # Of the published runs; what no tensor shows.
 _SCORE = {"name": "energy", "alpha": 1.0, "smoothing": 1e-6, "noise": "uniform"}
@@ -141,7 +141,7 @@ def _read(path: Path, weights: str) -> Mapping[str, Tensor]:
     if not isinstance(content, dict) or weights not in content:
         found = ", ".join(map(str, content)) if isinstance(content, dict) else type(content).__name__
         raise ValueError(f"{path} has no entry {weights!r} (it holds: {found}); choose one of these with `weights`.")
-    return content[weights]
+    return tensors_by_name(content[weights], origin=f"the entry {weights!r} of {path}")
 
 
 def _shape(
@@ -150,8 +150,11 @@ def _shape(
     """Read the sizes off the tensors."""
 
     def size(name: str, dimension: int) -> int:
-        if name not in tensors:
-            raise ValueError(f"the published checkpoint lacks {name} (our name); it is no whole EAR model.")
+        if name not in tensors or tensors[name].dim() <= dimension:
+            raise ValueError(
+                f"the published checkpoint lacks {name} (our name), or its dimension {dimension}; it is no whole EAR "
+                "model."
+            )
         return tensors[name].shape[dimension]
 
     width = size("class_embedding.weight", 1)

@@ -134,6 +134,19 @@ def _opened(path: Path) -> Iterator:
         raise ValueError(f"{path} is not a readable safetensors file ({error}); run its stage again.") from error
 
 
+def tensors_by_name(content: object, *, origin: str) -> dict:
+    """`content`, unpickled from `origin`, where it is a dict of str to Tensor; raises ValueError where it is not."""
+    import torch
+
+    if not isinstance(content, dict):
+        raise ValueError(f"{origin} is a {type(content).__name__}, not a dict of tensors by name; get the file anew.")
+    for name, tensor in content.items():
+        if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
+            kind = type(tensor).__name__
+            raise ValueError(f"{origin} maps {name!r} to a {kind}, but must map names to tensors; get the file anew.")
+    return content
+
+
 def read_pickled(path: str | Path) -> object:
     """What `torch.save` wrote, on the CPU: tensors and plain containers alone.
 

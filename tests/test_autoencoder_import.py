@@ -120,6 +120,18 @@ def without(name):
             r"decoder\.conv_out\.bias with shape \[4\], the model needs \[3\]",
         ),
         (lambda w: {}, r"lacks .*; it is no whole KL autoencoder"),
+        (
+            lambda w: {name: tensor for name, tensor in w.items() if not name.startswith("encoder.")},
+            r"last\.ckpt lacks encoder\.down\.0\.block\.0\.conv1\.weight; it is no whole KL autoencoder",
+        ),
+        (lambda w: w | {"post_quant_conv.weight": torch.tensor(4.0)}, r"last\.ckpt lacks post_quant_conv\.weight"),
+        (
+            lambda w: w | {"encoder.down.0.block.0.conv1.weight": torch.zeros(33, 32, 3, 3)},
+            r"last\.ckpt: no AutoencoderKL has its structure \(.*32.*\)",
+        ),
+        (lambda w: w | {"quant_conv.bias": None}, r"'model' of .*last\.ckpt maps 'quant_conv\.bias' to a NoneType"),
+        (lambda w: w | {7: torch.zeros(1)}, r"'model' of .*last\.ckpt maps 7 to a Tensor"),
+        (lambda w: None, r"the entry 'model' of .*last\.ckpt is a NoneType, not a dict of tensors"),
     ],
 )
 def test_tensors_that_do_not_fit_are_named(tmp_path, change, message):
@@ -205,6 +217,18 @@ def test_older_names_and_half_precision_are_understood(saved):
     assert found.keys() == expected.keys()
     for name, tensor in found.items():
         torch.testing.assert_close(tensor, expected[name].half().float(), atol=0, rtol=0)
+
+
+def test_absent_keys_of_a_folder_have_the_defaults_of_diffusers(tmp_path):
+    AutoencoderKL().save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text('{"_class_name": "AutoencoderKL"}')
+    tokenizer = import_diffusers(tmp_path, image_size=8).tokenizer
+    assert (tokenizer.downsample, tokenizer.latent_channels) == (1, 4)
+    assert tokenizer.structure == {key: config[key] for key in tokenizer.structure}
+    (tmp_path / "config.json").write_text('{"_class_name": "AutoencoderKL", "block_out_channels": []}')
+    with pytest.raises(ValueError, match=r"model\.safetensors: no AutoencoderKL has its structure"):
+        import_diffusers(tmp_path, image_size=8)
 
 
 def test_folders_that_do_not_fit_are_refused(saved):

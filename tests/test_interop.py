@@ -88,6 +88,20 @@ def test_files_that_are_no_checkpoint_are_refused(tmp_path, capsys):
     assert "unpickled" not in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("averaged", "message"),
+    [
+        (None, r"the entry 'model_ema' of .*file\.pth is a NoneType, not a dict of tensors by name"),
+        ({"class_emb.weight": [1.0]}, r"maps 'class_emb\.weight' to a list, but must map names"),
+        ({"class_emb.weight": torch.zeros(3)}, r"lacks class_embedding\.weight \(our name\), or its dimension 1"),
+    ],
+)
+def test_damaged_entries_are_named(tmp_path, averaged, message):
+    torch.save({"model_ema": averaged}, tmp_path / "file.pth")
+    with pytest.raises(ValueError, match=message):
+        interop.load_published(tmp_path / "file.pth")
+
+
 def test_published_latents_are_scaled_by_a_constant():
     moments = torch.randn(2, 6, 4, 4)
     moments[:, 3:] = -30  # no variance to speak of
