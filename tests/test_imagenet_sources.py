@@ -157,7 +157,7 @@ def test_an_archive_cut_anywhere_is_named_with_the_byte(packed):
     for name in (TRAIN, VAL):
         whole = (packed / name).read_bytes()
         end = 512 * (len(whole.rstrip(b"\0")) // 512 + 1)  # where the end mark starts
-        for size in (*range(0, end, 4096), 100, 512, 513, end - 512, end):
+        for size in (*range(0, end, 4096), 100, 512, 513, end - 512, end, end + 512):
             (packed / name).write_bytes(whole[:size])
             with pytest.raises(
                 ValueError, match=rf"{name}.* is cut short: .* ends at byte {size}\b.*download it again"
@@ -172,6 +172,32 @@ def test_a_class_archive_cut_inside_a_whole_one_is_named(packed):
     (packed / TRAIN).write_bytes(small.tar({"n01443537.tar": inner[:1000], "n01440764.tar": inner}))
     with pytest.raises(ValueError, match=rf"{TRAIN}: n01443537\.tar is cut short: 'n01443537_0.JPEG' at byte 512 has"):
         find(packed)
+
+
+def test_zeros_of_an_interrupted_download_are_no_end(packed):
+    photographs = {name: small.jpeg(k, 96, 96) for k, name in enumerate(small.val_images())}
+    (packed / VAL).write_bytes(small.tar(photographs))
+    second = list(archives.members(packed / TRAIN))[1]
+    for name, inside in ((TRAIN, None), (VAL, None), (TRAIN, second)):
+        whole, members = (packed / name).read_bytes(), list(archives.members(packed / name, inside=inside))
+        start, end = members[2].offset - 512, members[-1].offset if inside else len(whole)  # from the third header on
+        (packed / name).write_bytes(whole[:start] + bytes(end - start) + whole[end:])
+        with pytest.raises(ValueError, match=rf"{name}.* is damaged: zeros at byte {start} stand where a header"):
+            find(packed)
+        (packed / name).write_bytes(whole)
+    assert len(find(packed).images) == 18
+
+
+@pytest.mark.parametrize(("padding", "good"), [(1024, True), (21 * 512, True), (22 * 512, False), (1 << 20, False)])
+def test_an_archive_may_end_in_one_record_of_zeros(packed, padding, good):
+    content = (packed / VAL).read_bytes()
+    end = 512 * (len(content.rstrip(b"\0")) // 512 + 1)
+    (packed / VAL).write_bytes(content[:end] + bytes(padding))
+    if good:
+        assert len(find(packed).images) == 18
+    else:
+        with pytest.raises(ValueError, match=rf"zeros at byte {end} stand .* {padding} bytes before the end; download"):
+            find(packed)
 
 
 def test_a_damaged_header_is_named_with_the_byte(packed):

@@ -18,6 +18,9 @@ from ear.sources.listing import Source, hold_out, in_order, is_image
 
 _BLOCK = 512  # bytes; headers and contents start at multiples of it
 _MOST_EXTRA = 1 << 20  # bytes of a pax header
+# Two blocks of zeros end an archive, and more of them fill its last record of 20 blocks: what `tar` writes by default,
+# and the official archives' form. Were larger records allowed, an archive whose end never arrived could pass for whole.
+_MOST_ZEROS = (20 + 1) * _BLOCK  # bytes; the first of the two may end a record
 _REGULAR = (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE)
 _PAX = (tarfile.XHDTYPE, tarfile.XGLTYPE)
 
@@ -104,6 +107,7 @@ def members(archive: Path, *, inside: Member | None = None) -> Iterator[Member]:
             if position + _BLOCK > end:
                 raise ValueError(f"{title} is cut short: it ends at byte {end} without an end mark; download it again.")
             if not any(block):
+                _check_end(os.pread(file.fileno(), min(end - position, _MOST_ZEROS), position), title, position, end)
                 return
             header = _header(block, title, position)
             content = position + _BLOCK
@@ -133,6 +137,17 @@ def _header(block: bytes, title: str, position: int) -> tarfile.TarInfo:
     if PurePosixPath(header.name).is_absolute() or ".." in PurePosixPath(header.name).parts:
         raise ValueError(f"{title}: the name {header.name!r} at byte {position} leads out of its folder; remove it.")
     return header
+
+
+def _check_end(rest: bytes, title: str, position: int, end: int) -> None:
+    """Zeros end an archive, but they are also what a download has claimed on the disk and not yet filled."""
+    if end - position < 2 * _BLOCK:
+        raise ValueError(f"{title} is cut short: it ends at byte {end} inside its end mark; download it again.")
+    if any(rest) or end - position > _MOST_ZEROS:
+        raise ValueError(
+            f"{title} is damaged: zeros at byte {position} stand where a header should, {end - position} bytes before "
+            f"the end; download it again, or pack it anew with `tar -b 20` if it was packed with larger records."
+        )
 
 
 def _check_extra(records: bytes, title: str, position: int) -> None:
