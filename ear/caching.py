@@ -1,7 +1,7 @@
 """From prepared images to the shards of `ear.latents`: encoded plain and mirrored, resumable, refused where infinite.
 
-One shard of latents per shard of images, with the same rows. Bytes depend on the images, the tokenizer, the batch
-size, the number of threads and the machine, not on interruptions.
+One shard of latents per shard of images that has any, with the same rows. Bytes depend on the images, the tokenizer,
+the batch size, the number of threads and the machine, not on interruptions.
 """
 
 import dataclasses
@@ -178,6 +178,7 @@ def _shards(prepared: Path) -> list[_Shard]:
         shards += [
             _Shard(split, entry["file"], range(end - entry["rows"], end))
             for entry, end in zip(entries, ends, strict=True)
+            if entry["rows"]  # none where every image of a shard was rejected
         ]
     return shards
 

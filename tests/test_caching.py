@@ -127,6 +127,18 @@ def test_a_run_goes_on_with_missing_and_damaged_shards_and_ends_in_the_same_byte
     assert contents(cache(base, tiny())) == whole
 
 
+def test_shards_without_images_have_no_latents(base):
+    """All of their images were rejected."""
+    tokenizer = Identity(image_size=8, downsample=2)
+    expected = rows(cache(base, tokenizer), "train")
+    shutil.rmtree(base)
+    write_prepared(base / "prepared", IMAGES, (0, 5, 0, 7, 0), VAL)
+    folder = cache(base, tokenizer)
+    assert sorted(path.name for path in folder.glob("train-*")) == [f"train-0000{k}-of-00005.h5" for k in (1, 3)]
+    assert np.array_equal(rows(folder, "train"), expected)
+    assert LatentStore(folder, "train").labels.tolist() == [k % 3 for k in range(12)]
+
+
 @pytest.mark.parametrize("processes", [2, 3])
 def test_many_processes_leave_the_bytes_of_one(base, processes):
     """Four shards in all, of 5, 5, 2 and 4 images."""

@@ -154,6 +154,22 @@ def test_allowed_rejections_are_left_out_and_recorded(tree):
     assert kept == {center_crop(picture(k), 8).tobytes() for k in range(20) if k not in (0, 1, 19)}
 
 
+@pytest.mark.parametrize("compression", ["none", "gzip"])
+def test_a_shard_whose_images_are_all_rejected_is_empty_and_readable(tree, compression):
+    whole = PreparedImages(prepare(tree), "train")
+    images = whole.images(range(16))
+    paths = [row.path for row in listed(tree).split("train")]
+    (tree / paths[0]).write_bytes(b"")
+    target = prepare(tree, max_rejected=1, shard_size=1, compression=compression)
+    found = PreparedImages(target, "train")
+    entries = json.loads((target / "index.json").read_text())["shards"]["train"]
+    assert sorted(entry["rows"] for entry in entries) == [0] + [1] * 15
+    missing = [entry["rows"] for entry in entries].index(0)
+    kept = np.delete(np.arange(16), missing)
+    assert np.array_equal(found.images(range(15)), images[kept])
+    assert np.array_equal(found.labels, whole.labels[kept])
+
+
 def test_a_long_list_of_rejections_is_cut_short(tree):
     for k in range(30):
         (tree / f"a/bad{k:02d}.png").write_text("text")
