@@ -1,11 +1,12 @@
 """The protocol behind the figures of generated images: what they depend on, and what forbids comparing them.
 
 A Frechet distance means nothing without the number of images, the reference and the extractor behind it; published
-ones of ImageNet stand on 50,000 images, 50 of every class, and on the statistics that ADM published (Dhariwal & Nichol,
-2021).
+ones of ImageNet stand on 50,000 images, 50 of each of its 1,000 classes, and on the statistics that ADM published
+(Dhariwal & Nichol, 2021), which are known here by the names of their files alone.
 """
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 
@@ -13,6 +14,8 @@ from ear.features import Extractor
 from ear.metrics import FRECHET_METHOD, Reference
 
 PUBLISHED_IMAGES = 50_000  # generated images behind a published FID
+PUBLISHED_CLASSES = 1_000  # of ImageNet
+PUBLISHED_STATISTICS = {256: "VIRTUAL_imagenet256_labeled.npz", 512: "VIRTUAL_imagenet512.npz"}  # by image size
 _PIXELS = "uint8, decoded in float32, never through a lossy file; real ones by ADM's centre crop"
 
 
@@ -61,13 +64,17 @@ def fid_name(images: int) -> str:
 
 def incomparable(protocol: dict, *, extractor: Extractor, reference: Reference) -> list[str]:
     """Reasons, possibly none, why figures under a protocol of `describe` must not stand beside published ones."""
-    published_reference = bool(reference.description["statistics_sha256"])
-    per_class = protocol["images_per_class"]
+    real, per_class = reference.description, protocol["images_per_class"]
+    size, classes = real["image_size"], len(real["classes"])
+    published = PUBLISHED_STATISTICS.get(size, "other statistics")
+    is_published = real["statistics_sha256"] and Path(real["name"]).name == published
     reasons = {
         f"{protocol['images']} generated images, fewer than {PUBLISHED_IMAGES}": protocol["images"] < PUBLISHED_IMAGES,
         f"{per_class['least']} to {per_class['most']} images per class": per_class["least"] != per_class["most"],
+        f"{classes} classes, not ImageNet's {PUBLISHED_CLASSES}": classes != PUBLISHED_CLASSES,
         "another extractor than the published Inception weights": not extractor.published,
-        "another reference than published statistics (reference.statistics)": not published_reference,
+        f"reference {real['name']}, but published figures of {size} pixels a side use {published} "
+        "(reference.statistics)": not is_published,
     }
     return [reason for reason, holds in reasons.items() if holds]
 

@@ -152,7 +152,7 @@ def test_protocol_names_what_the_figures_depend_on(repository):
     run("evaluate")
     figures = evaluated()
     assert figures["comparable_with_published"] is False
-    assert len(figures["why"]) == 4
+    assert len(figures["why"]) == 5
     protocol = figures["protocol"]
     counts = np.bincount(images_of("val")[1])
     assert protocol["images"] == 359

@@ -14,9 +14,15 @@ CLASSES = [str(k) for k in range(1000)]
 SAMPLING = {"steps": 64, "guidance": 3.0, "seed": 0, "classes": CLASSES}
 
 
-def reference(statistics_sha256: str = "5" * 64) -> Reference:
+ADM = "VIRTUAL_imagenet256_labeled.npz"
+
+
+def reference(
+    name: str = f"weights/{ADM}", statistics_sha256: str = "5" * 64, image_size: int = 256, classes: int = 1000
+) -> Reference:
     gaussian = Gaussian(torch.zeros(3).double(), torch.eye(3).double())
-    description = {"name": "adm.npz", "images": None, "statistics_sha256": statistics_sha256, "classes": CLASSES}
+    source = {"name": name, "images": None, "statistics_sha256": statistics_sha256}
+    description = source | {"image_size": image_size, "classes": CLASSES[:classes]}
     return Reference(gaussian, torch.zeros(7, 3), gaussian, description)
 
 
@@ -28,7 +34,7 @@ def described(count: int = 50_000, *, blocks: int = 1, extractor_sha256: str = "
     )
     how = protocol.describe(
         SAMPLING,
-        [np.arange(count) % 1000] * blocks,
+        [np.arange(count) % len(real.description["classes"])] * blocks,
         extractor=extractor,
         held_out_accuracy=None,
         reference=real,
@@ -46,8 +52,13 @@ def test_the_published_protocol_is_comparable():
     assert how["images_per_class"] == {"least": 50, "most": 50}
     assert how["sampling"] == {"steps": 64, "guidance": 3.0, "seed": 0}
     assert how["extractor"]["features"] == 2048
-    assert how["reference"] == {"name": "adm.npz", "images": None, "sha256": "5" * 64, "rows": 7}
+    assert how["reference"] == {"name": f"weights/{ADM}", "images": None, "sha256": "5" * 64, "rows": 7}
     assert how["evaluation"] == {"seed": 2020}
+
+
+def test_images_of_512_pixels_have_published_statistics_of_their_own():
+    _, why = described(name="VIRTUAL_imagenet512.npz", image_size=512)
+    assert why == []
 
 
 @pytest.mark.parametrize(
@@ -56,8 +67,24 @@ def test_the_published_protocol_is_comparable():
         ({"count": 10_000}, ["10000 generated images, fewer than 50000"]),
         ({"count": 50_010}, ["50 to 51 images per class"]),
         ({"extractor_sha256": "0" * 64}, ["another extractor than the published Inception weights"]),
-        ({"statistics_sha256": ""}, ["another reference than published statistics (reference.statistics)"]),
-        ({"count": 10, "statistics_sha256": ""}, ["10 generated", "0 to 1 images per class", "another reference"]),
+        ({"classes": 10}, ["10 classes, not ImageNet's 1000"]),
+        (
+            {"name": "/data/own.npz"},
+            [
+                f"reference /data/own.npz, but published figures of 256 pixels a side use {ADM} (reference.statistics)",
+            ],
+        ),
+        (
+            {"image_size": 512},
+            [f"reference weights/{ADM}, but published figures of 512 pixels a side use VIRTUAL_imagenet512.npz "],
+        ),
+        ({"image_size": 64}, [f"reference weights/{ADM}, but published figures of 64 pixels a side use other stat"]),
+        ({"name": "training images", "statistics_sha256": ""}, ["reference training images, but published figures"]),
+        ({"name": ADM, "statistics_sha256": ""}, [f"reference {ADM}, but"]),
+        (
+            {"count": 10, "name": "training images", "statistics_sha256": ""},
+            ["10 generated", "0 to 1 images per class", "reference training images"],
+        ),
     ],
 )
 def test_what_forbids_comparing_is_named(changes, reasons):
