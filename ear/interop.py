@@ -100,7 +100,10 @@ def load_into(
 
 
 def save_published(model: Model, path: str | Path) -> None:
-    """Write the weights as a published checkpoint (entries `model` and `model_ema`, equal)."""
+    """Write the weights as a published checkpoint (entries `model` and `model_ema`, equal).
+
+    Raises ValueError for a model that such a file cannot hold: one of another score than energy, or a causal one.
+    """
     named = published_tensors(model)
     # Bytes of torch.save depend on the file's name unless it writes to an open file.
     with whole_file(path) as partial, partial.open("wb") as file:
@@ -108,7 +111,14 @@ def save_published(model: Model, path: str | Path) -> None:
 
 
 def published_tensors(model: Model) -> dict[str, Tensor]:
-    """The model's weights under the published names."""
+    """The model's weights under the published names; raises ValueError where it has none (see `save_published`)."""
+    score, attention = model.shape.score["name"], model.shape.model["attention"]
+    # Checked by name, for the kernel score's head has the same tensors as the energy score's.
+    if (score, attention) != ("energy", "bidirectional"):
+        raise ValueError(
+            f"score.name is {score!r} and model.attention is {attention!r}, but a published checkpoint holds 'energy' "
+            "and 'bidirectional' alone; keep this model in its own file."
+        )
     ours = model.state_dict()
     depth, head_depth = model.shape.model["depth"], model.shape.model["head_depth"]
     return {name: ours[our_name(name)].detach().cpu() for name in published_names(depth, head_depth)}

@@ -102,6 +102,26 @@ def test_damaged_entries_are_named(tmp_path, averaged, message):
         interop.load_published(tmp_path / "file.pth")
 
 
+@pytest.mark.parametrize(
+    "model",
+    [
+        {"attention": "causal"},
+        {"name": "kernel"},
+        {"name": "hyvarinen"},
+        {"name": "logarithmic"},
+        {"name": "categorical"},
+    ],
+    ids=lambda model: next(iter(model.values())),
+)
+def test_models_that_a_published_checkpoint_cannot_hold_are_refused(tmp_path, model):
+    path = tmp_path / "checkpoint-last.pth"
+    wanted = {"name": "energy", "attention": "bidirectional"} | model
+    message = f"score.name is '{wanted['name']}' and model.attention is '{wanted['attention']}', but a published"
+    with pytest.raises(ValueError, match=message):
+        interop.save_published(tiny_model(**model), path)
+    assert not path.exists()
+
+
 def test_published_latents_are_scaled_by_a_constant():
     moments = torch.randn(2, 6, 4, 4)
     moments[:, 3:] = -30  # no variance to speak of
