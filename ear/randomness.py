@@ -57,6 +57,13 @@ def normal(shape: Sequence[int], source: Source, device: torch.device | str = "c
     return _draw(torch.randn, shape, source, device)
 
 
+def choose(logits: torch.Tensor, source: Source) -> torch.Tensor:
+    """logits [N, K] => one index per row, int64 [N], with probability softmax(logits): by inversion of one number."""
+    threshold = uniform((len(logits), 1), source, logits.device)
+    cumulative = logits.softmax(-1).cumsum(-1)
+    return (cumulative < threshold * cumulative[:, -1:]).sum(-1)
+
+
 def seed_dropout(seed: int, position: int) -> None:
     """Seed torch's global generators, which dropout alone uses, for the micro-batch that starts at image `position`."""
     torch.manual_seed(derive(seed, "dropout", position))

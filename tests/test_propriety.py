@@ -113,6 +113,10 @@ RULES = {
 }
 
 
+def test_every_score_is_among_them():
+    assert {rule.partition(",")[0] for rule in RULES} == set(scores.SCORES)
+
+
 @pytest.mark.parametrize("rule", RULES)
 def test_expected_loss_is_least_at_the_true_correlation(one_thread, rule):
     losses = [RULES[rule](correlated(r), correlated(0.5)) for r in CORRELATIONS]

@@ -52,14 +52,19 @@ def head(name: str, *, token_channels=2, width=32, seed=0, **options) -> Score:
     return score
 
 
+def _conditions(count: int, source: torch.Generator) -> torch.Tensor:
+    return torch.where(torch.rand(count, generator=source) < 0.5, 1.0, -1.0)
+
+
 def fit(score: Score, *, steps: int = 600, temperature: float = 1.0, rate: float = 4e-3) -> Score:
     """Train the head alone on random conditions in {-1, 1}; returns its averaged copy."""
     source = generator(0, "mixture")
+    score.learn(mixture(_conditions(4096, source), source), seed=0)
     optimizer = torch.optim.AdamW(score.parameters(), lr=rate, weight_decay=0.0)
     cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     average = Average(score)
     for _ in range(steps):
-        condition = torch.where(torch.rand(256, generator=source) < 0.5, 1.0, -1.0)
+        condition = _conditions(256, source)
         target = mixture(condition, source)
         loss = score.loss(hidden(condition), target, temperature=temperature, generator=source).mean()
         optimizer.zero_grad()

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ear.randomness import Source, uniform
+from ear.randomness import Source, choose
 from ear.scores.score import Score
 
 _INIT_SD = 0.02
@@ -18,6 +18,7 @@ class CategoricalScore(Score):
     """Cross-entropy over the codebook; the logits are linear in the hidden state."""
 
     options = ("codes",)
+    learns_tokens = True
     temperature_scales = "the logits, which it divides"
     guidance_extrapolates = "logits"
 
@@ -80,8 +81,5 @@ class CategoricalScore(Score):
         logits = self.logits(hidden)
         if unconditional is not None:
             logits = guidance * logits + (1 - guidance) * self.logits(unconditional)
-        threshold = uniform((len(hidden), 1), source, hidden.device)
-        if temperature == 0:
-            return self.codebook[logits.argmax(-1)]
-        cumulative = (logits / temperature).softmax(-1).cumsum(-1)
-        return self.codebook[(cumulative < threshold * cumulative[:, -1:]).sum(-1).clamp(max=len(self.codebook) - 1)]
+        index = logits.argmax(-1) if temperature == 0 else choose(logits / temperature, source)
+        return self.codebook[index]

@@ -19,21 +19,27 @@ _TIME_CHANNELS = 256
 _INIT_SD = 0.02
 
 
-class Schedule:
-    """Tables of a Gaussian diffusion in float64, made from the cumulative signal levels of its steps."""
+class Schedule(nn.Module):
+    """Tables of a Gaussian diffusion, float32 [T], made in float64 from the cumulative signal levels of its steps."""
 
     def __init__(self, alpha_bar: Tensor):
+        super().__init__()
         before = torch.cat([alpha_bar.new_ones(1), alpha_bar[:-1]])
         beta = 1 - alpha_bar / before
         variance = beta * (1 - before) / (1 - alpha_bar)
         self.steps = len(alpha_bar)
-        self.signal, self.noise = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
-        self.log_beta = beta.log()
-        # At the first step the posterior variance is 0; the second one's stands in for its logarithm.
-        self.log_variance = torch.cat([variance[1:2] if len(variance) > 1 else beta, variance[1:]]).log()
-        # Posterior mean of x_{t-1} = of_data * x_0 + of_noised * x_t.
-        self.of_data = beta * before.sqrt() / (1 - alpha_bar)
-        self.of_noised = (1 - before) * (1 - beta).sqrt() / (1 - alpha_bar)
+        tables = {
+            "signal": alpha_bar.sqrt(),
+            "noise": (1 - alpha_bar).sqrt(),
+            "log_beta": beta.log(),
+            # At the first step the posterior variance is 0; the second one's stands in for its logarithm.
+            "log_variance": torch.cat([variance[1:2] if len(variance) > 1 else beta, variance[1:]]).log(),
+            # Posterior mean of x_{t-1} = of_data * x_0 + of_noised * x_t.
+            "of_data": beta * before.sqrt() / (1 - alpha_bar),
+            "of_noised": (1 - before) * (1 - beta).sqrt() / (1 - alpha_bar),
+        }
+        for name, table in tables.items():
+            self.register_buffer(name, table.float(), persistent=False)
 
 
 def cosine_alpha_bar(steps: int) -> Tensor:
@@ -77,7 +83,7 @@ class HyvarinenScore(Score):
         self.time_embedding = nn.Sequential(nn.Linear(_TIME_CHANNELS, width), nn.SiLU(), nn.Linear(width, width))
         self.network = ModulatedMLP(width=width, depth=depth, out_channels=2 * token_channels)
         alpha_bar = cosine_alpha_bar(TRAINING_STEPS)
-        self.times = respaced(sampling_steps)
+        self.register_buffer("times", respaced(sampling_steps), persistent=False)
         self.training_schedule, self.sampling_schedule = Schedule(alpha_bar), Schedule(alpha_bar[self.times])
 
     def initialise(self, generator: torch.Generator) -> None:
@@ -136,7 +142,7 @@ class HyvarinenScore(Score):
         x = normal((len(hidden), self.channels), source, hidden.device)
         both = hidden if unconditional is None else torch.cat([hidden, unconditional])
         for step in reversed(range(self.sampling_schedule.steps)):
-            time = self.times[step].expand(len(both)).to(hidden.device)
+            time = self.times[step].expand(len(both))
             noise, fraction = self.predict(x if unconditional is None else x.repeat(2, 1), time, both)
             if unconditional is not None:
                 (conditional, null), fraction = noise.chunk(2), fraction.chunk(2)[0]
@@ -158,8 +164,8 @@ class HyvarinenScore(Score):
 
 
 def _at(table: Tensor, time: Tensor) -> Tensor:
-    """table [T] in float64, time [N] => float32 [N, 1]."""
-    return table.to(time.device)[time].float()[:, None]
+    """table [T], time [N] => [N, 1]."""
+    return table[time][:, None]
 
 
 def _log_variance(schedule: Schedule, time: Tensor, fraction: Tensor) -> Tensor:

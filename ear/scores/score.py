@@ -15,6 +15,7 @@ class Score(nn.Module, ABC):
     """A strictly proper score with the head that it trains; the transformer never knows which one it serves."""
 
     options: tuple[str, ...] = ()  # keys of the score section that the score takes
+    learns_tokens: bool = False  # whether `learn` wants to see training tokens
     targets: int = 1  # draws of a token from the tokenizer's posterior that its loss takes at once
     # Facts, for whoever compares scores.
     strictly_proper: bool = True  # at training temperature 1, over the tokens that the head can draw
