@@ -4,8 +4,9 @@
     python -m flows.compare --images 44800 --only rules --output docs
 
 Each model is a DVC experiment on the current commit (see flows.experiments): the workspace stays as it is, what runs
-share is computed once, and a comparison that was stopped goes on where it was. The page, its grids and the figures
-behind them (scores/results.json) appear once all runs have succeeded; rates are measured at the end.
+share is computed once, and a comparison that was stopped goes on where it was, until there is another commit. The page,
+its grids and the figures behind them (scores/results.json) appear once all runs have succeeded; rates are measured at
+the end. A part that is made alone joins the other part on the page, if that is of the same commit.
 """
 
 # isort: off
@@ -63,6 +64,7 @@ def compare(
     try:
         check_committed()
         parameters = config.load(PARAMETERS)
+        check_extractor(parameters)
         runs = {experiment_name(values): values for values in planned(parameters, budget)}
         for values in runs.values():
             overrides.check(PARAMETERS, values)
@@ -72,11 +74,11 @@ def compare(
     if errors:
         name, message = next(iter(errors.items()))
         return Failed(message=f"{len(errors)} of {len(runs)} runs failed ({name}: {message}); nothing was written")
-    state = measure_rates(return_state=True)
-    if not state.is_completed():
-        return Failed(message=state.message)
-    results = collect(parameters, budget)
-    publish(results, Path(output))
+    if "rules" in budget:
+        state = measure_rates(return_state=True)
+        if not state.is_completed():
+            return Failed(message=state.message)
+    publish(joined(collect(parameters, budget), Path(output)), Path(output))
     return Completed(message=f"{len(runs)} runs; see {output}/scores.md")
 
 
@@ -86,6 +88,15 @@ def check_committed() -> None:
     if edited:
         raise ValueError(
             f"{edited[0]} is not as the last commit has it; commit it, so that the page can name its code."
+        )
+
+
+def check_extractor(parameters: config.Parameters) -> None:
+    """Raises ValueError where nothing tells the class of a generated image."""
+    if parameters.reference.extractor != "classifier":
+        raise ValueError(
+            f"reference.extractor is {parameters.reference.extractor}, but the comparison reports class accuracy; set "
+            "it to classifier."
         )
 
 
@@ -148,6 +159,19 @@ def collect(parameters: config.Parameters, budget: Mapping[Part, int]) -> dict[s
         }
     real = json.loads(experiments.read(experiment_name(planned(parameters, budget)[0]), REFERENCE))
     return results | {"floor": real["fid"], "held_out_accuracy": real["val_accuracy"]}
+
+
+def joined(results: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """The results with the part that they lack, if it was published before of the same commit and parameters."""
+    path = folder / "scores" / "results.json"
+    if not path.exists():
+        return dict(results)
+    before, now = records.read_json(path), results["budget"]
+    if any(before["budget"][key] != now[key] for key in ("commit", "finetune_images")):
+        return dict(results)
+    budget = now | {"train_images": before["budget"]["train_images"] | now["train_images"]}
+    kept = {part: before[part] for part in IMAGES if part in before}
+    return {**kept, **results, "budget": budget}
 
 
 def outcome(values: Values) -> dict[str, Any]:

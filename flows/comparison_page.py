@@ -183,13 +183,14 @@ def _figures(run: Mapping) -> list[str]:
 
 
 def _reading(results: Mapping) -> str:
+    chance = " (the ablation of that name shows how large it is)" if "ablations" in results else ""
     return f"""## How to read the figures
 
 FID, precision and recall are measured in the features of a classifier trained on the real training images, which is
 right for {results["held_out_accuracy"]:.3f} of the real held-out ones; class accuracy is the share of generated images
 that it takes for the class they were drawn for. The FID between real held-out and real training images, the floor, is
 {results["floor"]:.4g}. Each model was trained once and drew {results["sampling"]["count"]:,} images, so small
-differences are chance (the ablation of that name shows how large it is). No figure here compares with published ones.
+differences are chance{chance}. No figure here compares with published ones.
 
     python -m flows.compare                # all of it; goes on where it was stopped
     python -m flows.compare --only rules   # the scores without the ablations

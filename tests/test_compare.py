@@ -1,5 +1,6 @@
 """The comparison of the scores: its plan, its page, its refusals; slowly, one of real models."""
 
+import dataclasses
 import json
 import shutil
 import subprocess
@@ -14,7 +15,7 @@ from benchmarks.scores import Candidate
 from ear import config
 from ear.configure import compose, to_yaml
 from flows import comparison, comparison_page, overrides, repository
-from flows.compare import check_committed, planned
+from flows.compare import check_committed, check_extractor, joined, planned
 from flows.comparison import ablation_runs, changes, default_run, experiment_name, rule_runs
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -95,6 +96,37 @@ def test_a_candidate_is_timed(one_thread):
     assert candidate.trainer.images == 2 * 3 * parameters.train.global_batch_size
     assert figures["sampling_images_per_second"] > 0
     assert figures["training_images_per_second"] > 0
+
+
+# --- what is written
+
+
+def published(folder: Path, **results) -> None:
+    (folder / "scores").mkdir(parents=True, exist_ok=True)
+    (folder / "scores/results.json").write_text(json.dumps(results))
+
+
+def test_a_part_made_alone_joins_the_other_of_the_same_commit(tmp_path):
+    budget = {"commit": "abc", "finetune_images": 10}
+    ablations = {"budget": {**budget, "train_images": {"ablations": 64}}, "ablations": {"Noise": []}}
+    assert joined(ablations, tmp_path) == ablations
+    rules = {"budget": {**budget, "train_images": {"rules": 128}}, "rules": [{"rule": "energy"}]}
+    published(tmp_path, **rules)
+    whole = joined(ablations, tmp_path)
+    assert whole["rules"] == rules["rules"]
+    assert whole["ablations"] == ablations["ablations"]
+    assert whole["budget"]["train_images"] == {"rules": 128, "ablations": 64}
+    again = {**rules, "rules": [{"rule": "kernel"}]}
+    assert joined(again, tmp_path)["rules"] == again["rules"]
+    published(tmp_path, **{**rules, "budget": {**rules["budget"], "commit": "abd"}})
+    assert joined(ablations, tmp_path) == ablations
+
+
+def test_a_comparison_needs_a_classifier(parameters):
+    check_extractor(parameters)
+    reference = dataclasses.replace(parameters.reference, extractor="inception")
+    with pytest.raises(ValueError, match=r"^reference\.extractor is inception, but .* set it to classifier\.$"):
+        check_extractor(dataclasses.replace(parameters, reference=reference))
 
 
 # --- real runs
