@@ -13,6 +13,7 @@ import typing
 from dataclasses import dataclass, field
 from pathlib import Path
 
+_DIFFUSION_STEPS = 1000  # of training; ear.scores.hyvarinen has them
 _PRECISIONS = ("float32", "tfloat32", "bfloat16")
 
 
@@ -133,7 +134,7 @@ class Score:
         "energy, kernel, logarithmic (GIVT), hyvarinen (diffusion loss) or categorical (quantised baseline)",
         choices=("energy", "kernel", "logarithmic", "hyvarinen", "categorical"),
     )
-    samples: int = option("energy, kernel: samples per token, hyvarinen: noisings", minimum=2)
+    samples: int = option("energy, kernel: samples per token, at least 2; hyvarinen: noisings", minimum=1)
     pairs: str = option(
         "energy, kernel: samples that repel each other: all pairs (least variance) or disjoint (as published)",
         choices=("all", "disjoint"),
@@ -147,7 +148,7 @@ class Score:
     components: int = option("logarithmic: Gaussians of the mixture", minimum=1)
     covariance: str = option("logarithmic: diagonal or full", choices=("diagonal", "full"))
     scale_floor: float = option("logarithmic: least standard deviation, in units of the latents'", above=0)
-    sampling_steps: int = option("hyvarinen: denoising steps per token, of 1000 in training", minimum=1, maximum=1000)
+    sampling_steps: int = option("hyvarinen: denoising steps per token, of 1000 in training", minimum=1)
     denoised_limit: float = option(
         "hyvarinen: clamp of predicted tokens, in standard deviations; 0 for none", minimum=0
     )
@@ -283,10 +284,7 @@ class Parameters:
                 f"train.micro_batch_size is {self.train.micro_batch_size} and does not divide train.global_batch_size, "
                 f"{self.train.global_batch_size}; choose a divisor."
             )
-        if self.score.pairs == "disjoint" and self.score.samples % 2:
-            raise ValueError(
-                f"score.samples is {self.score.samples}, but score.pairs is disjoint; choose an even number, or all."
-            )
+        _check_score(self.score)
         if not self.train.images and not self.train.weights:
             raise ValueError(
                 "train.images is 0, but train.weights is empty: there would be no model; raise train.images, or name a "
@@ -304,6 +302,25 @@ class Parameters:
                 f"reference.statistics is {self.reference.statistics!r}, but a classifier trained here has no "
                 "published statistics; set reference.extractor to inception, or reference.statistics to ''."
             )
+
+
+def _check_score(score: Score) -> None:
+    """What the score that is chosen cannot take."""
+    if score.name in ("energy", "kernel"):
+        if score.samples < 2:
+            raise ValueError(
+                f"score.samples is {score.samples}, but score.name is {score.name}, which compares samples with each "
+                "other; it must be at least 2."
+            )
+        if score.pairs == "disjoint" and score.samples % 2:
+            raise ValueError(
+                f"score.samples is {score.samples}, but score.pairs is disjoint; choose an even number, or all."
+            )
+    if score.name == "hyvarinen" and score.sampling_steps > _DIFFUSION_STEPS:
+        raise ValueError(
+            f"score.sampling_steps is {score.sampling_steps}, but training has {_DIFFUSION_STEPS} steps; lower it to "
+            "these at most."
+        )
 
 
 _LEAST_SIDE = {"perceptual_weight": 16, "adversarial_weight": 24}  # pixels that its network leaves something of

@@ -16,6 +16,7 @@ from ear.records import rounded, whole_folder, write_json, write_tensors
 from ear.training import History, Trainer, write_table
 
 _VALIDATION_IMAGES = 4096  # at most; held-out shards are stored shuffled
+_LEARNED_IMAGES = 4096  # at most, that a codebook comes of
 _STATE_BYTES = 24  # per parameter: weight, gradient, two moments, two averages in float32
 
 
@@ -168,8 +169,10 @@ class Phase:
 
 
 def learn_tokens(model: Model, store: LatentStore, seed: int) -> None:
-    """Show the score up to 4096 images' tokens before training (a codebook is learned from them)."""
-    rows = randomness.DataOrder(len(store), seed).indices(0, min(len(store), _VALIDATION_IMAGES))
+    """Show a score that wants to see them the tokens of some images before training (a codebook comes of them)."""
+    if not model.score.learns_tokens:
+        return
+    rows = randomness.DataOrder(len(store), seed).indices(0, min(len(store), _LEARNED_IMAGES))
     moments, _ = map(torch.as_tensor, store.rows(rows, torch.zeros(len(rows), dtype=torch.bool)))
     shape = (len(moments), moments.shape[1] // 2, *moments.shape[2:])
     noise = randomness.normal(shape, randomness.generator(seed, "tokens"))

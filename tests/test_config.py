@@ -5,6 +5,7 @@ import pytest
 
 from ear import config
 from ear.configure import compose, to_yaml
+from ear.scores.hyvarinen import TRAINING_STEPS
 
 ROOT = Path(__file__).parent.parent
 
@@ -38,7 +39,6 @@ def test_written_parameters_read_back_equal(tmp_path):
         ("score.components", 0, ["score.components is 0", "at least 1"]),
         ("score.bandwidths", [1.0, -0.5], ["score.bandwidths[1] is -0.5", "above 0"]),
         ("score.bandwidths", [], ["score.bandwidths is empty", "at least one"]),
-        ("score.sampling_steps", 1001, ["score.sampling_steps is 1001", "at most 1000"]),
         ("score.covariance", "full_rank", ["score.covariance is 'full_rank'", "'diagonal' or 'full'"]),
         ("model.attention", "both", ["model.attention is 'both'", "'bidirectional' or 'causal'"]),
         ("model.order", "raster", ["model.order is 'raster'", "bidirectional", "causal"]),
@@ -93,6 +93,23 @@ def test_causal_attention_in_random_order_needs_target_positions():
         config.parse(content, origin="origin")
     content["model"]["order"] = "raster"
     config.parse(content)
+
+
+def test_options_of_other_scores_do_not_matter():
+    """One noising is a plain diffusion loss; the energy score needs two samples, and an even number for pairs."""
+    content = dataclasses.asdict(compose(["score.name=hyvarinen", "score.samples=1", "score.pairs=disjoint"]))
+    config.parse(content)
+    content["score"]["sampling_steps"] = TRAINING_STEPS
+    config.parse(content)
+    content["score"]["sampling_steps"] += 1
+    with pytest.raises(ValueError, match=r"score\.sampling_steps is 1001, but training has 1000 steps"):
+        config.parse(content)
+    content["score"]["name"] = "kernel"
+    with pytest.raises(ValueError, match=r"score\.samples is 1, but score\.name is kernel, .* at least 2"):
+        config.parse(content)
+    content["score"]["samples"] = 3
+    with pytest.raises(ValueError, match=r"score\.samples is 3, but score\.pairs is disjoint"):
+        config.parse(content)
 
 
 def test_missing_and_foreign_sections_are_named():

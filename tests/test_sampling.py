@@ -70,6 +70,11 @@ def test_guidance_schedules():
     assert scale_at("linear", 1.0, tokens=256, masked=100) == 1.0
 
 
+def test_unknown_schedule_is_refused():
+    with pytest.raises(ValueError, match=r"^schedule is 'cosine'; it must be 'linear' or 'constant'\.$"):
+        draw(tiny_model(), schedule="cosine")
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("attention", ["bidirectional", "causal"])
 @pytest.mark.parametrize("name", ["energy", "kernel", "logarithmic", "hyvarinen", "categorical"])
