@@ -1,7 +1,7 @@
 """Train every score on the same latents at the same budget, and write docs/scores.md.
 
     python -m flows.compare
-    python -m flows.compare --images 44800 --only rules --output docs
+    python -m flows.compare --images 128000 --only rules --output docs
 
 Each model is a DVC experiment on the current commit (see flows.experiments): the workspace stays as it is, what runs
 share is computed once, and a comparison that was stopped goes on where it was, until there is another commit. The page,
@@ -35,8 +35,8 @@ from flows.sweep import run_experiment
 
 Part = Literal["rules", "ablations"]
 
-# A third and a sixth of what the digits preset trains on: all of it in less than an hour on two cores.
-IMAGES: dict[Part, int] = {"rules": 44_800, "ablations": 22_400}
+# A half and a sixth of what the digits preset trains on: all of it in about an hour on two cores.
+IMAGES: dict[Part, int] = {"rules": 64_000, "ablations": 22_400}
 EVALUATION, REFERENCE = "data/evaluation/metrics.json", "data/reference/metrics.json"
 GRID = "data/samples/grid.png"
 BENCHMARKS = ("heads", "scores", "variance")  # names in benchmarks/results/; scores is measured here
