@@ -147,19 +147,14 @@ def _remotely(
 
 @functools.lru_cache(maxsize=1)  # read once by a worker, not once for every shard
 def _tokenizer(path: Path, fingerprint: str) -> Tokenizer:
-    _check_shared(path, fingerprint)
+    parallel.check_shared(path, fingerprint)
     return load_tokenizer(path)
 
 
 @functools.lru_cache(maxsize=1)
 def _images(prepared: Path, index: str) -> dict[str, PreparedImages]:
-    _check_shared(prepared / "index.json", index)
+    parallel.check_shared(prepared / "index.json", index)
     return {split: PreparedImages(prepared, split) for split in ("train", "val")}
-
-
-def _check_shared(path: Path, digest: str) -> None:
-    if records.sha256(path) != digest:
-        raise ValueError(f"{path} is another file on a worker of the cluster; let all machines share its folder.")
 
 
 @dataclass(frozen=True)

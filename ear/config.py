@@ -252,7 +252,9 @@ class Runtime:
         minimum=1,
     )
     workers: int = option("processes that decode images or load latents", minimum=0)
-    cluster: str = option("Dask scheduler that shards are sent to, such as tcp://host:8786; empty for this machine")
+    cluster: str = option(
+        "Dask scheduler, such as tcp://host:8786, to whose workers prepare, cache and sample send shards; or empty"
+    )
     compile: bool = option("torch.compile the transformer in training and sampling, where the device is CUDA")
     checkpointing: bool = option("training: compute activations again in the backward pass to save memory")
 

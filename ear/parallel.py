@@ -12,7 +12,10 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
 from typing import TypeVar
+
+from ear import records
 
 Shard = TypeVar("Shard")
 Result = TypeVar("Result")
@@ -107,6 +110,12 @@ def _knock(address: str) -> None:
 def versions() -> dict[str, str]:
     """Versions of the packages that decide about the bytes of a shard."""
     return {name: importlib.metadata.version(name) for name in (*_DECISIVE, "ear")}
+
+
+def check_shared(path: Path, digest: str) -> None:
+    """In a worker of a cluster: raise ValueError unless the file is the one that the main process reads."""
+    if records.sha256(path) != digest:
+        raise ValueError(f"{path} is another file on a worker of the cluster; let all machines share its folder.")
 
 
 def _check_alike(client, address: str) -> None:

@@ -25,10 +25,11 @@ CLASSES = tuple("abc")
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def run(**changes) -> bytes:
+def run(*, cluster: str = "", **changes) -> bytes:
     """The stage, 23 images in batches of 5; returns the bytes of samples.h5."""
     content = OmegaConf.to_container(OmegaConf.load(ROOT / "params.yaml"))
-    content["compute"]["threads"], content["runtime"]["device"] = 1, "cpu"
+    content["compute"]["threads"] = 1
+    content["runtime"] |= {"device": "cpu", "cluster": cluster}
     content["sample"] |= {"count": 23, "batch_size": 5, "steps": 4, "guidance": 2.0, **changes}
     parameters = program.visible(config.parse(content), program.declared("sample").get("params", []))
     importlib.import_module("stages.sample").work(parameters)
@@ -70,6 +71,15 @@ def test_many_processes_leave_the_bytes_of_one(processes):
     one, grid = run(), Path("data/samples/grid.png").read_bytes()
     found = together(run, processes)
     assert found[0] == one
+    assert Path("data/samples/grid.png").read_bytes() == grid
+
+
+def test_a_cluster_leaves_the_bytes_of_this_machine(cluster, monkeypatch):
+    one, grid = run(), Path("data/samples/grid.png").read_bytes()
+    Path("data/samples/samples.h5").unlink()
+    program.shutil.rmtree("work")
+    monkeypatch.setattr(Generator, "images", None)  # this process draws nothing
+    assert run(cluster=cluster) == one
     assert Path("data/samples/grid.png").read_bytes() == grid
 
 
