@@ -4,7 +4,6 @@ Images go from HDF5 to the extractor batch by batch; no image file lies in betwe
 features, K of classes, S a side in pixels.
 """
 
-import urllib.error
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -27,9 +26,10 @@ from ear.progress import Progress
 CLASSIFIER, INCEPTION = "ear-classifier", "inception-v3-compat"
 FEATURES = 64  # of the classifier
 _LAYERS = {CLASSIFIER: ("features", "logits"), INCEPTION: ("2048", "logits_unbiased")}
-# Published weights carry the first 8 digits of their SHA-256 in their name.
 _PUBLISHED_FILE = Path(URL_INCEPTION_V3).name
-_PUBLISHED_DIGEST = Path(_PUBLISHED_FILE).stem.rpartition("-")[2]
+_ELSEWHERE = (
+    f"get {_PUBLISHED_FILE} elsewhere and name it in reference.weights, or set reference.extractor to classifier"
+)
 
 
 class Classifier(nn.Module):
@@ -171,24 +171,9 @@ def inception_weights(weights: str) -> Path:
             f"reference.weights is {weights!r}, which does not exist; give the path of {_PUBLISHED_FILE}, or '' to "
             "download it."
         )
-    path = Path(weights) if weights else _downloaded()
-    records.read_pickled(path)  # torch-fidelity itself would run whatever code a file holds
-    return path
-
-
-def _downloaded() -> Path:
-    """The published weights in torch's hub folder."""
-    path = Path(torch.hub.get_dir()) / "checkpoints" / _PUBLISHED_FILE
-    if path.is_file():
-        return path
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        torch.hub.download_url_to_file(URL_INCEPTION_V3, str(path), hash_prefix=_PUBLISHED_DIGEST, progress=False)
-    except (urllib.error.URLError, RuntimeError, OSError) as error:
-        raise FileNotFoundError(
-            f"the Inception weights cannot be downloaded ({error}); get {_PUBLISHED_FILE} elsewhere and name it in "
-            "reference.weights, or set reference.extractor to classifier."
-        ) from error
+    path = Path(weights) if weights else records.downloaded(URL_INCEPTION_V3, otherwise=_ELSEWHERE)
+    content = records.read_pickled(path)  # torch-fidelity itself would run whatever code a file holds
+    records.tensors_by_name(content, origin=str(path))
     return path
 
 
@@ -210,7 +195,7 @@ class Extractor:
     @property
     def published(self) -> bool:
         """Whether published figures were made with these weights."""
-        return self.name == INCEPTION and self.sha256.startswith(_PUBLISHED_DIGEST)
+        return self.name == INCEPTION and self.sha256.startswith(records.named_digest(_PUBLISHED_FILE))
 
     @torch.no_grad()
     def __call__(self, images: np.ndarray) -> tuple[Tensor, Tensor]:

@@ -11,11 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from ear.checkpoint import load_weights
-from ear.records import read_pickled
+from ear.records import downloaded, read_pickled, tensors_by_name
 
 _CONVOLUTIONS = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))  # of VGG16, per level
 _MEAN, _STD = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)  # of ImageNet's colours, for images in [-1, 1]
 _TINY = 1e-20  # under the root of a squared norm: no change in float32, but a finite gradient where it is 0
+_ELSEWHERE = (
+    "put it and the other file of LPIPS into a folder that tokenizer.perceptual_folder names, or set "
+    "tokenizer.perceptual_weight to 0"
+)
 
 
 class Perceptual(nn.Module):
@@ -51,7 +55,7 @@ def load_perceptual(folder: str | Path = "") -> Perceptual:
     """Read vgg16-397923af.pth and weights-vgg16-lpips.pth from `folder`.
 
     Without a folder they are torch's own copies, downloaded where absent. Raises FileNotFoundError or ValueError naming
-    the file that is missing, cannot be downloaded, or holds other tensors.
+    the file that is missing, cannot be downloaded, is damaged, or holds other tensors.
     """
     from torch_fidelity.sample_similarity_lpips import URL_VGG16_LPIPS
     from torchvision.models import VGG16_Weights
@@ -79,16 +83,7 @@ def _published_names(network: Perceptual) -> dict[str, str]:
 
 
 def _read(url: str, folder: str | Path) -> dict[str, Tensor]:
-    name = url.rpartition("/")[2]
-    if folder:
-        path = Path(folder) / name
-        if not path.is_file():
-            raise FileNotFoundError(f"{path} does not exist; put it there, or set tokenizer.perceptual_folder to ''.")
-        return read_pickled(path)
-    try:
-        return torch.hub.load_state_dict_from_url(url, map_location="cpu", weights_only=True, progress=False)
-    except OSError as error:
-        raise ValueError(
-            f"{name} cannot be downloaded ({error}); put it and the other file of LPIPS into a folder that "
-            "tokenizer.perceptual_folder names, or set tokenizer.perceptual_weight to 0."
-        ) from error
+    path = Path(folder) / url.rpartition("/")[2] if folder else downloaded(url, otherwise=_ELSEWHERE)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist; put it there, or set tokenizer.perceptual_folder to ''.")
+    return tensors_by_name(read_pickled(path), origin=str(path))

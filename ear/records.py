@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all: atomic files and folders, JSON, digests, safetensors with a description.
+"""Files that appear whole or not at all: atomic files and folders, JSON, digests, published weights, safetensors.
 
 Formats are byte-reproducible: JSON keys in the order given, which is kept by reading and writing again; one metadata
 key in safetensors (several are written in random order).
@@ -6,8 +6,10 @@ key in safetensors (several are written in random order).
 
 import contextlib
 import hashlib
+import http.client
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -132,6 +134,33 @@ def _opened(path: Path) -> Iterator:
             yield file
     except (SafetensorError, ValueError) as error:
         raise ValueError(f"{path} is not a readable safetensors file ({error}); run its stage again.") from error
+
+
+def downloaded(url: str, *, otherwise: str) -> Path:
+    """The file of `url` in torch's hub folder, downloaded where it is not there yet and checked by `named_digest`.
+
+    Raises FileNotFoundError, whose sentence ends in `otherwise`, what the user can do, where it cannot be downloaded;
+    ValueError where the file there is another one than its name says.
+    """
+    import torch
+
+    path = Path(torch.hub.get_dir(), "checkpoints", url.rpartition("/")[2])
+    digest = named_digest(path)
+    if not path.is_file():
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(url, str(path), hash_prefix=digest, progress=False)
+        except (OSError, http.client.HTTPException, RuntimeError) as error:  # the last one for another digest
+            raise FileNotFoundError(f"{path.name} cannot be downloaded ({error}); {otherwise}.") from error
+    if not sha256(path).startswith(digest):
+        raise ValueError(f"{path} is damaged: its SHA-256 does not start with {digest}; delete it and run this again.")
+    return path
+
+
+def named_digest(path: str | Path) -> str:
+    """The first digits of a published file's SHA-256, as its name tells them (vgg16-397923af.pth), or ''."""
+    match = re.search(r"-([0-9a-f]{8,})$", Path(path).stem)
+    return match[1] if match else ""
 
 
 def tensors_by_name(content: object, *, origin: str) -> dict:

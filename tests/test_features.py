@@ -232,7 +232,7 @@ def inception_weights(tmp_path, monkeypatch):
 
 
 def test_inception_from_a_file_in_the_format_of_old_torch(tmp_path, inception_weights):
-    """Files of torch before 1.6 are no zip archives; the published weights are of that age."""
+    """Files of torch before 1.6, of which age the published weights may be, are no zip archives."""
     description, old = tmp_path / "extractor.safetensors", tmp_path / "old.pth"
     content = torch.load(inception_weights, weights_only=True)
     torch.save(content, old, _use_new_zipfile_serialization=False)

@@ -6,12 +6,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch_fidelity.sample_similarity_lpips as theirs
+import torchvision
 from perceptual_files import generated_files
 from torch import nn
 from torchvision.models.vgg import cfgs, make_layers
 
 from ear.perceptual import Perceptual, load_perceptual
 from ear.randomness import generator
+from ear.records import sha256
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -89,12 +91,43 @@ def test_files_that_do_not_fit_are_named(folder, tmp_path):
         load_perceptual(tmp_path)
 
 
-def test_missing_network_is_said_with_the_remedy(tmp_path, monkeypatch):
-    """Torch's own folder is empty, and the address leads nowhere."""
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    monkeypatch.setattr(theirs, "URL_VGG16_LPIPS", "file:///nowhere/weights-vgg16-lpips.pth")
-    torch_files = generated_files(tmp_path / "hub/checkpoints")
+@pytest.fixture
+def published(tmp_path, monkeypatch) -> Path:
+    """Generated files where torch would download from, and torch's own folder empty."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    folder = generated_files(tmp_path / "web")
+    vgg = folder / f"vgg16-{sha256(folder / 'vgg16-397923af.pth')[:8]}.pth"
+    (folder / "vgg16-397923af.pth").rename(vgg)
+    weights = SimpleNamespace(IMAGENET1K_V1=SimpleNamespace(url=vgg.as_uri()))
+    monkeypatch.setattr(torchvision.models, "VGG16_Weights", weights)
+    monkeypatch.setattr(theirs, "URL_VGG16_LPIPS", (folder / "weights-vgg16-lpips.pth").as_uri())
+    return folder
+
+
+def test_files_are_downloaded_once(published, tmp_path):
+    network = load_perceptual()
+    assert torch.equal(network.levels[0][0].weight, load_perceptual(published).levels[0][0].weight)
+    assert len(list((tmp_path / "torch/hub/checkpoints").iterdir())) == 2
+    for path in published.iterdir():
+        path.unlink()
     assert isinstance(load_perceptual(), Perceptual)
-    (torch_files / "weights-vgg16-lpips.pth").unlink()
-    with pytest.raises(ValueError, match=r"weights-vgg16-lpips\.pth cannot be downloaded .* put it and the other"):
+
+
+def test_what_cannot_be_downloaded_or_is_damaged_is_said_with_the_remedy(published, tmp_path):
+    channel_weights, vgg = published / "weights-vgg16-lpips.pth", next(published.glob("vgg16-*"))
+    content = channel_weights.read_bytes()
+    channel_weights.unlink()
+    with pytest.raises(FileNotFoundError, match=r"vgg16-lpips\.pth cannot be downloaded .* put it and the other"):
         load_perceptual()
+    channel_weights.write_bytes(content[:1000])
+    with pytest.raises(ValueError, match=r"checkpoints/weights-vgg16-lpips\.pth cannot be read as plain weights"):
+        load_perceptual()
+    cached = tmp_path / "torch/hub/checkpoints" / vgg.name
+    cached.write_bytes(b"damaged")
+    with pytest.raises(ValueError, match=rf"{vgg.name} is damaged: its SHA-256 does not start with"):
+        load_perceptual()
+    cached.unlink()
+    vgg.write_bytes(b"damaged")
+    with pytest.raises(FileNotFoundError, match=rf"{vgg.name} cannot be downloaded \(invalid hash value"):
+        load_perceptual()
+    assert not cached.exists()
