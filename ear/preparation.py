@@ -21,7 +21,7 @@ import numpy as np
 from ear import records
 from ear.images import center_crop, decode
 from ear.manifest import Contents, Manifest, Row
-from ear.parallel import map_shards
+from ear.parallel import map_shards, versions
 from ear.prepared import FORMAT
 from ear.progress import Progress
 
@@ -31,7 +31,7 @@ _MOST_BYTES = 1 << 30  # of an encoded image: more than the limit on its pixels 
 
 @dataclass(frozen=True)
 class Shard:
-    """One file to write; all that its content depends on."""
+    """One file to write; all that its content depends on beside the libraries."""
 
     name: str
     root: str  # where the files of the images start
@@ -41,8 +41,8 @@ class Shard:
     compression: str  # none or gzip
 
     def digest(self) -> str:
-        """Changes with whatever the file's content depends on."""
-        return hashlib.sha256(repr(self).encode()).hexdigest()
+        """Changes with whatever the file's content depends on: another decoder gives other pixels."""
+        return hashlib.sha256(repr((self, versions())).encode()).hexdigest()
 
 
 def prepare(

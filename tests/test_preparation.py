@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import importlib.metadata
 import io
 import json
 import os
@@ -230,6 +231,15 @@ def test_finished_shards_are_kept_and_only_what_changed_is_redone(tree):
     assert sum(before[name] != inode for name, inode in inodes(scratch).items()) == 1
     fresh = prepare(tree, scratch=tree.parent / "fresh", target=tree.parent / "other")
     assert digests(target) == digests(fresh)
+
+
+def test_shards_of_another_decoder_are_redone(tree, monkeypatch):
+    scratch = tree.parent / "scratch"
+    target = digests(prepare(tree))
+    before, version = inodes(scratch), importlib.metadata.version
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.1" if name == "pillow" else version(name))
+    assert digests(prepare(tree)) == target
+    assert all(inode != before[name] for name, inode in inodes(scratch).items())
 
 
 def test_a_damaged_scratch_file_is_not_trusted(tree):

@@ -45,8 +45,7 @@ def test_published_recipe(name):
     assert sample.guidance == (4.0 if "512" in name else 3.0)
     assert p.data.mirror
     assert (p.tokenizer.name, p.tokenizer.downsample, p.tokenizer.channels) == ("published", 16, 16)
-    assert p.score.samples == 4  # the price of the published two pairs, which stay selectable
-    assert composed(name, "score.pairs=disjoint").score.pairs == "disjoint"
+    assert (p.score.samples, p.score.pairs, p.score.targets) == (4, "disjoint", 1)
     assert p.reference.extractor == "inception"
 
 
