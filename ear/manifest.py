@@ -18,6 +18,7 @@ from ear import records
 from ear.progress import Progress
 
 FORMAT = "ear-raw-2"
+_MOST_BYTES = 1 << 30  # of an encoded image: more than the limit on its pixels leaves room for
 _COLUMNS = ["split", "label", "class", "path", "bytes", "file", "offset"]
 _SURROGATES = {"encoding": "utf-8", "errors": "surrogateescape"}  # file names need not be UTF-8
 
@@ -67,13 +68,24 @@ class Contents(contextlib.ExitStack):
         super().__init__()
         self._root, self._archives = Path(root), {}
 
-    def read(self, image: Row) -> bytes:
-        """All bytes of a file, or those of a member: fewer than listed where the archive has become shorter."""
+    def read(self, image: Found | Row) -> bytes:
+        """All bytes of a file, or those of a member: fewer than listed where the archive has become shorter.
+
+        Raises OSError; ValueError for an image of more than 1 GiB, before it is read.
+        """
         if image.offset is None:
-            return (self._root / image.file).read_bytes()
+            with (self._root / image.file).open("rb") as file:
+                _check_size(os.fstat(file.fileno()).st_size)
+                return file.read()
+        _check_size(image.bytes)
         if image.file not in self._archives:
             self._archives[image.file] = self.enter_context((self._root / image.file).open("rb", buffering=0))
         return os.pread(self._archives[image.file].fileno(), image.bytes, image.offset)
+
+
+def _check_size(count: int) -> None:
+    if count > _MOST_BYTES:
+        raise ValueError(f"has {count} bytes, and {_MOST_BYTES} are allowed")
 
 
 def write_manifest(

@@ -26,7 +26,6 @@ from ear.prepared import FORMAT
 from ear.progress import Progress
 
 _NAMED = 20  # rejected images that an error message names
-_MOST_BYTES = 1 << 30  # of an encoded image: more than the limit on its pixels leaves room for
 
 
 @dataclass(frozen=True)
@@ -189,8 +188,6 @@ def images(rows: Sequence[Row], shard: Shard, rejected: list[list[str]]) -> Iter
 def _read(row: Row, contents: Contents, shard: Shard) -> np.ndarray | str:
     """uint8 [S, S, 3], or the reason why the image cannot be read."""
     try:
-        if row.bytes > _MOST_BYTES:
-            return f"has {row.bytes} bytes, and {_MOST_BYTES} are allowed"
         content = contents.read(row)
         if len(content) != row.bytes:
             return f"has {len(content)} bytes, but had {row.bytes} when it was listed"

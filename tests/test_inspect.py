@@ -1,5 +1,6 @@
 """What `python -m ear.inspect` says about a path."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -61,6 +62,14 @@ def test_unreadable_images_are_named(tmp_path):
     assert "8 images, 3 unreadable; short side 70 to 70 pixels, median 70" in text
     assert "a/2.png: not an image of a known format" in text
     assert "a/4.png: No such file or directory" in text
+
+
+def test_huge_images_are_named_unread(tmp_path):
+    root = folders(tmp_path, 70)
+    os.truncate(root / "a/2.png", 1 << 42)  # takes no room: its end is a hole
+    _, sampled = found(root)
+    assert sampled.unreadable == [("a/2.png", f"has {1 << 42} bytes, and {1 << 30} are allowed")]
+    assert len(sampled.short_sides) == 7
 
 
 def test_a_sample_is_small_and_its_seed_decides(tmp_path):

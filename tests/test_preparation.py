@@ -15,6 +15,7 @@ import pytest
 import small_imagenet as small
 from PIL import Image
 
+from ear import manifest as manifests
 from ear import preparation, records, sources
 from ear.images import center_crop
 from ear.manifest import Manifest, write_manifest
@@ -297,12 +298,12 @@ def test_bombs_are_rejected_by_name(tree, monkeypatch):
     bomb = io.BytesIO()
     Image.new("1", (20_000, 20_000)).save(bomb, "PNG")
     (tree / "a/bomb.png").write_bytes(bomb.getvalue())
-    monkeypatch.setattr(preparation, "_MOST_BYTES", max(4000, len(bomb.getvalue())))
-    (tree / "b/huge.png").write_bytes(bytes(preparation._MOST_BYTES + 1))
+    monkeypatch.setattr(manifests, "_MOST_BYTES", max(4000, len(bomb.getvalue())))
+    (tree / "b/huge.png").write_bytes(bytes(manifests._MOST_BYTES + 1))
     with pytest.raises(ValueError, match="2 images cannot be read") as caught:
         prepare(tree)
     assert "a/bomb.png: possibly a decompression bomb" in str(caught.value)
-    assert f"b/huge.png: has {preparation._MOST_BYTES + 1} bytes" in str(caught.value)
+    assert f"b/huge.png: has {manifests._MOST_BYTES + 1} bytes" in str(caught.value)
 
 
 def test_rotation_is_as_the_manifest_says(tmp_path):
