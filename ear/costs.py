@@ -45,7 +45,7 @@ class Costs:
 
     @property
     def tokens(self) -> int:
-        """L, the tokens of an image."""
+        """L."""
         return count_tokens(self.shape)
 
     @property
@@ -131,7 +131,6 @@ def activation_bytes(shape: Shape, *, images: int, precision: str) -> tuple[int,
     Counted where all tokens are predicted, which happens in training and costs most. Attention keeps no matrix of
     weights, as in the fused kernels of CUDA. With checkpointing, the inputs of all blocks and one block's own.
     """
-
     one, two = (_kept_for_backward(_with(shape, depth=depth), images=images, precision=precision) for depth in (1, 2))
     outside, block = 2 * one - two, two - one
     positions = images * (shape.model["buffer_size"] + count_tokens(shape))

@@ -35,7 +35,7 @@ def inpaint(
     """Uint8 images [N, H, W, 3]: every token that the mask touches is drawn, given the other tokens and the label.
 
     Image k depends on (seed, k), its pixels, mask and label alone. Raises ValueError where the arrays do not fit each
-    other or the model, a mask is empty, or the model is causal.
+    other or the model, a mask is empty, steps is less than 1, or the model is causal.
     """
     generator = Generator.open(Path(data) / MODEL, Path(data) / TOKENIZER, device)
     _check(generator, images, mask, labels)

@@ -130,7 +130,12 @@ def generate(
     batch_size: int = 64,
     device: torch.device | str = "cpu",
 ) -> np.ndarray:
-    """uint8 images [N, H, W, 3]; image k depends on (seed, k) and its label alone."""
+    """uint8 images [N, H, W, 3]; image k depends on (seed, k) and its label alone.
+
+    Raises FileNotFoundError for a stage that has not run; ValueError for no label, an unknown one, or no step.
+    """
+    if not len(labels):
+        raise ValueError("labels is empty; give one class per image.")
     generator = Generator.open(Path(data) / MODEL, Path(data) / TOKENIZER, device)
     options = {"steps": steps, "guidance": guidance, "schedule": schedule, "temperature": temperature, "seed": seed}
     parts = batches(generator.labels(labels), batch_size)

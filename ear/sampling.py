@@ -35,8 +35,11 @@ def sample(
 ) -> Tensor:
     """Normalised latents [B, C, h, w] in float32. The model must be in eval mode.
 
-    Raises ValueError where a causal model is given known latents: it cannot see what comes later in its order.
+    Raises ValueError for less than one step, and where a causal model is given known latents: it cannot see what comes
+    later in its order.
     """
+    if steps < 1:
+        raise ValueError(f"steps is {steps}; it must be at least 1.")
     rows = _Rows.of(labels, guided=guidance != 1.0)
 
     def draw(hidden: Tensor, masked: int) -> Tensor:

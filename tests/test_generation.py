@@ -75,6 +75,23 @@ def test_class_names_are_told_from_class_numbers(tmp_path):
             ear.generate(data, labels=[label], **DRAW)
 
 
+@pytest.mark.parametrize("labels", [[], np.zeros(0, dtype=int)])
+def test_no_label_is_refused(data, labels):
+    with pytest.raises(ValueError, match=r"labels is empty; give one class per image\."):
+        ear.generate(data, labels, **DRAW)
+
+
+@pytest.mark.parametrize("steps", [0, -3])
+def test_no_step_is_refused(data, steps):
+    message = rf"^steps is {steps}; it must be at least 1\.$"
+    with pytest.raises(ValueError, match=message):
+        ear.generate(data, [1], **DRAW | {"steps": steps})
+    with pytest.raises(ValueError, match=message):
+        ear.inpaint(
+            np.zeros((1, 8, 8, 3), np.uint8), np.ones((1, 8, 8), bool), [1], data=data, **DRAW | {"steps": steps}
+        )
+
+
 def test_a_model_of_another_tokenizer_is_refused(tmp_path):
     data = publish(tmp_path, tokenizer="0" * 64)
     with pytest.raises(ValueError, match=r"was trained on latents of tokenizer 000000000000, but .* run the stages"):
