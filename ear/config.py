@@ -377,6 +377,27 @@ def _check_model(data: Data, tokenizer: Tokenizer, model: Model) -> None:
         )
 
 
+def missing_files(parameters: Parameters) -> dict[str, str]:
+    """Key => what is wrong and what to do, for every file or folder that is named and needed but not there."""
+    tokenizer, reference = parameters.tokenizer, parameters.reference
+    imports = tokenizer.name in ("published", "diffusers")
+    perceptual = tokenizer.name == "kl" and tokenizer.perceptual_weight > 0
+    inception = reference.extractor == "inception"
+    needed = {
+        "data.path": (parameters.data.path, parameters.data.source != "digits", "name the folder of your images"),
+        "tokenizer.weights": (tokenizer.weights, imports, "set tokenizer.name to kl to train an autoencoder"),
+        "tokenizer.perceptual_folder": (tokenizer.perceptual_folder, perceptual, "set it to '' to download its files"),
+        "train.weights": (parameters.train.weights, True, "set it to '' to train from new weights"),
+        "reference.weights": (reference.weights, inception, "set it to '' to download the file"),
+        "reference.statistics": (reference.statistics, inception, "set it to '' to use the training images"),
+    }
+    return {
+        key: f"{key} is {path!r}, which does not exist; bring it, or {otherwise}."
+        for key, (path, used, otherwise) in needed.items()
+        if used and path and not Path(path).exists()
+    }
+
+
 def load(path: str | Path = "params.yaml") -> Parameters:
     """Read and check a parameter file.
 

@@ -7,7 +7,6 @@ two. The result is checked before params.yaml is touched, and replaces it whole.
 import argparse
 import dataclasses
 import json
-import operator
 import sys
 from pathlib import Path
 
@@ -82,20 +81,6 @@ def _scalar(value) -> str:
     return json.dumps(list(value) if isinstance(value, tuple) else value)
 
 
-def missing_files(parameters: config.Parameters) -> dict[str, str]:
-    """Key => path, for the files and folders that the parameters name and that are not there (yet)."""
-    keys = (
-        "data.path",
-        "tokenizer.weights",
-        "tokenizer.perceptual_folder",
-        "train.weights",
-        "reference.weights",
-        "reference.statistics",
-    )
-    named = {key: operator.attrgetter(key)(parameters) for key in keys}
-    return {key: path for key, path in named.items() if path and not Path(path).exists()}
-
-
 def _help() -> str:
     sections = dataclasses.fields(config.Parameters)
     lines = [__doc__, *(f"  {name:<28} {describe_preset(name)}" for name in presets()), ""]
@@ -122,8 +107,8 @@ def main() -> None:
     with records.whole_file(arguments.output) as partial:
         partial.write_text(to_yaml(parameters, command))
     print(f"wrote {arguments.output}")
-    for key, path in missing_files(parameters).items():
-        print(f"note: {key} is {path!r}, which is not there yet; bring it, or name another place.")
+    for sentence in config.missing_files(parameters).values():
+        print(f"note: {sentence}")
 
 
 if __name__ == "__main__":

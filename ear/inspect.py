@@ -20,6 +20,7 @@ from ear.sources import Source, imagenet
 
 _SHOWN = 3  # classes, and unreadable images
 _TINY = 16  # pixels; larger images are worth the folder64 preset
+_BROUGHT = " tokenizer.weights=KL16_CHECKPOINT reference.statistics=ADM_STATISTICS"  # for ImageNet
 _IMAGENET = ("imagenet256_base", "imagenet256_large", "imagenet256_huge")
 
 
@@ -71,7 +72,7 @@ def describe(path: str, source: Source, sampled: Sampled) -> str:
     ]
     presets = fitting(source, sampled)
     command = f"python -m ear.configure preset={presets[0]}"
-    command += {"digits": " data.source=folder", _IMAGENET[0]: " tokenizer.weights=KL16_CHECKPOINT"}.get(presets[0], "")
+    command += {"digits": " data.source=folder", _IMAGENET[0]: _BROUGHT}.get(presets[0], "")
     lines += [("preset", ", ".join(presets)), ("next", f"{command} data.path={path}")]
     return "\n".join([f"{path}: {source.layout}", *(f"  {title:<11} {text}" for title, text in lines)])
 

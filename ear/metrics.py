@@ -139,7 +139,8 @@ def read_statistics(path: str | Path, *, dimension: int) -> tuple[Gaussian, str]
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(
-            f"reference.statistics is {str(path)!r}, which does not exist; give the path of an npz."
+            f"reference.statistics is {str(path)!r}, which does not exist; give the path of an npz, or set "
+            "reference.statistics to '' to use the training images."
         )
     arrays = _open_npz(path)
     missing = [name for name in ("mu", "sigma") if name not in arrays]

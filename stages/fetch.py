@@ -3,13 +3,14 @@
 Reads data.path unless data.source is digits: a tree of class folders, or ImageNet unpacked, as Kaggle lays it out, or
 in its official archives, which are read in place. Never copies or changes what lies there. Writes data/raw:
 manifest.csv, source.json and, where data.source is digits, the digits themselves. DVC does not watch data.path: after a
-change there list it again with `dvc repro --single-item --force fetch`.
+change there list it again with `dvc repro --single-item --force fetch`. A file that the parameters name for a later
+stage and that is not there is said before anything is done.
 """
 
 from collections import Counter
 from pathlib import Path
 
-from ear import manifest, records, sources
+from ear import config, manifest, records, sources
 from stages import program
 
 RAW = Path("data/raw")
@@ -41,6 +42,14 @@ def work(parameters) -> None:
     )
 
 
+def check_files(parameters: config.Parameters) -> None:
+    """All later stages run again after this one, so their files must be there; data.path has its own sentences."""
+    missing = config.missing_files(parameters)
+    missing.pop("data.path", None)
+    for sentence in missing.values():
+        raise FileNotFoundError(sentence)
+
+
 def _check_apart(path: Path) -> None:
     """Stages replace whole folders of data/: a user's images must not lie there."""
     if path.resolve().is_relative_to(Path("data").resolve()):
@@ -50,4 +59,4 @@ def _check_apart(path: Path) -> None:
 
 
 if __name__ == "__main__":
-    program.run("fetch", work, __doc__)
+    program.run("fetch", work, __doc__, check=check_files)

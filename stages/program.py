@@ -75,6 +75,7 @@ def run(
     description: str | None,
     *,
     many_processes: bool = False,  # `work` can run in all processes of `ear.distributed.group` at once
+    check: Callable[[config.Parameters], None] | None = None,  # of all parameters: it can refuse them, nothing else
 ) -> None:
     """Run a stage as a program: exit code 0, or 1 after one line that says what to mend (traceback in work/logs).
 
@@ -87,7 +88,10 @@ def run(
     arguments = parser.parse_args()
     try:
         with distributed.group():
-            parameters = visible(config.load(arguments.params), declared(stage).get("params", []))
+            every = config.load(arguments.params)
+            if check:
+                check(every)
+            parameters = visible(every, declared(stage).get("params", []))
             if distributed.size() > 1 and not many_processes:
                 raise ValueError(f"{stage} works in one process, but the launcher started {distributed.size()}.")
             if many_processes and parameters.runtime.processes > 1 and not distributed.launched():

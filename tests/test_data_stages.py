@@ -114,6 +114,21 @@ def test_fetch_errors_are_one_line_and_keep_the_old_list(repository, digits):
         assert digests(raw) == before
 
 
+def test_fetch_says_which_file_a_later_stage_will_miss(repository):
+    repository.set(reference__extractor="inception", reference__statistics="weights/adm.npz")
+    code, errors = repository.run("fetch")
+    assert code == 1
+    assert one_line(errors, "fetch") == (
+        "fetch: reference.statistics is 'weights/adm.npz', which does not exist; bring it, or set it to '' to use the "
+        "training images."
+    )
+    assert not (repository.path / "data/raw").exists()
+    (repository.path / "weights").mkdir()
+    (repository.path / "weights/adm.npz").touch()
+    repository.set(tokenizer__weights="weights/kl16.ckpt")  # which tokenizer.name=kl does not read
+    assert repository.run("fetch") == (0, "")
+
+
 def test_imagenet_goes_through_in_its_archives(repository):
     root = small.write_archives(repository.path / "imagenet")
     repository.set(data__source="folder", data__path="imagenet", data__image_size=8)

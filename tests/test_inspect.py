@@ -103,6 +103,15 @@ def test_the_command_that_it_names_works(tmp_path, side):
     assert (parameters.data.source, parameters.data.path) == ("folder", str(root))
 
 
+def test_the_command_for_imagenet_names_what_its_user_brings(tmp_path):
+    thousand = [Found("train", f"n{k:08d}", f"{k}", f"{k}") for k in range(1000)]
+    text = inspect.describe("PATH", sources.Source("", tmp_path, thousand), inspect.Sampled([], [], []))
+    command = text.splitlines()[-1].split(maxsplit=1)[1]
+    p = configure.compose(command.split()[3:])
+    named = (p.data.path, p.tokenizer.weights, p.reference.statistics)
+    assert named == ("PATH", "KL16_CHECKPOINT", "ADM_STATISTICS")
+
+
 def test_what_is_held_out_is_said(tmp_path):
     source, sampled = found(folders(tmp_path / "images", 8))
     assert not source.has_val

@@ -4,7 +4,8 @@ from dataclasses import asdict
 
 import pytest
 
-from ear.configure import compose, describe_preset, missing_files, presets
+from ear.config import missing_files
+from ear.configure import compose, describe_preset, presets
 
 PUBLISHED = {  # depth, width, heads, head depth, head width
     "imagenet256_base": (24, 768, 12, 6, 1024),
@@ -79,9 +80,13 @@ def test_the_published_presets_say_which_files_they_expect(name):
     assert (p.data.source, p.data.path) == ("imagenet", "imagenet")
     expected = missing_files(p)
     assert list(expected) == ["data.path", "tokenizer.weights", "reference.statistics"]
-    assert expected["tokenizer.weights"] == "weights/kl16.ckpt"
+    assert expected["tokenizer.weights"] == (
+        "tokenizer.weights is 'weights/kl16.ckpt', which does not exist; bring it, or set tokenizer.name to kl to "
+        "train an autoencoder."
+    )
     assert not missing_files(compose([f"preset={name}_smoke"]))
-    trained = compose([f"preset={name}", "tokenizer.name=kl"])
+    trained = compose([f"preset={name}", "tokenizer.name=kl", "tokenizer.perceptual_folder=nowhere"])
+    assert list(missing_files(trained)) == ["data.path", "tokenizer.perceptual_folder", "reference.statistics"]
     assert trained.tokenizer.block_channels == (128, 128, 256, 256, 512)
 
 
