@@ -62,19 +62,20 @@ class AutoencoderTraining:
         objective: Objective,
         total_images: int,  # seen in training
         batch_size: int,  # images per step
+        micro_batch_size: int,  # images per forward pass
         learning_rate: float,  # the peak, of the critic, too
         ema_decay: float,
         adversarial_weight: float = 0.0,  # 0 for no critic
         adversarial_start: int = 0,  # images; see `CriticTraining`
     ):
         self.images, self.held_out, self.objective = images, held_out, objective
-        self.total_images, self.batch_size = total_images, batch_size
+        self.total_images, self.batch_size, self.micro_batch_size = total_images, batch_size, micro_batch_size
         self.tokenizer = tokenizer.to(objective.device)
         rate = schedule("cosine", total_images=total_images, warmup_images=int(_WARMUP * total_images))
         self.critic = None
         if adversarial_weight:
             network = PatchCritic().initialise(randomness.generator(objective.seed, "critic")).to(objective.device)
-            options = {"weight": adversarial_weight, "start": adversarial_start}
+            options = {"weight": adversarial_weight, "start": adversarial_start, "batch_size": batch_size}
             self.critic = CriticTraining(network, learning_rate=learning_rate, rate=rate, **options)
         groups = [Group(list(tokenizer.parameters()), weight_decay=0.0)]
         self.trainer = _Trainer(
@@ -86,7 +87,7 @@ class AutoencoderTraining:
             ema_decays={"average": ema_decay},
             clip_norm=_CLIP_NORM,
             global_batch_size=batch_size,
-            micro_batch_size=batch_size,
+            micro_batch_size=micro_batch_size,
         )
 
     def run(self, folder: Path) -> tuple[KL, History]:
@@ -104,13 +105,13 @@ class AutoencoderTraining:
         return self.trainer.average.module, self.trainer.history
 
     def batches(self, positions: Iterator[int]) -> Iterator[np.ndarray]:
-        """The uint8 batches that start at the given positions of the training."""
+        """The uint8 micro-batches that start at the given positions of the training."""
         order = randomness.DataOrder(len(self.images), self.objective.seed)
         for position in positions:
-            yield self.images.images(order.indices(position, self.batch_size).numpy())
+            yield self.images.images(order.indices(position, self.micro_batch_size).numpy())
 
     def loss(self, batch: np.ndarray, position: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Of one uint8 batch, for the trainer; the critic takes its own step on the way."""
+        """Of one uint8 micro-batch, for the trainer; the critic learns on the way."""
         images = self.objective.signed(batch)
         terms = self.objective.terms(self.tokenizer, images, "training", position)
         if self.critic is None:
@@ -122,11 +123,17 @@ class AutoencoderTraining:
 
 
 class _Trainer(Trainer):
-    """A trainer whose checkpoints hold the critic, too."""
+    """A trainer whose steps and checkpoints are the critic's, too."""
 
     def __init__(self, module: KL, *, critic: CriticTraining | None, **options):
         super().__init__(module, **options)
         self.critic = critic
+
+    def step(self, micro_batches: Iterator) -> None:
+        begun = self.images
+        super().step(micro_batches)
+        if self.critic:
+            self.critic.step(begun)
 
     def state(self) -> dict[str, torch.Tensor]:
         return super().state() | (self.critic.state() if self.critic else {})

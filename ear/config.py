@@ -87,6 +87,7 @@ class Tokenizer:
     )
     images: int = option("kl: images seen in training", minimum=1)
     batch_size: int = option("kl: images per step; all: images described at once", minimum=1)
+    micro_batch_size: int = option("kl: images per forward pass of training; must divide batch_size", minimum=1)
     learning_rate: float = option("kl: peak rate of AdamW; linear warm-up over 5% of the images, cosine decay", above=0)
     ema_decay: float = option("kl: decay per step of the averaged weights", minimum=0, below=1)
     seed: int = option("kl: seed of weights, order and noise", minimum=0)
@@ -341,6 +342,11 @@ def _check_tokenizer(data: Data, tokenizer: Tokenizer) -> None:
         raise ValueError(
             f"tokenizer.block_channels has {len(tokenizer.block_channels)} entries, but tokenizer.downsample "
             f"{tokenizer.downsample} needs {levels + 1}; give one number of channels per level."
+        )
+    if tokenizer.name == "kl" and tokenizer.batch_size % tokenizer.micro_batch_size:
+        raise ValueError(
+            f"tokenizer.micro_batch_size is {tokenizer.micro_batch_size} and does not divide tokenizer.batch_size, "
+            f"{tokenizer.batch_size}; choose a divisor."
         )
     if tokenizer.name in ("published", "diffusers") and not tokenizer.weights:
         raise ValueError(

@@ -79,10 +79,11 @@ class CriticTraining:
         *,
         weight: float,  # of the adversarial loss, on top of the adaptive one
         start: int,  # images
+        batch_size: int,  # images of a step, which may come in several micro-batches
         learning_rate: float,
         rate: Callable[[int], float],  # images seen => factor of the learning rate
     ):
-        self.network, self.weight, self.start, self.rate = network, weight, start, rate
+        self.network, self.weight, self.start, self.batch_size, self.rate = network, weight, start, batch_size, rate
         groups = [Group(list(network.parameters()), weight_decay=0.0)]
         self.optimizer = adamw(groups, learning_rate=learning_rate, beta1=_BETAS[0], beta2=_BETAS[1])
 
@@ -94,34 +95,42 @@ class CriticTraining:
         last_layer: nn.Parameter,  # of the decoder
         position: int,  # images seen before these
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """One step of the critic, then what its judgement adds to the autoencoder's loss, and figures to log."""
+        """What its judgement adds to the autoencoder's loss, and figures to log; it learns from the images on the way.
+
+        All micro-batches of a step meet the same critic, and each has an adaptive weight of its own, as each device's
+        part of a batch has in the published training.
+        """
         zero = torch.zeros((), device=images.device)
         names = ("critic_loss", "critic_real", "critic_fake", "adversarial", "adversarial_weight")
         figures = dict.fromkeys(names, zero)
-        if position < self.start // 2:
+        begun = position - position % self.batch_size  # the step, so that its micro-batches are treated alike
+        if begun < self.start // 2:
             return zero, figures
-        figures |= self.learn(images, decoded.detach(), position)
+        figures |= self._learn(images, decoded.detach())
         # 0, but NaN with its gradient where the critic has diverged: then the trainer stops as for any other loss.
         term = 0.0 * figures["critic_loss"] * last_layer.sum()
-        if position < self.start:
+        if begun < self.start:
             return term, figures
         adversarial = -self.network(decoded).mean()
         weight = self.weight * adaptive_weight(reconstruction, adversarial, last_layer)
         figures |= {"adversarial": adversarial.detach(), "adversarial_weight": weight}
         return term + weight * adversarial, figures
 
-    def learn(self, images: Tensor, decoded: Tensor, position: int) -> dict[str, Tensor]:
-        """One step of the critic's optimiser; the critic is frozen outside of it."""
+    def _learn(self, images: Tensor, decoded: Tensor) -> dict[str, Tensor]:
+        """Add to the critic's gradients the images' share in the step; the critic is frozen outside of it."""
         self.network.requires_grad_(True)
-        self.optimizer.zero_grad(set_to_none=True)
-        set_rate(self.optimizer, self.rate(position))
         real, fake = self.network(images), self.network(decoded)
         loss = hinge_loss(real, fake)
-        loss.backward()
-        self.optimizer.step()
+        (loss * (len(images) / self.batch_size)).backward()
         self.network.requires_grad_(False)
         means = (loss.detach(), real.detach().mean(), fake.detach().mean())
         return dict(zip(("critic_loss", "critic_real", "critic_fake"), means, strict=True))
+
+    def step(self, position: int) -> None:
+        """The critic's own step, behind the autoencoder's that began at image `position`; none before it learns."""
+        set_rate(self.optimizer, self.rate(position))
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
 
     def state(self) -> dict[str, Tensor]:
         """What a checkpoint must hold of it."""

@@ -58,6 +58,7 @@ def train(images: PreparedImages, held_out: PreparedImages, options, device: tor
         objective=objective,
         total_images=options.images,
         batch_size=options.batch_size,
+        micro_batch_size=options.micro_batch_size,
         learning_rate=options.learning_rate,
         ema_decay=options.ema_decay,
         adversarial_weight=options.adversarial_weight,

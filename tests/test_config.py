@@ -56,6 +56,7 @@ def test_written_parameters_read_back_equal(tmp_path):
         ("model.patch_size", 3, ["model.patch_size is 3", "latent side, 4"]),
         ("model.heads", 3, ["model.heads is 3", "model.width, 128"]),
         ("train.micro_batch_size", 48, ["train.micro_batch_size is 48", "train.global_batch_size, 64"]),
+        ("tokenizer.micro_batch_size", 48, ["tokenizer.micro_batch_size is 48", "tokenizer.batch_size, 64"]),
         ("tokenizer.downsample", 3, ["tokenizer.downsample is 3", "power of two"]),
         ("tokenizer.block_channels", [32], ["tokenizer.block_channels has 1", "needs 2"]),
         ("tokenizer.block_channels", ["a", 1, 2], ["tokenizer.block_channels[0] is 'a'", "a whole number"]),

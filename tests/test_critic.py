@@ -13,7 +13,7 @@ START = 8
 
 def training(**changes) -> CriticTraining:
     network = PatchCritic().initialise(generator(0, "critic"))
-    options = {"weight": 0.5, "start": START, "learning_rate": 1e-3, "rate": lambda images: 1.0}
+    options = {"weight": 0.5, "start": START, "batch_size": 2, "learning_rate": 1e-3, "rate": lambda images: 1.0}
     return CriticTraining(network, **{**options, **changes})
 
 
@@ -37,6 +37,13 @@ def judged(critic: CriticTraining, position: int, decoder: Decoder | None = None
     decoder, real = decoder or Decoder(), images(position)
     decoded = decoder(real)
     return critic(real, decoded, (real - decoded).abs().mean(), decoder.last.weight, position)
+
+
+def learned(critic: CriticTraining, position: int) -> tuple[torch.Tensor, dict]:
+    """`judged`, and the critic's step behind it."""
+    result = judged(critic, position)
+    critic.step(position)
+    return result
 
 
 def test_logits_stand_for_patches():
@@ -73,7 +80,7 @@ def test_adaptive_weight_is_the_ratio_of_gradient_norms_and_limited():
 
 def test_critic_learns_to_tell_images_from_blurred_ones():
     critic = training()
-    losses = [float(judged(critic, position)[1]["critic_loss"]) for position in range(4, 64, 2)]
+    losses = [float(learned(critic, position)[1]["critic_loss"]) for position in range(4, 64, 2)]
     assert losses[0] == pytest.approx(1, abs=0.3)
     assert losses[-1] < 0.3
     _, figures = judged(critic, 64)
@@ -83,12 +90,12 @@ def test_critic_learns_to_tell_images_from_blurred_ones():
 def test_critic_is_idle_then_learns_then_is_heard():
     critic = training()
     before = [p.clone() for p in critic.network.parameters()]
-    term, idle = judged(critic, 0)
+    term, idle = learned(critic, 0)
     assert term == 0
     assert set(map(float, idle.values())) == {0.0}
     assert all(torch.equal(a, b) for a, b in zip(before, critic.network.parameters(), strict=True))
 
-    term, learning = judged(critic, START // 2)
+    term, learning = learned(critic, START // 2)
     assert term == 0
     assert learning["critic_loss"] > 0
     assert learning["adversarial_weight"] == 0
@@ -120,14 +127,32 @@ def test_both_gradients_are_equally_strong_at_the_last_layer():
     assert float(norms[0]) == pytest.approx(float(norms[1]), rel=1e-3)
 
 
+def test_micro_batches_teach_a_critic_what_their_batch_does():
+    real, decoder = torch.cat([images(0), images(1)]), Decoder()
+    critics = [training(batch_size=4), training(batch_size=4)]
+    for critic, size in zip(critics, (4, 1), strict=True):
+        figures = []
+        for at in range(0, 4, size):
+            part = real[at : at + size]
+            decoded = decoder(part)
+            loss = (part - decoded).abs().mean()
+            figures.append(critic(part, decoded, loss, decoder.last.weight, START // 2 + at)[1]["critic_loss"])
+        critic.gradients = [p.grad.clone() for p in critic.network.parameters()]
+        critic.mean = torch.stack(figures).mean()
+        critic.step(START // 2)
+    torch.testing.assert_close(critics[0].gradients, critics[1].gradients, rtol=1e-3, atol=1e-6)
+    torch.testing.assert_close(critics[0].mean, critics[1].mean)
+    assert all(p.grad is None for critic in critics for p in critic.network.parameters())
+
+
 def test_its_state_brings_it_back_exactly():
     first = training()
     for position in range(4, 12, 2):
-        judged(first, position)
+        learned(first, position)
     second = training()
     second.restore(first.state() | {"weights.other": torch.zeros(1)})
     for critic in (first, second):
-        judged(critic, 12)
+        learned(critic, 12)
     a, b = first.state(), second.state()
     assert a.keys() == b.keys()
     assert all(torch.equal(a[name], b[name]) for name in a)

@@ -35,6 +35,7 @@ TINY = {
     "tokenizer.block_channels": [8, 16],
     "tokenizer.images": 960,
     "tokenizer.batch_size": 16,
+    "tokenizer.micro_batch_size": 16,
     "cache.batch_size": 8,
 }
 
@@ -191,7 +192,9 @@ CRITICAL = {
 }
 
 
-def test_stopped_training_with_a_critic_ends_in_the_same_bytes(repository):
+@pytest.mark.parametrize("micro_batch_size", [16, 8])
+def test_stopped_training_with_a_critic_ends_in_the_same_bytes(repository, monkeypatch, micro_batch_size):
+    monkeypatch.setitem(CRITICAL, "tokenizer.micro_batch_size", micro_batch_size)
     write_prepared(repository / "data/prepared", pixels(64, size=24), LENGTHS, VAL)
     run("tokenizer", **CRITICAL)
     whole = contents("data/tokenizer")
@@ -205,7 +208,7 @@ def test_stopped_training_with_a_critic_ends_in_the_same_bytes(repository):
 
     def stopping(critic, *arguments):
         calls.append(arguments[-1])
-        if len(calls) == 7:  # of 10 steps: after the first one in which the critic is heard
+        if len(calls) == 7 * 16 // micro_batch_size:  # of 10 steps: after the first one in which the critic is heard
             raise KeyboardInterrupt
         return judge(critic, *arguments)
 
