@@ -201,6 +201,7 @@ class Work:
     seconds: float  # of one core, per unit
     flop: float | None  # per unit; None where the work is none for a GPU
     units: tuple[int, int]  # for ImageNet, for a billion images
+    most_gpus: int | None = None  # that the stage can use; None for all there are
 
 
 def works(figures: dict, listing_seconds: float) -> list[Work]:
@@ -213,7 +214,7 @@ def works(figures: dict, listing_seconds: float) -> list[Work]:
         Work("fetch", "a file listed", listing_seconds, None, every),
         Work("prepare", "a photograph decoded, cropped, stored", seconds["prepare"], None, every),
         Work("reference", "Inception's features of an image", *features_of, every),
-        Work("tokenizer", "KL-16: a step on an image", seconds["tokenizer"], flop["tokenizer"], tokenized),
+        Work("tokenizer", "KL-16: a step on an image", seconds["tokenizer"], flop["tokenizer"], tokenized, most_gpus=1),
         Work("cache", "an image and its mirror image encoded", seconds["cache"], flop["cache"], every),
         Work("train, finetune", "an image forward and back", seconds["train"], flop["train"], trained),
         Work("sample", "an image drawn and decoded", drawn, flop["sample"], generated),
@@ -265,7 +266,8 @@ def _time_table(stages: list[Work], *, gpus: int, teraflops: float) -> str:
     for work in stages:
         cells = [work.stage]
         for units in work.units:
-            on_gpus = duration(units * work.flop / (gpus * teraflops * 1e12)) if work.flop else ""
+            used = min(gpus, work.most_gpus or gpus)
+            on_gpus = duration(units * work.flop / (used * teraflops * 1e12)) if work.flop else ""
             cells += [f"{units:,}", duration(units * work.seconds), on_gpus]
         rows.append(tuple(cells))
     fast = f"{gpus} GPUs at {teraflops:g} TFLOP/s"

@@ -55,7 +55,7 @@ def _in_processes(function: Callable, shards: Sequence, workers: int) -> Iterato
     except BrokenProcessPool as error:
         raise ChildProcessError(
             "a worker process died, perhaps for want of memory; finished shards are kept: run again, with a lower "
-            "runtime.workers or prepare.shard_size if it recurs."
+            "runtime.workers if it recurs."
         ) from error
     finally:
         pool.shutdown(cancel_futures=True)
@@ -95,7 +95,7 @@ def _on_cluster(function: Callable, shards: Sequence, address: str) -> Iterator[
         except KilledWorker as error:
             raise ChildProcessError(
                 f"workers of the cluster at {address} died, perhaps for want of memory; finished shards are kept: run "
-                "again, with a lower prepare.shard_size if it recurs."
+                "again, with fewer workers on each machine if it recurs."
             ) from error
         finally:
             client.cancel(list(futures))

@@ -20,7 +20,9 @@ def test_the_document_shows_the_saved_figures():
 
 def test_times_are_units_times_cost():
     work = scaling.Work("cache", "an image", 2.0, 1e12, (3600, 7200))
-    table = scaling._time_table([work], gpus=2, teraflops=50)
+    alone = scaling.Work("tokenizer", "an image", 2.0, 1e12, (3600, 7200), most_gpus=1)
+    table = scaling._time_table([alone, work], gpus=2, teraflops=50)
+    assert table.splitlines()[-2].split(" | ")[3] == "1.2 minutes"
     assert table.splitlines()[-1] == "| cache | 3,600 | 2.0 hours | 36.0 seconds | 7,200 | 4.0 hours | 1.2 minutes |"
 
 
