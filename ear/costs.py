@@ -18,9 +18,12 @@ from ear import config, randomness, scores
 from ear import model as models
 from ear.autoencoder import KL, Identity, Tokenizer, kl_structure
 from ear.autoencoder_import import import_tokenizer
+from ear.autoencoder_loss import AutoencoderLoss
 from ear.causal import CausalModel
+from ear.critic import PatchCritic
 from ear.masking import masked_count
 from ear.model import Model, Shape, pick
+from ear.perceptual import Perceptual
 from ear.sampling import sample
 
 _FLOAT = 4  # bytes
@@ -37,10 +40,12 @@ class Costs:
     images: int  # of the data set
     parameters: dict[str, int]
     memory: dict[str, int]  # of one training process
+    tokenizer_memory: dict[str, int]  # of the tokenizer's training; empty where it is not trained
     checkpointed_activations: int  # what `activations` of memory would be with runtime.checkpointing
     training_flops: dict[str, int]  # per image
     sampling_flops: dict[str, int]  # per image
     encoding_flops: int  # per image and its mirror image
+    tokenizer_flops: int  # per training image of the tokenizer: encoded, decoded, and back
     disk: dict[str, int]
 
     @property
@@ -81,10 +86,12 @@ def of_pipeline(parameters: config.Parameters, *, classes: int, images: int) -> 
             "averaged weights": _AVERAGES * weights,
             "activations": plain,
         },
+        tokenizer_memory=tokenizer_memory(tokenizer, parameters.tokenizer) if parameters.tokenizer.name == "kl" else {},
         checkpointed_activations=checkpointed,
         training_flops=training_flops(shape),
         sampling_flops=sampling_flops(shape, parameters.sample) | {"decoder": decode},
         encoding_flops=2 * encode,
+        tokenizer_flops=3 * (encode + decode),
         disk=disk_bytes(parameters, shape, images=images, weights=weights),
     )
 
@@ -147,21 +154,52 @@ def _with(shape: Shape, **model) -> Shape:
 
 def _kept_for_backward(shape: Shape, *, images: int, precision: str) -> int:
     """Bytes of the tensors that autograd saves in a training forward pass without dropout, but for the weights."""
-    kept = {}
+    half = torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16")
+    with FakeTensorMode():
+        # The CPU's fused attention, like CUDA's, keeps no matrix of weights, but only without dropout.
+        model = models.build(_with(shape, dropout=0.0)).train()
+        with half:
+            return _saved(lambda: _loss(model, images=images, masked=model.tokens), model)
+
+
+def _saved(forward: Callable[[], object], *modules: nn.Module) -> int:
+    """Bytes of the tensors that autograd saves in `forward`, but for the weights of the modules."""
+    kept, weights = {}, {t.untyped_storage()._cdata for m in modules for t in (*m.parameters(), *m.buffers())}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
         kept[storage._cdata] = storage
         return tensor
 
-    half = torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16")
-    with FakeTensorMode():
-        # The CPU's fused attention, like CUDA's, keeps no matrix of weights, but only without dropout.
-        model = models.build(_with(shape, dropout=0.0)).train()
-        weights = {p.untyped_storage()._cdata for p in (*model.parameters(), *model.buffers())}
-        with half, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            _loss(model, images=images, masked=model.tokens)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        forward()
     return sum(storage.nbytes() for at, storage in kept.items() if at not in weights)
+
+
+def tokenizer_memory(tokenizer: KL, options: config.Tokenizer) -> dict[str, int]:
+    """Bytes of the training of an autoencoder in float32; beside them, its two judges have small weights."""
+    side, count = tokenizer.image_size // tokenizer.downsample, options.micro_batch_size
+    with FakeTensorMode():
+        trained = KL(image_size=tokenizer.image_size, structure=tokenizer.structure)
+        perceptual, critic = Perceptual() if options.perceptual_weight else None, PatchCritic().requires_grad_(False)
+        images = torch.empty(count, 3, tokenizer.image_size, tokenizer.image_size)
+        noise = torch.empty(count, tokenizer.latent_channels, side, side)
+        loss = AutoencoderLoss(options.kl_weight, perceptual, options.perceptual_weight)
+
+        def forward() -> None:
+            decoded = loss(trained, images, noise).decoded
+            if options.adversarial_weight:
+                critic(decoded)
+
+        activations = _saved(forward, trained, critic, *([perceptual] if perceptual else []))
+    weights = _elements(tokenizer) * _FLOAT
+    return {
+        "weights": weights,
+        "gradients": weights,
+        "AdamW moments": 2 * weights,
+        "averaged weights": weights,
+        "activations": activations,
+    }
 
 
 def _loss(model: Model, *, images: int, masked: int) -> torch.Tensor:

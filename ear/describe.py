@@ -31,6 +31,7 @@ def report(costs: Costs, parameters: config.Parameters, *, teraflops: float | No
     sample = parameters.sample
     sections = [
         ("parameters", {name: f"{count:,}" for name, count in costs.parameters.items()}),
+        *_tokenizer_memory(costs, parameters),
         _memory(costs, parameters),
         ("a training image", {name: operations(count) for name, count in costs.training_flops.items()}),
         (
@@ -43,6 +44,16 @@ def report(costs: Costs, parameters: config.Parameters, *, teraflops: float | No
     for title, rows in sections:
         lines += ["", title, *(f"  {name:<28}{value:>14}" for name, value in rows.items())]
     return "\n".join(lines)
+
+
+def _tokenizer_memory(costs: Costs, parameters: config.Parameters) -> list[Section]:
+    """Of the tokenizer's training, where there is one."""
+    if not costs.tokenizer_memory:
+        return []
+    rows = {name: size(count) for name, count in costs.tokenizer_memory.items()}
+    rows["all"] = size(sum(costs.tokenizer_memory.values()))
+    title = f"memory of the tokenizer's training (float32, {parameters.tokenizer.micro_batch_size} images at once)"
+    return [(title, rows)]
 
 
 def _memory(costs: Costs, parameters: config.Parameters) -> Section:
@@ -58,7 +69,8 @@ def _memory(costs: Costs, parameters: config.Parameters) -> Section:
 def _stages(costs: Costs, parameters: config.Parameters, teraflops: float | None) -> Section:
     """Compute of the stages that take long, and their time."""
     training = costs.training_flops["forward and backward"]
-    stages = {
+    stages = {"tokenizer": (parameters.tokenizer.images, costs.tokenizer_flops)} if costs.tokenizer_memory else {}
+    stages |= {
         "cache": (costs.images, costs.encoding_flops),
         "train": (parameters.train.images, training),
         "finetune": (parameters.finetune.images, training),
@@ -69,7 +81,8 @@ def _stages(costs: Costs, parameters: config.Parameters, teraflops: float | None
     for name, (images, each) in stages.items():
         rows[name] = f"{images:>13,} images x {operations(each):>13} = {images * each:.2e} FLOP"
         if teraflops:
-            rows[name] += f", {duration(images * each / (teraflops * 1e12 * processes))}"
+            used = 1 if name == "tokenizer" else processes  # it trains in one
+            rows[name] += f", {duration(images * each / (teraflops * 1e12 * used))}"
     rate = f"{teraflops:g} TFLOP/s, {processes} processes" if teraflops else "times with --teraflops"
     return f"whole stages ({rate})", rows
 

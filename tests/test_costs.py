@@ -10,7 +10,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ear import costs
 from ear import model as models
+from ear.autoencoder import kl_structure, new_kl
+from ear.autoencoder_loss import AutoencoderLoss
 from ear.configure import compose
+from ear.critic import PatchCritic
+from ear.perceptual import Perceptual
 from ear.sampling import sample
 
 PATHS = ("data.path=/images", "tokenizer.weights=/kl16.ckpt")  # of nothing
@@ -93,6 +97,32 @@ def test_activations_are_what_the_real_model_saves(options, one_thread):
     model, shape = deeper(dropout=0.0, **options)
     plain, _ = costs.activation_bytes(shape, images=5, precision="float32")
     assert plain == sum(tensor.untyped_storage().nbytes() for tensor in saved(model, 5).values())
+
+
+def test_activations_of_the_autoencoder_are_what_the_real_one_saves(one_thread):
+    options = compose(["preset=digits", "tokenizer.micro_batch_size=4"]).tokenizer
+    structure = kl_structure(channels=4, block_channels=[8, 16], layers=1)
+    images = torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    for weight in (0.0, 0.5):
+        options = dataclasses.replace(options, perceptual_weight=weight, adversarial_weight=weight)
+        tokenizer = new_kl(seed=0, image_size=32, structure=structure).train()
+        perceptual, critic = Perceptual(), PatchCritic().requires_grad_(False)
+        weights = {p.data_ptr() for m in (tokenizer, perceptual, critic) for p in (*m.parameters(), *m.buffers())}
+        kept = {}
+
+        def keep(tensor, kept=kept):
+            kept[tensor.untyped_storage().data_ptr()] = tensor
+            return tensor
+
+        loss = AutoencoderLoss(options.kl_weight, perceptual if weight else None, weight)
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            terms = loss(tokenizer, images, torch.randn(4, 4, 16, 16))
+            judged = critic(terms.decoded) if weight else None
+        assert (judged is not None) == (weight > 0)
+        expected = sum(t.untyped_storage().nbytes() for at, t in kept.items() if at not in weights)
+        memory = costs.tokenizer_memory(tokenizer, options)
+        assert memory["activations"] == pytest.approx(expected, rel=0.01)
+        assert memory["weights"] == 4 * sum(p.numel() for p in tokenizer.parameters())
 
 
 def test_dropout_adds_its_masks_as_cuda_keeps_them():

@@ -29,12 +29,24 @@ def test_description_from_parameters_alone(folder, monkeypatch, capsys):
     assert "classes and images: digits" in text
     assert "10 classes, 1,797 images" in text
     rows = {line[2:30].strip(): line[30:].strip() for line in text.splitlines() if line.startswith("  ")}
-    assert int(rows["tokenizer"].replace(",", "")) > 100_000
+    assert "  tokenizer                          675,143\n" in text
+    assert rows["tokenizer"].startswith("38,400 images x ")
+    assert "memory of the tokenizer's training (float32, 64 images at once)\n" in text
     images, _, flops = rows["train"].partition(" images x ")
     per_image, total = float(flops.split()[0]) * 1e6, float(flops.split("= ")[1].split()[0])
     assert int(images.replace(",", "")) * per_image == pytest.approx(total, rel=0.01)
     assert rows["data/samples"].endswith("kB")
-    assert all(rows[stage].endswith(("seconds", "minutes")) for stage in ("cache", "train", "finetune", "sample"))
+    assert all(
+        rows[stage].endswith(("seconds", "minutes")) for stage in ("tokenizer", "cache", "train", "finetune", "sample")
+    )
+
+
+def test_only_an_autoencoder_that_is_trained_costs_training(folder, monkeypatch, capsys):
+    imported = ["preset=imagenet256_base_smoke", "data.path=/images", "tokenizer.weights=/kl.ckpt"]
+    for name, trained in (("published", False), ("kl", True)):
+        (folder / "params.yaml").write_text(to_yaml(compose([*imported, f"tokenizer.name={name}"]), "test"))
+        run(monkeypatch)
+        assert ("the tokenizer's training" in capsys.readouterr().out) == trained
 
 
 def test_classes_and_images_come_from_the_latents_or_from_options(folder, monkeypatch):
