@@ -210,7 +210,7 @@ class Extractor:
 def open_extractor(path: str | Path, device: torch.device) -> Extractor:
     """The extractor that `save_classifier` or `save_inception` described.
 
-    Raises FileNotFoundError, or ValueError where the weights are not the ones described.
+    Raises FileNotFoundError, or ValueError where the weights are not the ones described, or of another network.
     """
     _, description = records.read_tensors(path)
     name = description.get("name")
@@ -226,9 +226,12 @@ def open_extractor(path: str | Path, device: torch.device) -> Extractor:
             f"{weights} has changed since the reference stage used it (SHA-256 {digest[:12]}, was "
             f"{description['sha256'][:12]}); run that stage again."
         )
-    module = create_feature_extractor(
-        name, list(_LAYERS[name]), cuda=False, verbose=False, feature_extractor_weights_path=str(weights)
-    )
+    try:
+        module = create_feature_extractor(
+            name, list(_LAYERS[name]), cuda=False, verbose=False, feature_extractor_weights_path=str(weights)
+        )
+    except RuntimeError as error:  # of torch's strict loading, with all names in many lines
+        raise ValueError(f"{weights} holds other tensors than {name} has; give {_PUBLISHED_FILE}.") from error
     return Extractor(module.to(device), name, digest, _LAYERS[name], device)
 
 

@@ -218,6 +218,19 @@ def test_weights_that_run_code_are_refused(tmp_path, capsys):
     assert "unpickled" not in capsys.readouterr().out
 
 
+def test_weights_of_another_network_are_refused(tmp_path):
+    path, description = tmp_path / "weights.pth", tmp_path / "extractor.safetensors"
+    torch.save([torch.zeros(1)], path)
+    with pytest.raises(ValueError, match=r"weights\.pth is a list, not a dict of tensors by name"):
+        features.save_inception(description, weights=str(path))
+    torch.save({"fc.weight": torch.zeros(1008, 2048)}, path)
+    features.save_inception(description, weights=str(path))
+    with pytest.raises(
+        ValueError, match=r"weights\.pth holds other tensors than inception-v3-compat has; give weights-"
+    ):
+        features.open_extractor(description, CPU)
+
+
 @pytest.fixture
 def inception_weights(tmp_path, monkeypatch):
     """A weights file of the right names and shapes, with torch's initial values."""
