@@ -66,15 +66,18 @@ def incomparable(protocol: dict, *, extractor: Extractor, reference: Reference) 
     """Reasons, possibly none, why figures under a protocol of `describe` must not stand beside published ones."""
     real, per_class = reference.description, protocol["images_per_class"]
     size, classes = real["image_size"], len(real["classes"])
-    published = PUBLISHED_STATISTICS.get(size, "other statistics")
+    published = PUBLISHED_STATISTICS.get(size)
     is_published = real["statistics_sha256"] and Path(real["name"]).name == published
+    if published:
+        reference_differs = f"figures rest on {real['name']}, published ones on {published} (reference.statistics)"
+    else:
+        reference_differs = f"no figures of images of {size} pixels are known to be published"
     reasons = {
         f"{protocol['images']} generated images, fewer than {PUBLISHED_IMAGES}": protocol["images"] < PUBLISHED_IMAGES,
         f"{per_class['least']} to {per_class['most']} images per class": per_class["least"] != per_class["most"],
         f"{classes} classes, not ImageNet's {PUBLISHED_CLASSES}": classes != PUBLISHED_CLASSES,
         "another extractor than the published Inception weights": not extractor.published,
-        f"reference {real['name']}, but published figures of {size} pixels a side use {published} "
-        "(reference.statistics)": not is_published,
+        reference_differs: not is_published,
     }
     return [reason for reason, holds in reasons.items() if holds]
 

@@ -71,19 +71,19 @@ def test_images_of_512_pixels_have_published_statistics_of_their_own():
         (
             {"name": "/data/own.npz"},
             [
-                f"reference /data/own.npz, but published figures of 256 pixels a side use {ADM} (reference.statistics)",
+                f"figures rest on /data/own.npz, published ones on {ADM} (reference.statistics)",
             ],
         ),
         (
             {"image_size": 512},
-            [f"reference weights/{ADM}, but published figures of 512 pixels a side use VIRTUAL_imagenet512.npz "],
+            [f"figures rest on weights/{ADM}, published ones on VIRTUAL_imagenet512.npz "],
         ),
-        ({"image_size": 64}, [f"reference weights/{ADM}, but published figures of 64 pixels a side use other stat"]),
-        ({"name": "training images", "statistics_sha256": ""}, ["reference training images, but published figures"]),
-        ({"name": ADM, "statistics_sha256": ""}, [f"reference {ADM}, but"]),
+        ({"image_size": 64}, ["no figures of images of 64 pixels are known to be published"]),
+        ({"name": "training images", "statistics_sha256": ""}, ["figures rest on training images, published ones on"]),
+        ({"name": ADM, "statistics_sha256": ""}, [f"figures rest on {ADM}, published"]),
         (
             {"count": 10, "name": "training images", "statistics_sha256": ""},
-            ["10 generated", "0 to 1 images per class", "reference training images"],
+            ["10 generated", "0 to 1 images per class", "figures rest on training images"],
         ),
     ],
 )
