@@ -47,7 +47,7 @@ and {budget["finetune_images"]:,} in the second phase; code and `params.yaml` ar
 
 
 def _budget(budget: Mapping) -> str:
-    """Training images by part: 44,800 (scores) and 22,400 (ablations)."""
+    """Training images by part: 64,000 (scores) and 22,400 (ablations)."""
     names = {"rules": "scores", "ablations": "ablations"}
     return " and ".join(f"{count:,} ({names[part]})" for part, count in budget["train_images"].items())
 
@@ -189,7 +189,8 @@ def _reading(results: Mapping) -> str:
 FID, precision and recall are measured in the features of a classifier trained on the real training images, which is
 right for {results["held_out_accuracy"]:.3f} of the real held-out ones; class accuracy is the share of generated images
 that it takes for the class they were drawn for. The FID between real held-out and real training images, the floor, is
-{results["floor"]:.4g}. Each model was trained once and drew {results["sampling"]["count"]:,} images, so small
+{results["floor"]:.4g}; what lies below it is nearer to the training images than unseen real ones are, as a model that
+remembers some of them would be. Each model was trained once and drew {results["sampling"]["count"]:,} images, so small
 differences are chance{chance}. No figure here compares with published ones.
 
     python -m flows.compare                # all of it; goes on where it was stopped
