@@ -79,7 +79,7 @@ def test_published_statistics_replace_the_training_images(tmp_path, monkeypatch,
     }
     assert figures["protocol"]["extractor"]["features"] == 2048
     assert len(figures["why"]) == 5  # few images, unbalanced, not ImageNet's classes, other weights, not ADM's file
-    assert figures["why"][-1].startswith("reference adm.npz, but published figures")
+    assert figures["why"][-1] == "no figures of images of 8 pixels are known to be published"
     assert "class_accuracy" not in figures
     cost = figures["reconstruction"]
     assert abs(cost["rfid"]) < 1e-3 * cost["rfid_train"]  # of equal images, whose few features leave sigma singular
