@@ -1,6 +1,5 @@
 """The reference and the evaluate stage on the digits, in a repository of their own."""
 
-import importlib
 import json
 import os
 import shutil
@@ -8,14 +7,13 @@ from pathlib import Path
 
 import h5py
 import numpy as np
+import one_stage
 import pytest
 import torch
-from omegaconf import OmegaConf
 from processes import together
 from safetensors.numpy import load_file
 
-from ear import config, features
-from stages import program
+from ear import features
 
 ROOT = Path(__file__).parent.parent
 SHORT = {"reference.images": 16_000, "reference.batch_size": 32, "reference.learning_rate": 5e-3}
@@ -26,13 +24,7 @@ CPU = torch.device("cpu")
 def run(stage: str, **changes) -> None:
     """One stage in the current folder, with a shorter training of the classifier than the default."""
     torch.set_num_threads(1)
-    content = OmegaConf.to_container(OmegaConf.load(ROOT / "params.yaml"))
-    content["compute"]["threads"], content["runtime"]["device"] = 1, "cpu"
-    for key, value in {**SHORT, **changes}.items():
-        section, name = key.split(".")
-        content[section][name] = value
-    parameters = program.visible(config.parse(content), program.declared(stage).get("params", []))
-    importlib.import_module(f"stages.{stage}").work(parameters)
+    one_stage.run(stage, {"compute.threads": 1, "runtime.device": "cpu", **SHORT, **changes})
 
 
 def images_of(split: str) -> tuple[np.ndarray, np.ndarray]:

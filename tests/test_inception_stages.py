@@ -1,18 +1,16 @@
 """Reference and evaluate with Inception and published statistics: generated weights and an npz in the real formats."""
 
-import importlib
 import json
 from pathlib import Path
 
 import numpy as np
+import one_stage
 import pytest
 import torch
-from omegaconf import OmegaConf
 from prepared_sets import pixels, write_prepared
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
-from ear import config, features, metrics, records, samples
-from stages import program
+from ear import features, metrics, records, samples
 
 ROOT = Path(__file__).parent.parent
 PARAMETERS = {
@@ -32,12 +30,7 @@ PARAMETERS = {
 
 
 def run(stage: str, **changes) -> None:
-    content = OmegaConf.load(ROOT / "params.yaml")
-    for key, value in {**PARAMETERS, **changes}.items():
-        OmegaConf.update(content, key, value)
-    parameters = config.parse(OmegaConf.to_container(content))
-    view = program.visible(parameters, program.declared(stage).get("params", []))
-    importlib.import_module(f"stages.{stage}").work(view)
+    one_stage.run(stage, {**PARAMETERS, **changes})
 
 
 def write_weights(path: str) -> None:

@@ -1,23 +1,21 @@
 """Published weights through the stages: from a checkpoint file to images, without training."""
 
-import importlib
 from dataclasses import asdict
 from pathlib import Path
 
 import h5py
 import numpy as np
+import one_stage
 import pytest
 import torch
-from omegaconf import OmegaConf
 from prepared_sets import pixels, write_prepared
 
 import ear
-from ear import config, interop, records, scores
+from ear import interop, records, scores
 from ear import model as models
 from ear.latents import LatentStore
 from ear.model import Shape
 from ear.randomness import generator
-from stages import program
 
 ROOT = Path(__file__).parent.parent
 TINY = {
@@ -45,20 +43,12 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def run(stage: str, **changes) -> None:
-    content = OmegaConf.load(ROOT / "params.yaml")
-    for key, value in {**TINY, **changes}.items():
-        OmegaConf.update(content, key, value)
-    parameters = config.parse(OmegaConf.to_container(content))
-    view = program.visible(parameters, program.declared(stage).get("params", []))
-    importlib.import_module(f"stages.{stage}").work(view)
+    one_stage.run(stage, {**TINY, **changes})
 
 
 def untrained(**changes) -> models.Model:
     """A model of the parameters' shape, whose head is not 0."""
-    content = OmegaConf.load(ROOT / "params.yaml")
-    for key, value in {**TINY, **changes}.items():
-        OmegaConf.update(content, key, value)
-    parameters, store = config.parse(OmegaConf.to_container(content)), LatentStore("data/latents", "train")
+    parameters, store = one_stage.parameters({**TINY, **changes}), LatentStore("data/latents", "train")
     shape = Shape(store.shape, store.classes, asdict(parameters.model), scores.chosen(asdict(parameters.score)))
     model = models.build(shape).initialise(generator(5, "weights"))
     for parameter in model.score.parameters():

@@ -169,7 +169,7 @@ def fixed(score, **parameters):
     """The score with a head that says the same of every hidden state: its last layer's biases."""
     with torch.no_grad():
         score.projection.weight.zero_()
-        score.projection.bias.copy_(torch.cat([torch.tensor(values) for values in parameters.values()]))
+        score.projection.bias.copy_(torch.cat([torch.as_tensor(values) for values in parameters.values()]))
     return score
 
 
@@ -316,25 +316,24 @@ def test_codebook_is_learned_and_tokens_are_represented_by_it():
         score.learn(tokens[:3], seed=0)
 
 
+def numbered_codes(probabilities):
+    """A head that draws code k, whose first channel is k, with these probabilities."""
+    score = fixed(head("categorical", codes=len(probabilities)), logits=probabilities.log())
+    score.codebook[:, 0] = torch.arange(len(probabilities))
+    return score
+
+
 def test_categorical_sampling_follows_its_probabilities():
-    score = head("categorical", codes=3)
-    with torch.no_grad():
-        score.codebook.copy_(torch.tensor([[0.0, 0], [1, 0], [2, 0]]))
-        score.projection.weight.zero_()
-        score.projection.bias.copy_(torch.tensor([0.2, 0.3, 0.5]).log())
-        hidden = torch.zeros(20_000, toy.HIDDEN)
-        drawn = score.sample(hidden, source=generator(0))[:, 0].long()
-        assert (torch.bincount(drawn, minlength=3) / 20_000 - torch.tensor([0.2, 0.3, 0.5])).abs().max() < 0.02
-        assert (score.sample(hidden[:5], source=generator(0), temperature=0.0)[:, 0] == 2).all()
+    probabilities = torch.tensor([0.2, 0.3, 0.5])
+    score, hidden = numbered_codes(probabilities), torch.zeros(20_000, toy.HIDDEN)
+    drawn = score.sample(hidden, source=generator(0))[:, 0].long()
+    assert (torch.bincount(drawn, minlength=3) / 20_000 - probabilities).abs().max() < 0.02
+    assert (score.sample(hidden[:5], source=generator(0), temperature=0.0)[:, 0] == 2).all()
 
 
 def test_categorical_guidance_extrapolates_the_logits():
-    score = head("categorical", codes=3)
-    with torch.no_grad():
-        score.codebook.copy_(torch.tensor([[0.0, 0], [1, 0], [2, 0]]))
-        score.projection.weight.zero_()
-        score.projection.bias.copy_(torch.tensor([0.2, 0.3, 0.5]).log())
-        score.projection.weight[:, 0] = torch.tensor([1.0, 0.0, -1.0])
+    score = numbered_codes(torch.tensor([0.2, 0.3, 0.5]))
+    score.projection.weight.data[:, 0] = torch.tensor([1.0, 0.0, -1.0])
     here, null = torch.zeros(2, 20_000, toy.HIDDEN)
     here[:, 0] = 1.0
     drawn = score.sample(here, source=generator(0), unconditional=null, guidance=2.5)[:, 0].long()

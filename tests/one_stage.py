@@ -1,0 +1,26 @@
+"""A stage's work in this process and the current folder, with some of the default parameters changed."""
+
+import importlib
+from collections.abc import Mapping
+from pathlib import Path
+
+from omegaconf import OmegaConf
+
+from ear import config
+from stages import program
+
+_DEFAULT = Path(__file__).parent.parent / "params.yaml"
+
+
+def parameters(changes: Mapping[str, object]) -> config.Parameters:
+    """The default ones with {"section.key": value} changed."""
+    content = OmegaConf.load(_DEFAULT)
+    for key, value in changes.items():
+        OmegaConf.update(content, key, value)
+    return config.parse(OmegaConf.to_container(content))
+
+
+def run(stage: str, changes: Mapping[str, object]) -> None:
+    """`work` of the stage, which sees the parameters that dvc.yaml declares."""
+    view = program.visible(parameters(changes), program.declared(stage).get("params", []))
+    importlib.import_module(f"stages.{stage}").work(view)
