@@ -87,7 +87,11 @@ def load_into(
     *,
     weights: str = "model_ema",
 ) -> None:
-    """Fill a model with published weights, in place; raises what `load_published` does, naming what does not fit."""
+    """Fill a model with published weights, in place.
+
+    Raises what `load_published` does, naming what does not fit; ValueError for a model that none was published of.
+    """
+    _check_published(model)
     origin = "the published checkpoint" if isinstance(source, Mapping) else str(source)
     tensors, classes = _ours(source, weights), model.shape.classes
     embedding = tensors.get("class_embedding.weight")
@@ -112,16 +116,20 @@ def save_published(model: Model, path: str | Path) -> None:
 
 def published_tensors(model: Model) -> dict[str, Tensor]:
     """The model's weights under the published names; raises ValueError where it has none (see `save_published`)."""
-    score, attention = model.shape.score["name"], model.shape.model["attention"]
-    # Checked by name, for the kernel score's head has the same tensors as the energy score's.
-    if (score, attention) != ("energy", "bidirectional"):
-        raise ValueError(
-            f"score.name is {score!r} and model.attention is {attention!r}, but a published checkpoint holds 'energy' "
-            "and 'bidirectional' alone; keep this model in its own file."
-        )
+    _check_published(model)
     ours = model.state_dict()
     depth, head_depth = model.shape.model["depth"], model.shape.model["head_depth"]
     return {name: ours[our_name(name)].detach().cpu() for name in published_names(depth, head_depth)}
+
+
+def _check_published(model: Model) -> None:
+    score, attention = model.shape.score["name"], model.shape.model["attention"]
+    # By name, for the kernel score's head has the same tensors as the energy score's.
+    if (score, attention) != ("energy", "bidirectional"):
+        raise ValueError(
+            f"score.name is {score!r} and model.attention is {attention!r}, but a published checkpoint is of 'energy' "
+            "and 'bidirectional' alone; set these, or do without a published checkpoint."
+        )
 
 
 def published_names(depth: int, head_depth: int) -> list[str]:

@@ -127,3 +127,12 @@ def test_published_latents_are_scaled_by_a_constant():
     moments[:, 3:] = -30  # no variance to speak of
     latents = normalised(moments, torch.zeros(2, 3, 4, 4), interop.published_statistics(3))
     torch.testing.assert_close(latents, 0.2325 * moments[:, :3])
+
+
+@pytest.mark.parametrize("changes", [{"name": "kernel"}, {"attention": "causal"}])
+def test_weights_are_not_loaded_into_a_model_that_none_were_published_of(changes):
+    """The kernel score's head has the energy score's tensors, so that nothing else would say so."""
+    other, before = tiny_model(**changes), tiny_model(**changes).state_dict()
+    with pytest.raises(ValueError, match=r"^score\.name is '\w+' and model\.attention is '\w+', but a published"):
+        interop.load_into(other, interop.published_tensors(tiny_model()))
+    assert all(torch.equal(before[name], tensor) for name, tensor in other.state_dict().items())

@@ -131,7 +131,8 @@ def guided(
     Of `_CANDIDATES` draws from the conditional mixture one is kept, with probability in proportion to
     (p_c / p_u)^(scale - 1). That is exact in the limit of many draws, and it never leaves what the condition allows,
     where the quotient of two Gaussians need not be a density at all. What it cannot do is more than take the best of
-    the draws: the more channels and the larger the scale, the more the effect falls short of the formula's.
+    the draws: the more channels and the larger the scale, the more the effect falls short of the formula's (of two
+    Gaussians half a deviation apart in 16 channels it moves the mean by all of it at scale 1.4, by half at 3).
     At another temperature the draws have their standard deviations times `temperature`; the ratio stays as it is.
     """
     candidates = torch.stack([conditional.draw(source, temperature=temperature) for _ in range(_CANDIDATES)])
