@@ -31,13 +31,13 @@ from flows import command, comparison, comparison_page, experiments, overrides, 
 from flows.comparison import Values, ablation_runs, experiment_name, rule_runs
 from flows.pipeline import PARAMETERS, failed, report
 from flows.repository import RepositoryError
-from flows.sweep import run_experiment
+from flows.sweep import EVALUATION, run_experiment
 
 Part = Literal["rules", "ablations"]
 
 # A half and a sixth of what the digits preset trains on: all of it in about an hour on two cores.
 IMAGES: dict[Part, int] = {"rules": 64_000, "ablations": 22_400}
-EVALUATION, REFERENCE = "data/evaluation/metrics.json", "data/reference/metrics.json"
+REFERENCE = "data/reference/metrics.json"
 GRID = "data/samples/grid.png"
 BENCHMARKS = ("heads", "scores", "variance")  # names in benchmarks/results/; scores is measured here
 # What may differ from the commit that the page names: results.

@@ -28,6 +28,8 @@ from flows.comparison import experiment_name
 from flows.pipeline import OPTIONS, PARAMETERS, failed, metric_rows, report
 from flows.repository import RepositoryError
 
+EVALUATION = "data/evaluation/metrics.json"  # where a metric is looked for first
+
 
 @task(task_run_name="{name}", **OPTIONS)
 def run_experiment(name: str, values: dict[str, Any]) -> State:
@@ -50,7 +52,7 @@ def sweep(
 
     Args:
         parameters: {"section.key": values to try}.
-        metric: a name in a metrics file, or FILE:NAME where several files have that name.
+        metric: a name in the metrics of the evaluation or of one other stage, or FILE:NAME.
         maximize: whether a higher metric is better (accuracy) rather than a lower one (FID).
         output: folder for table.csv and plot.png.
     """
@@ -95,8 +97,12 @@ def compare(
 
 
 def find(metric: str, files: dict[str, dict]) -> float:
-    """The value of `metric`, given as NAME or FILE:NAME. Raises ValueError unless exactly one file has it."""
+    """The value of `metric`, given as NAME or FILE:NAME: a name that the evaluation has is the evaluation's.
+
+    Raises ValueError where no file has it, or several others have.
+    """
     named = {f"{row['file']}:{row['metric']}": row["value"] for row in metric_rows(files)}
+    metric = f"{EVALUATION}:{metric}" if f"{EVALUATION}:{metric}" in named else metric
     matches = [full for full in named if metric in (full, full.rpartition(":")[2])]
     if not matches:
         raise ValueError(f"metric {metric!r} is in no metrics file; there are: {', '.join(named) or 'none'}.")
@@ -175,7 +181,7 @@ def main() -> int:
         prog="python -m flows.sweep", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--set", nargs="+", action="extend", required=True, metavar="KEY=VALUE,VALUE,...")
-    parser.add_argument("--metric", default="fid", help="NAME, or FILE:NAME where several files have it (default: fid)")
+    parser.add_argument("--metric", default="fid", help="NAME in the evaluation, or FILE:NAME (default: fid)")
     parser.add_argument("--maximize", action="store_true", help="a higher metric is better")
     parser.add_argument("--output", default="work/sweep", help="folder for table.csv and plot.png")
     arguments = parser.parse_args()

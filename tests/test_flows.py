@@ -570,6 +570,15 @@ def test_a_metric_is_found_by_name_or_file():
         find("kid", files)
 
 
+def test_metrics_of_the_evaluation_come_first():
+    """As the pipeline has them: the reference has a fid, too."""
+    files = {str(path.relative_to(ROOT)): json.loads(path.read_text()) for path in ROOT.glob("data/*/metrics.json")}
+    evaluation, reference = (files[f"data/{stage}/metrics.json"] for stage in ("evaluation", "reference"))
+    assert find("fid", files) == evaluation["fid"] != reference["fid"]
+    assert find("data/reference/metrics.json:fid", files) == reference["fid"]
+    assert find("psnr", files) == files["data/tokenizer/metrics.json"]["psnr"]
+
+
 def test_a_sweep_marks_the_best_and_leaves_the_workspace(repo, client):
     overrides.apply("params.yaml", {"sample.seed": 5})  # an edit that is not committed goes into the runs, and stays
     before = {path: path.read_bytes() for path in map(Path, ("params.yaml", "dvc.lock", "out/last", "metrics.json"))}
