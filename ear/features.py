@@ -269,17 +269,30 @@ class Batch(NamedTuple):
     labels: Tensor  # int64 [n]
 
 
-def stream(source: Source, extractor: Extractor, *, batch_size: int, title: str) -> Iterator[Batch]:
+def stream(
+    source: Source,
+    *,
+    extractor: Extractor,
+    batch_size: int,
+    title: str,
+    folder: Path,  # keeps what is known of each batch: a killed pass goes on from there
+) -> Iterator[Batch]:
     """Yield features, logits and labels of all images in order.
 
     Of many processes each looks at every so-manieth batch, and the main one yields all; so what comes of them does not
-    depend on their number (see `distributed.in_turns`). Raises ValueError where there is no image, or a feature is
-    infinite or NaN.
+    depend on their number (see `distributed.in_turns`). The folder must belong to this source, its order and this batch
+    size; batches of another extractor are not mistaken for its own. Raises ValueError where there is no image, or a
+    feature is infinite or NaN.
     """
     if not len(source):
         raise ValueError(f"{title}: there are no images; run the stage that writes them again.")
+    kept = folder / extractor.sha256[:16]
+    kept.mkdir(parents=True, exist_ok=True)
 
     def look(first: int) -> Batch:
+        file = kept / f"{first:010d}.safetensors"
+        if file.is_file():
+            return Batch(**records.read_tensors(file)[0])
         rows = range(first, min(first + batch_size, len(source)))
         features, logits = extractor(source.images(rows))
         finite = features.isfinite().all(1) & logits.isfinite().all(1)
@@ -288,7 +301,9 @@ def stream(source: Source, extractor: Extractor, *, batch_size: int, title: str)
             raise ValueError(
                 f"{title}: the features of image {bad} are infinite or NaN; check the extractor's weights."
             )
-        return Batch(features, logits, torch.from_numpy(source.labels[rows.start : rows.stop]))
+        batch = Batch(features, logits, torch.from_numpy(source.labels[rows.start : rows.stop]))
+        records.write_tensors(file, batch._asdict(), {})
+        return batch
 
     with Progress(title, len(source)) as progress:
         for batch in distributed.in_turns(range(0, len(source), batch_size), look):

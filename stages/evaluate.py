@@ -2,21 +2,25 @@
 
 Reads data/reference, data/samples/samples.h5 and, for the distance that the tokenizer alone causes, data/tokenizer and
 the held-out images of data/prepared; writes data/evaluation/metrics.json. Where a classifier is the extractor, the
-share of images that it takes for their class is a figure too.
+share of images that it takes for their class is a figure too. A killed run goes on from the images whose features are
+known.
 """
 
+from collections.abc import Iterator
 from dataclasses import asdict
+from functools import partial
 
 from ear import device as devices
 from ear import distributed, features, metrics, protocol, records
 from ear.autoencoder import load_tokenizer
 from ear.prepared import PreparedImages
 from ear.reconstruction import Reconstructions
-from ear.samples import Block, GeneratedImages
+from ear.samples import GeneratedImages
 from stages import program
 
 EXTRACTOR, REFERENCE = "data/reference/extractor.safetensors", "data/reference/features.safetensors"
 TOKENIZER, TOKENIZER_FIGURES = "data/tokenizer/tokenizer.safetensors", "data/tokenizer/metrics.json"
+PREPARED = "data/prepared/index.json"
 REAL, SAMPLES, TARGET = "data/reference/metrics.json", "data/samples/samples.h5", "data/evaluation/metrics.json"
 
 
@@ -31,8 +35,18 @@ def work(parameters) -> None:
     counts = {key: options[key] for key in ("kid_subset_size", "neighborhood")}
     metrics.check_counts(generated=len(blocks[0]), real=len(reference.features), **counts)
 
-    blocks_figures = [score(block, extractor, reference, options, size) for block in blocks]
-    distances = reconstruct(extractor, reference, device, size)
+    scratch = program.scratch("evaluate", parameters, [EXTRACTOR, SAMPLES, TOKENIZER, PREPARED])
+    look = partial(features.stream, extractor=extractor, batch_size=size)
+    score = partial(figures_of, reference=reference, options=options, labelled=extractor.name == features.CLASSIFIER)
+    blocks_figures = [
+        distributed.on_main(
+            look(block, title="samples", folder=scratch / f"samples-{number}"), partial(score, images=len(block))
+        )
+        for number, block in enumerate(blocks)
+    ]
+    decoded = Reconstructions(PreparedImages("data/prepared", "val"), load_tokenizer(TOKENIZER), device)
+    batches = look(decoded, title="reconstructions", folder=scratch / "reconstructions")
+    distances = distributed.on_main(batches, lambda batches: metrics.reconstruction(batches, reference))
     if not distributed.is_main():
         return
     figures = metrics.across(blocks_figures)
@@ -55,23 +69,15 @@ def work(parameters) -> None:
         print(f"Do not compare with published figures: {'; '.join(why)}.")
 
 
-def score(block: Block, extractor: features.Extractor, reference: metrics.Reference, options: dict, batch_size: int):
-    """All figures of one block; None beside the main process."""
-    batches = features.stream(block, extractor, batch_size=batch_size, title="samples")
-    generated = distributed.on_main(batches, lambda batches: features.gather(batches, len(block)))
-    if generated is None:
-        return None
+def figures_of(
+    batches: Iterator[features.Batch], images: int, reference: metrics.Reference, options: dict, labelled: bool
+) -> dict[str, float]:
+    """All figures of generated images; the class accuracy among them where logits are of the labels' classes."""
+    generated = features.gather(batches, images)
     figures = metrics.compare(generated.features, generated.logits, reference, **options)
-    if extractor.name == features.CLASSIFIER:
+    if labelled:
         figures["class_accuracy"] = metrics.class_accuracy(generated.logits, generated.labels)
     return figures
-
-
-def reconstruct(extractor: features.Extractor, reference: metrics.Reference, device, batch_size: int) -> dict | None:
-    """What the tokenizer costs: the distances of reconstructed held-out images to these and to the reference."""
-    source = Reconstructions(PreparedImages("data/prepared", "val"), load_tokenizer(TOKENIZER), device)
-    batches = features.stream(source, extractor, batch_size=batch_size, title="reconstructions")
-    return distributed.on_main(batches, lambda batches: metrics.reconstruction(batches, reference))
 
 
 if __name__ == "__main__":

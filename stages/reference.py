@@ -2,9 +2,12 @@
 
 Reads data/prepared; writes data/reference: extractor.safetensors, features.safetensors (mean and covariance over all
 training images, features of some) and metrics.json, with the distances between real images and real images: the floor
-under what generated ones can reach. A killed training of the classifier goes on from its last checkpoint.
+under what generated ones can reach. A killed run goes on from the classifier's last checkpoint, or from the images
+whose features are known, and ends in the same bytes.
 """
 
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -26,8 +29,9 @@ def work(parameters) -> None:
     distributed.from_main(lambda: make_extractor(file, train, options, scratch, device))
     extractor = features.open_extractor(file, device)
     identity, published, seen = identify(train, extractor, options)
-    real = summarise(seen, extractor, options.batch_size, "training images")
-    held_out = summarise(val, extractor, options.batch_size, "held-out images")
+    look = partial(features.stream, extractor=extractor, batch_size=options.batch_size)
+    real = summarise(look(seen, title="training images", folder=scratch / "train"), len(seen))
+    held_out = summarise(look(val, title="held-out images", folder=scratch / "val"), len(val))
     if not distributed.is_main():
         return
     reference = metrics.Reference(published or real.gaussian, real.features, held_out.gaussian, identity)
@@ -71,11 +75,10 @@ def identify(train: PreparedImages, extractor: features.Extractor, options):
     return identity | of_images | {"extractor_sha256": extractor.sha256}, published, seen
 
 
-def summarise(images, extractor: features.Extractor, batch_size: int, title: str) -> metrics.Summary | None:
+def summarise(batches: Iterator[features.Batch], images: int) -> metrics.Summary | None:
     """One pass over the images; None beside the main process."""
-    batches = features.stream(images, extractor, batch_size=batch_size, title=title)
     return distributed.on_main(
-        batches, lambda batches: metrics.summarise(batches, images=len(images), rows=metrics.REFERENCE_ROWS)
+        batches, lambda batches: metrics.summarise(batches, images=images, rows=metrics.REFERENCE_ROWS)
     )
 
 

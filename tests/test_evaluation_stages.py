@@ -126,6 +126,35 @@ def test_stopped_and_resumed_reference_ends_in_the_same_bytes(repository, monkey
     assert reference_bytes() == whole
 
 
+@pytest.mark.parametrize(
+    ("stage", "folder", "first"), [("reference", "reference", 1438), ("evaluate", "evaluation", 359)]
+)
+def test_a_killed_pass_goes_on_to_the_same_bytes(repository, monkeypatch, stage, folder, first):
+    """Killed while it looks at a second set of images, of 359: no image is looked at again but of the last batch."""
+    short, folder = {"reference.images": 320}, Path("data", folder)
+    run("reference", **short)
+    run(stage, **short)
+    whole = {path.name: path.read_bytes() for path in folder.iterdir()}
+    shutil.rmtree(folder)
+    shutil.rmtree("work")
+    looked, look = [], features.Extractor.__call__
+
+    def stopping(self, images):
+        before = sum(looked)
+        looked.append(len(images))
+        if before < first + 100 <= sum(looked):
+            raise KeyboardInterrupt
+        return look(self, images)
+
+    monkeypatch.setattr(features.Extractor, "__call__", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        run(stage, **short)
+    assert not folder.exists()
+    run(stage, **short)
+    assert sum(looked) == first + 359 + 32
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == whole
+
+
 def test_held_out_digits_score_as_the_floor(repository, capsys):
     run("evaluate")
     figures, real = evaluated(), json.loads(Path("data/reference/metrics.json").read_text())
@@ -163,8 +192,8 @@ def test_two_processes_leave_the_bytes_of_one(repository):
     run("reference", **short)
     run("evaluate")
     figures, reference = Path("data/evaluation/metrics.json").read_bytes(), reference_bytes()
-    shutil.rmtree("data/reference")
-    shutil.rmtree("data/evaluation")
+    for folder in ("data/reference", "data/evaluation", "work"):
+        shutil.rmtree(folder)
     assert together(lambda: run("reference", **short)) == [None, None]
     assert reference_bytes() == reference
     assert together(lambda: run("evaluate")) == [None, None]

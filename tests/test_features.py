@@ -2,6 +2,7 @@
 
 import pickle
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -38,8 +39,9 @@ class InMemory:
         return self._images[rows.start : rows.stop]
 
 
-def extract(images: np.ndarray, extractor, batch_size: int) -> features.Batch:
-    batches = features.stream(InMemory(images), extractor, batch_size=batch_size, title="samples")
+def extract(images: np.ndarray, extractor, batch_size: int, folder: Path) -> features.Batch:
+    source = InMemory(images)
+    batches = features.stream(source, extractor=extractor, batch_size=batch_size, title="samples", folder=folder)
     return features.gather(batches, len(images))
 
 
@@ -140,7 +142,7 @@ def test_torch_fidelity_agrees_from_images_to_figures(extractor, tmp_path):
         cache=False,
         verbose=False,
     )
-    ours = extract(generated, extractor, batch_size=16)
+    ours = extract(generated, extractor, 16, tmp_path / "passes")
     found, _ = extractor(real)
     moments = metrics.Moments()
     moments.add(found)
@@ -158,23 +160,48 @@ def test_torch_fidelity_agrees_from_images_to_figures(extractor, tmp_path):
     assert (figures["precision"], figures["recall"]) == pytest.approx((theirs["precision"], theirs["recall"]))
 
 
-def test_images_come_in_order_whatever_the_batch(extractor):
+def test_images_come_in_order_whatever_the_batch(extractor, tmp_path):
     images = pictures(10)
-    small, large = (extract(images, extractor, batch_size=size) for size in (3, 10))
+    small, large = (extract(images, extractor, size, tmp_path / f"{size}") for size in (3, 10))
     torch.testing.assert_close(small, large)
     torch.testing.assert_close(large.features, extractor(images)[0])
     assert small.labels.tolist() == [0, 1] * 5
 
 
-def test_no_images_are_refused(extractor):
+def test_a_killed_pass_looks_at_the_missing_images_alone(extractor, tmp_path):
+    images, looked, forward = pictures(10), [], extractor.module.forward
+
+    def stopping(batch):
+        looked.append(len(batch))
+        if len(looked) == 3:
+            raise KeyboardInterrupt
+        return forward(batch)
+
+    whole = extract(images, extractor, 3, tmp_path / "whole")
+    extractor.module.forward = stopping
+    with pytest.raises(KeyboardInterrupt):
+        extract(images, extractor, 3, tmp_path / "killed")
+    again = extract(images, extractor, 3, tmp_path / "killed")
+    assert looked == [3, 3, 3, 3, 1]
+    assert all(torch.equal(*parts) for parts in zip(again, whole, strict=True))
+
+
+def test_features_of_another_extractor_are_not_taken_for_its_own(extractor, tmp_path):
+    before = extract(pictures(4), extractor, 4, tmp_path)
+    features.save_classifier(tmp_path / "other", Classifier(2, 8).initialise(generator(1)), classes=["a", "b"])
+    after = extract(pictures(4), features.open_extractor(tmp_path / "other", CPU), 4, tmp_path)
+    assert not torch.equal(before.features, after.features)
+
+
+def test_no_images_are_refused(extractor, tmp_path):
     with pytest.raises(ValueError, match="samples: there are no images"):
-        extract(pictures(0), extractor, batch_size=3)
+        extract(pictures(0), extractor, 3, tmp_path)
 
 
-def test_non_finite_features_name_the_image(extractor):
+def test_non_finite_features_name_the_image(extractor, tmp_path):
     extractor.module.classifier.head.bias.fill_(float("nan"))
     with pytest.raises(ValueError, match="samples: the features of image 0 are infinite or NaN"):
-        extract(pictures(6), extractor, batch_size=4)
+        extract(pictures(6), extractor, 4, tmp_path)
 
 
 def test_files_that_describe_no_extractor_are_refused(tmp_path):
