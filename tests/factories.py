@@ -1,7 +1,10 @@
 """Tiny models for tests."""
 
+import torch
+
 from ear import model as models
 from ear import scores
+from ear.autoencoder import KL, kl_structure, new_kl
 from ear.model import Model, Shape
 from ear.randomness import generator
 
@@ -62,3 +65,11 @@ def tiny_model(
         if attention == "causal" and target_positions:
             model.target_positions.data.normal_(std=0.02, generator=source)
     return model.eval()
+
+
+def tiny_autoencoder() -> KL:
+    """One of 8 x 8 pixels and 3 channels whose posteriors have standard deviations around 0.6, in eval mode."""
+    tokenizer = new_kl(seed=0, image_size=8, structure=kl_structure(channels=3, block_channels=[8, 16], layers=1))
+    with torch.no_grad():
+        tokenizer.network.quant_conv.bias[3:] -= 1
+    return tokenizer.eval().requires_grad_(False)

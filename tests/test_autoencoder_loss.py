@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from factories import tiny_autoencoder
 from prepared_sets import pixels
 
 from ear import posterior
@@ -15,16 +16,8 @@ from ear.randomness import generator
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def tiny():
-    """An autoencoder whose posteriors have standard deviations around 0.6."""
-    tokenizer = new_kl(seed=0, image_size=8, structure=kl_structure(channels=3, block_channels=[8, 16], layers=1))
-    with torch.no_grad():
-        tokenizer.network.quant_conv.bias[3:] -= 1
-    return tokenizer.eval().requires_grad_(False)
-
-
 def test_the_loss_is_mean_absolute_error_plus_divergence_per_pixel():
-    tokenizer, images = tiny(), to_signed(pixels(4))
+    tokenizer, images = tiny_autoencoder(), to_signed(pixels(4))
     noise = torch.randn(4, 3, 4, 4, generator=generator(1))
     terms = AutoencoderLoss(kl_weight=0.5)(tokenizer, images, noise)
     moments = tokenizer.encode(images)
@@ -38,7 +31,7 @@ def test_the_loss_is_mean_absolute_error_plus_divergence_per_pixel():
 
 
 def test_the_loss_reaches_every_weight():
-    tokenizer = tiny().requires_grad_(True)
+    tokenizer = tiny_autoencoder().requires_grad_(True)
     terms = AutoencoderLoss(kl_weight=1e-3)(tokenizer, to_signed(pixels(2)), torch.zeros(2, 3, 4, 4))
     terms.loss.backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in tokenizer.parameters())

@@ -3,24 +3,17 @@
 import numpy as np
 import pytest
 import torch
+from factories import tiny_autoencoder
 from prepared_sets import pixels
 from skimage.metrics import peak_signal_noise_ratio
 
 from ear import posterior
-from ear.autoencoder import Identity, kl_structure, new_kl
+from ear.autoencoder import Identity
 from ear.images import to_signed, to_uint8
 from ear.randomness import generator
 from ear.reconstruction import describe, psnr, reconstruct
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-def tiny():
-    """An autoencoder whose posteriors have standard deviations around 0.6."""
-    tokenizer = new_kl(seed=0, image_size=8, structure=kl_structure(channels=3, block_channels=[8, 16], layers=1))
-    with torch.no_grad():
-        tokenizer.network.quant_conv.bias[3:] -= 1
-    return tokenizer.eval().requires_grad_(False)
 
 
 def test_psnr_is_scikit_images():
@@ -39,13 +32,13 @@ def test_identity_reconstructs_exactly():
 
 
 def test_reconstruction_goes_through_the_posterior_mean():
-    tokenizer, images = tiny(), torch.from_numpy(pixels(3))
+    tokenizer, images = tiny_autoencoder(), torch.from_numpy(pixels(3))
     mean = tokenizer.encode(to_signed(images))[:, :3]
     assert torch.equal(reconstruct(tokenizer, images), to_uint8(tokenizer.decode(mean)))
 
 
 def test_figures_are_those_of_all_images_together():
-    tokenizer, images = tiny(), torch.from_numpy(pixels(10))
+    tokenizer, images = tiny_autoencoder(), torch.from_numpy(pixels(10))
     figures = describe(tokenizer, images.split(4), generator(0))
     moments = tokenizer.encode(to_signed(images)).double()
     mean, variance = moments[:, :3].numpy(), moments[:, 3:].exp().numpy()
