@@ -47,8 +47,8 @@ def scratch(stage: str, parameters: SimpleNamespace, inputs: Iterable[str | Path
     """The folder where `stage` keeps unfinished work, named by its parameters, code and inputs.
 
     A killed run finds its own folder again; anything changed gives another one, and old ones are removed.
-    `inputs` are the small files that stand for the inputs (an index with digests, say); they must exist. The processes
-    of a stage share the folder.
+    `inputs` are the files that stand for the inputs, an index with digests where there is one: they must exist, and are
+    read whole. The processes of a stage share the folder.
     """
     return distributed.from_main(lambda: _scratch(stage, parameters, inputs))
 

@@ -1,19 +1,18 @@
 """The sample stage with a tiny model over pixels, in a repository of its own."""
 
-import importlib
 import json
 from pathlib import Path
 
 import h5py
 import numpy as np
+import one_stage
 import pytest
 from factories import tiny_model
-from omegaconf import OmegaConf
 from PIL import Image
 from processes import together
 
-from ear import config, records
 from ear import model as models
+from ear import records
 from ear.autoencoder import Identity, save_tokenizer
 from ear.generation import Generator
 from ear.latents import Statistics
@@ -27,12 +26,9 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 def run(*, cluster: str = "", **changes) -> bytes:
     """The stage, 23 images in batches of 5; returns the bytes of samples.h5."""
-    content = OmegaConf.to_container(OmegaConf.load(ROOT / "params.yaml"))
-    content["compute"]["threads"] = 1
-    content["runtime"] |= {"device": "cpu", "cluster": cluster}
-    content["sample"] |= {"count": 23, "batch_size": 5, "steps": 4, "guidance": 2.0, **changes}
-    parameters = program.visible(config.parse(content), program.declared("sample").get("params", []))
-    importlib.import_module("stages.sample").work(parameters)
+    options = {"count": 23, "batch_size": 5, "steps": 4, "guidance": 2.0, **changes}
+    machine = {"compute.threads": 1, "runtime.device": "cpu", "runtime.cluster": cluster}
+    one_stage.run("sample", machine | {f"sample.{name}": value for name, value in options.items()})
     return Path("data/samples/samples.h5").read_bytes()
 
 
