@@ -11,13 +11,14 @@ from dataclasses import asdict
 import torch
 
 from benchmarks import measure
-from ear import model as models
 from ear import scores
-from ear.causal import CausalModel
 from ear.config import Parameters
-from ear.configure import compose
-from ear.model import Shape, pick
-from ear.randomness import generator
+from ear.config.compose import compose
+from ear.model.causal import CausalModel
+from ear.model.files import build_model
+from ear.model.shape import Shape
+from ear.model.tokens import pick
+from ear.runtime.randomness import generator
 
 _GRIDS = (4, 8, 16)  # tokens along a side
 
@@ -31,7 +32,7 @@ def causal_model(parameters: Parameters, grid: int) -> CausalModel:
         asdict(parameters.model),
         scores.chosen(asdict(parameters.score)),
     )
-    return models.build(shape).initialise(generator(0, "weights")).eval()
+    return build_model(shape).initialise(generator(0, "weights")).eval()
 
 
 def cached(model: CausalModel, tokens, orders, labels):

@@ -13,8 +13,8 @@ import torch
 from benchmarks import measure
 from ear import scores
 from ear.config import Parameters
-from ear.configure import compose
-from ear.randomness import generator
+from ear.config.compose import compose
+from ear.runtime.randomness import generator
 from ear.scores import Score
 
 _NAMES = ("energy", "logarithmic", "hyvarinen")

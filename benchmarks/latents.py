@@ -19,8 +19,8 @@ import h5py
 import numpy as np
 
 from benchmarks.measure import arguments, median_seconds, report
-from ear import records
-from ear.latents import FORMAT, STATS, LatentStore
+from ear.files.json_files import write_json
+from ear.latents.store import FORMAT, STATS, LatentStore
 
 SHAPE = (2, 32, 16, 16)
 SHARD, CHUNK, BATCH = 1024, 64, 64  # rows
@@ -49,7 +49,7 @@ def write(folder: Path, rows: int) -> None:
         "statistics": {"mean": 0.0, "std": 1.0, "channel_mean": [], "channel_std": []},
         "shards": {"train": entries},
     }
-    records.write_json(folder / "store" / STATS, stats)
+    write_json(folder / "store" / STATS, stats)
 
 
 def shard(path: Path, moments: np.ndarray) -> dict:

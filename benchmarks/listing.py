@@ -15,9 +15,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from benchmarks import measure
-from ear import preparation, sources
-from ear.manifest import read_manifest, write_manifest
-from ear.sources import imagenet
+from ear.data import preparation, sources
+from ear.data.manifest import read_manifest, write_manifest
+from ear.data.sources import imagenet
 
 
 def wnid(label: int) -> str:

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from ear import records
+from ear.files.json_files import rounded, write_json
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -61,7 +61,7 @@ def arguments(description: str | None) -> argparse.ArgumentParser:
 
 def report(name: str, figures: dict, *, save: bool = False) -> None:
     """Print the figures and the machine's facts as JSON; where `save`, write them to benchmarks/results/NAME.json."""
-    content = {"benchmark": name, "figures": records.rounded(figures), "machine": machine()}
+    content = {"benchmark": name, "figures": rounded(figures), "machine": machine()}
     print(json.dumps(content, indent=1))
     if save:
-        records.write_json(RESULTS / f"{name}.json", content)
+        write_json(RESULTS / f"{name}.json", content)

@@ -20,8 +20,8 @@ from PIL import Image
 from skimage import data
 
 from benchmarks import measure
-from ear import preparation
-from ear.manifest import Manifest, Row
+from ear.data import preparation
+from ear.data.manifest import Manifest, Row
 
 SIZE = 256
 SHARD = 128

@@ -14,21 +14,23 @@ import torch
 from torch import Tensor
 
 from benchmarks import measure
-from ear import device as devices
-from ear import model as models
-from ear import sampling, scores
+from ear import scores
 from ear.config import Parameters
-from ear.configure import compose
-from ear.guidance import scale_at
-from ear.masking import masked_after, random_orders
-from ear.model import Model, Shape
-from ear.randomness import ImageStreams, Source, generator
+from ear.config.compose import compose
+from ear.model.autoregressive import AutoregressiveModel
+from ear.model.files import build_model
+from ear.model.masking import masked_after, random_orders
+from ear.model.shape import Shape
+from ear.runtime.device import set_precision
+from ear.runtime.randomness import ImageStreams, Source, generator
+from ear.sampling import sampler as sampling
+from ear.sampling.guidance import scale_at
 
 PUBLISHED = ("imagenet256_base", "imagenet256_large", "imagenet256_huge")
 CLASSES = {"digits": 10}  # of the presets whose data have not 1000
 
 
-def untrained(preset: str, parameters: Parameters) -> Model:
+def untrained(preset: str, parameters: Parameters) -> AutoregressiveModel:
     """The preset's model in eval mode; a head that is not 0 costs what a trained one does."""
     side = parameters.data.image_size // parameters.tokenizer.downsample
     classes = tuple(str(k) for k in range(CLASSES.get(preset, 1000)))
@@ -38,11 +40,11 @@ def untrained(preset: str, parameters: Parameters) -> Model:
         asdict(parameters.model),
         scores.chosen(asdict(parameters.score)),
     )
-    return models.build(shape).initialise(generator(0, "weights")).eval()
+    return build_model(shape).initialise(generator(0, "weights")).eval()
 
 
 @torch.inference_mode()
-def naive(model: Model, labels: Tensor, *, steps: int, guidance: float, temperature: float, source: Source) -> Tensor:
+def naive(model: AutoregressiveModel, labels: Tensor, *, steps: int, guidance: float, temperature: float, source: Source) -> Tensor:
     """Guided sampling that runs the head on all tokens in every step; tokens [B, L, D]."""
     images, length, device = len(labels), model.tokens, labels.device
     orders = random_orders(images, length, source, device)
@@ -63,7 +65,7 @@ def naive(model: Model, labels: Tensor, *, steps: int, guidance: float, temperat
 
 
 @torch.inference_mode()
-def head_only(model: Model, labels: Tensor, *, steps: int, temperature: float, source: Source) -> None:
+def head_only(model: AutoregressiveModel, labels: Tensor, *, steps: int, temperature: float, source: Source) -> None:
     """The calls of the head that one sampling makes, on hidden states of noise."""
     masked = model.tokens
     for left in masked_after(model.tokens, steps):
@@ -80,7 +82,7 @@ def measured(preset: str, batch: int, device: torch.device, repeats: int) -> dic
     parameters = compose([f"preset={preset}", "data.path=/images", "tokenizer.weights=/weights.ckpt"])  # not read
     options, model = parameters.sample, untrained(preset, parameters).to(device)
     precision = options.precision if device.type == "cuda" else "float32"
-    devices.set_precision(precision, device, key="sample.precision")
+    set_precision(precision, device, key="sample.precision")
     labels = (torch.arange(batch) % len(model.shape.classes)).to(device)
     common = {"steps": options.steps, "temperature": options.temperature}
     ways = {

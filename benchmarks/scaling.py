@@ -25,16 +25,23 @@ from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorIncepti
 from benchmarks import measure
 from benchmarks.prepare import pictures, store, write
 from benchmarks.sampling import untrained
-from ear import costs, features, metrics, preparation, randomness, records
-from ear.autoencoder import KL, kl_structure, new_kl
-from ear.autoencoder_loss import AutoencoderLoss
-from ear.caching import Encoder
+from ear.commands import costs
+from ear.commands.describe import IMAGENET, duration, operations, size
 from ear.config import Parameters
-from ear.configure import compose
-from ear.describe import IMAGENET, duration, operations, size
-from ear.manifest import Found, read_manifest, write_manifest
-from ear.model import Model
-from ear.sampling import network_evaluations, sample
+from ear.config.compose import compose
+from ear.data import preparation
+from ear.data.manifest import Found, read_manifest, write_manifest
+from ear.errors import UserError
+from ear.evaluation import metrics
+from ear.evaluation.extractors import INCEPTION, Extractor
+from ear.evaluation.statistics import Moments
+from ear.files.json_files import read_json
+from ear.latents.caching import Encoder
+from ear.model.autoregressive import AutoregressiveModel
+from ear.runtime import randomness
+from ear.sampling.sampler import network_evaluations, sample
+from ear.tokenizer.autoencoder import KL, kl_structure, new_kl
+from ear.tokenizer.loss import AutoencoderLoss
 
 PRESET = "imagenet256_base"
 BILLION = 1_000_000_000
@@ -93,7 +100,7 @@ def tokenizer_seconds(timer: Timer, tokenizer: KL) -> dict[str, float]:
     }
 
 
-def model_seconds(timer: Timer, model: Model, parameters: Parameters) -> dict[str, float]:
+def model_seconds(timer: Timer, model: AutoregressiveModel, parameters: Parameters) -> dict[str, float]:
     """One image: forward and backward pass of training; sampling with guidance, without the decoder."""
     latents = torch.randn(1, *model.shape.latent, generator=randomness.generator(0))
     labels, options = torch.zeros(1, dtype=torch.long), parameters.sample
@@ -120,16 +127,16 @@ def untrained_inception() -> FeatureExtractorInceptionV3:
     with tempfile.NamedTemporaryFile(suffix=".pth") as empty:
         torch.save({}, empty.name)
         layers = ["2048", "logits_unbiased"]
-        return Untrained(features.INCEPTION, layers, feature_extractor_weights_path=empty.name)
+        return Untrained(INCEPTION, layers, feature_extractor_weights_path=empty.name)
 
 
 def evaluation_figures(timer: Timer) -> dict:
     """Inception's features of one image, and the Frechet distance of two sets of them."""
     pixels = np.random.default_rng(0).integers(0, 256, (_INCEPTION_IMAGES, 256, 256, 3), dtype=np.uint8)
     module = untrained_inception()
-    extractor = features.Extractor(module, features.INCEPTION, "", tuple(module.features_list), _CPU)
+    extractor = Extractor(module, INCEPTION, "", tuple(module.features_list), _CPU)
     seconds = timer(lambda: extractor(pixels)) / _INCEPTION_IMAGES
-    first, second = (metrics.Moments() for _ in range(2))
+    first, second = (Moments() for _ in range(2))
     for number, moments in enumerate((first, second)):
         moments.add(torch.randn(2 * _FRECHET, _FRECHET, generator=randomness.generator(number)))
     distance = timer(lambda: metrics.frechet_distance(first.gaussian(), second.gaussian()))
@@ -286,7 +293,7 @@ def fill(document: str, tables: dict[str, str]) -> str:
     for name, table in tables.items():
         pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- end -->)", re.DOTALL)
         if not pattern.search(document):
-            raise ValueError(f"the document has no lines <!-- {name} --> and <!-- end -->; add them where it belongs.")
+            raise UserError(f"the document has no lines <!-- {name} --> and <!-- end -->; add them where it belongs.")
         document = pattern.sub(lambda found, table=table: f"{found[1]}{table}\n{found[2]}", document)
     return document
 
@@ -303,7 +310,7 @@ def main() -> None:
         parameters = compose([f"preset={PRESET}", "data.path=/images", "tokenizer.weights=/kl16.ckpt"])  # not read
         measure.report("scaling", measured(Timer(arguments.repeats), parameters), save=arguments.save)
     if arguments.write:
-        saved = {name: records.read_json(measure.RESULTS / f"{name}.json") for name in ("scaling", "listing")}
+        saved = {name: read_json(measure.RESULTS / f"{name}.json") for name in ("scaling", "listing")}
         arguments.write.write_text(fill(arguments.write.read_text(), tables(saved["scaling"], saved["listing"])))
 
 

@@ -15,13 +15,15 @@ from dataclasses import asdict
 import torch
 
 from benchmarks import measure
-from ear import config, optimizer, scores
-from ear import device as devices
-from ear import model as models
-from ear.model import Model, Shape
-from ear.randomness import ImageStreams, generator
-from ear.sampling import network_evaluations, sample
-from ear.training import Trainer
+from ear import config, scores
+from ear.model.autoregressive import AutoregressiveModel
+from ear.model.files import build_model
+from ear.model.shape import Shape
+from ear.runtime.device import prepare_device
+from ear.runtime.randomness import ImageStreams, generator
+from ear.sampling.sampler import network_evaluations, sample
+from ear.training import optimizer
+from ear.training.trainer import Trainer
 from flows import comparison, overrides
 
 _STEPS = 3  # optimiser steps of one turn
@@ -101,7 +103,7 @@ class Candidate:
         }
 
 
-def untrained(parameters: config.Parameters) -> Model:
+def untrained(parameters: config.Parameters) -> AutoregressiveModel:
     """The model of these parameters."""
     side = parameters.data.image_size // parameters.tokenizer.downsample
     # Pixels as tokens have 3 channels for each pixel that a latent cell covers.
@@ -113,7 +115,7 @@ def untrained(parameters: config.Parameters) -> Model:
         asdict(parameters.model),
         scores.chosen(asdict(parameters.score)),
     )
-    model = models.build(shape).initialise(generator(0, "weights"))
+    model = build_model(shape).initialise(generator(0, "weights"))
     width = model.token_embedding.in_features
     model.score.learn(torch.randn(_CODEBOOK_TOKENS, width, generator=generator(0, "tokens")), 0)
     return model
@@ -132,7 +134,7 @@ def main() -> None:
     parser.add_argument("--rules", nargs="+", choices=comparison.RULES, default=[*comparison.RULES], metavar="RULE")
     arguments = parser.parse_args()
     parameters = config.load(arguments.params)
-    device = devices.prepare(parameters.runtime.device, parameters.compute.threads)
+    device = prepare_device(parameters.runtime.device, parameters.compute.threads)
     candidates = {
         rule: Candidate(changed(arguments.params, comparison.RULES[rule]), device) for rule in arguments.rules
     }

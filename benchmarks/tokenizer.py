@@ -15,8 +15,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.measure import arguments, median_seconds, report
-from ear.autoencoder import KL, kl_structure, new_kl
-from ear.caching import Encoder
+from ear.latents.caching import Encoder
+from ear.tokenizer.autoencoder import KL, kl_structure, new_kl
 
 STRUCTURE = kl_structure(channels=16, block_channels=[128, 128, 256, 256, 512], layers=2)
 

@@ -20,28 +20,30 @@ from torch import Tensor, nn
 
 from benchmarks import measure
 from benchmarks.sampling import PUBLISHED, untrained
-from ear import costs, optimizer
-from ear import device as devices
+from ear.commands import costs
 from ear.config import Parameters
-from ear.configure import compose
-from ear.ema import Average
-from ear.masking import mask_first, masked_count, random_orders
-from ear.model import Model, patchify
-from ear.randomness import generator, uniform
-from ear.scores.generator import pairwise_loss
-from ear.training import Trainer
+from ear.config.compose import compose
+from ear.model.autoregressive import AutoregressiveModel
+from ear.model.masking import mask_first, masked_count, random_orders
+from ear.model.tokens import patchify
+from ear.runtime.device import compile_in_place, prepare_device
+from ear.runtime.randomness import generator, uniform
+from ear.scores.sample_based import pairwise_loss
+from ear.training import optimizer
+from ear.training.ema import Average
+from ear.training.trainer import Trainer
 
 _PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # bfloat16 without sparsity, from the data sheets
 _STEPS = {"cpu": 3, "cuda": 10}  # of one turn
 
 
-def latents_and_labels(model: Model, images: int, device: torch.device) -> tuple[Tensor, Tensor]:
+def latents_and_labels(model: AutoregressiveModel, images: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """A micro-batch of noise."""
     latents = torch.randn((images, *model.shape.latent), generator=generator(0, "latents"))
     return latents.to(device), (torch.arange(images) % len(model.shape.classes)).to(device)
 
 
-def trainer(model: Model, parameters: Parameters, loss: Callable) -> Trainer:
+def trainer(model: AutoregressiveModel, parameters: Parameters, loss: Callable) -> Trainer:
     """The trainer of the train stage."""
     options = parameters.train
     groups = model.parameter_groups(weight_decay=options.weight_decay, head_rate=options.head_rate)
@@ -58,8 +60,8 @@ def trainer(model: Model, parameters: Parameters, loss: Callable) -> Trainer:
     )
 
 
-def plain_loss(model: Model, latents: Tensor, labels: Tensor, source: torch.Generator) -> Tensor:
-    """The loss of `Model.loss` with the head on all tokens, once per noise sample."""
+def plain_loss(model: AutoregressiveModel, latents: Tensor, labels: Tensor, source: torch.Generator) -> Tensor:
+    """The loss of `AutoregressiveModel.loss` with the head on all tokens, once per noise sample."""
     tokens, rule = patchify(latents, model.patch), model.score
     orders = random_orders(len(tokens), model.tokens, source, tokens.device)
     mask = mask_first(orders, masked_count(model.tokens, model.mask_ratio_min, source))
@@ -72,7 +74,7 @@ def plain_loss(model: Model, latents: Tensor, labels: Tensor, source: torch.Gene
     return (per_token * mask.flatten()).sum() / mask.sum()
 
 
-def plain_loop(model: Model, parameters: Parameters, batch: tuple[Tensor, Tensor], autocast: Callable) -> Callable:
+def plain_loop(model: AutoregressiveModel, parameters: Parameters, batch: tuple[Tensor, Tensor], autocast: Callable) -> Callable:
     """A step of training as one writes it first, on a global batch of equal micro-batches."""
     options, positions = parameters.train, itertools.count()
     groups = model.parameter_groups(weight_decay=options.weight_decay, head_rate=options.head_rate)
@@ -123,7 +125,7 @@ def measured(preset: str, device: torch.device, rounds: int) -> dict:
     options = parameters.train
     ours = untrained(preset, parameters).to(device)
     if cuda and parameters.runtime.compile:
-        devices.compile_in_place(ours.transformer)
+        compile_in_place(ours.transformer)
     batch = latents_and_labels(ours, options.micro_batch_size, device)
 
     def autocast():
@@ -155,7 +157,7 @@ def measured(preset: str, device: torch.device, rounds: int) -> dict:
     return figures | (on_cuda(ours, training, batch, rate) if cuda else {})
 
 
-def on_cuda(model: Model, training: Trainer, batch: tuple[Tensor, Tensor], rate: float) -> dict:
+def on_cuda(model: AutoregressiveModel, training: Trainer, batch: tuple[Tensor, Tensor], rate: float) -> dict:
     """Peak memory of a step, and MFU where the device's peak is known."""
     torch.cuda.reset_peak_memory_stats()
     training.step(itertools.repeat(batch))
@@ -175,7 +177,7 @@ def main() -> None:
     parser.add_argument("--preset", nargs="+", default=["digits", *(PUBLISHED if cuda else ())], metavar="NAME")
     parser.add_argument("--rounds", type=int, default=5, help="turns of which the median counts (default: 5)")
     arguments = parser.parse_args()
-    device = devices.prepare("auto", compose([]).compute.threads)
+    device = prepare_device("auto", compose([]).compute.threads)
     figures = {name: measured(name, device, arguments.rounds) for name in arguments.preset}
     measure.report("training", figures, save=arguments.save)
 

@@ -15,8 +15,8 @@ from torch import Tensor
 from benchmarks import measure
 from ear import scores
 from ear.config import Parameters
-from ear.configure import compose
-from ear.randomness import generator
+from ear.config.compose import compose
+from ear.runtime.randomness import generator
 from ear.scores.energy import EnergyScore, energy_loss
 
 _DIMENSIONS = 16

@@ -5,25 +5,33 @@
     images = ear.generate("data", labels=[3, 7], steps=16, guidance=2.0, temperature=0.9, seed=0)
     edited = ear.inpaint(images, mask, labels=[3, 7])  # redraws the pixels where mask is true
 
-`ear.interop` reads and writes published checkpoints.
+`ear.interop` reads and writes published checkpoints. `ear.UserError` is raised for mistakes that the caller can fix.
 """
 
 import importlib
+from typing import TYPE_CHECKING, Any
 
-_HOMES = {
-    "load": "ear.generation",
-    "generate": "ear.generation",
-    "inpaint": "ear.editing",
-    "interop": "ear.interop",
+if TYPE_CHECKING:
+    from ear.errors import UserError
+    from ear.model import interop
+    from ear.sampling.editing import inpaint
+    from ear.sampling.generation import generate, load
+
+_MODULES = {
+    "UserError": "ear.errors",
+    "generate": "ear.sampling.generation",
+    "inpaint": "ear.sampling.editing",
+    "load": "ear.sampling.generation",
 }
 
 
-def __getattr__(name: str):
-    # Importing lazily keeps `python -m ear.configure` and the light stages free of torch.
-    if name not in _HOMES:
+def __getattr__(name: str) -> Any:
+    # Importing on first use keeps `import ear`, `ear --help` and the light stages free of torch.
+    if name == "interop":
+        return importlib.import_module("ear.model.interop")
+    if name not in _MODULES:
         raise AttributeError(f"module 'ear' has no attribute {name!r}")
-    home = importlib.import_module(_HOMES[name])
-    return home if _HOMES[name] == f"ear.{name}" else getattr(home, name)
+    return getattr(importlib.import_module(_MODULES[name]), name)
 
 
-__all__ = ["generate", "inpaint", "interop", "load"]
+__all__ = ["UserError", "generate", "inpaint", "interop", "load"]

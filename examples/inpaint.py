@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 
 import ear
-from ear.pictures import grid, save_png
-from ear.prepared import PreparedImages
+from ear.data.pictures import grid, save_png
+from ear.data.prepared import PreparedImages
 
 _GREY = 128
 _ROWS = 8

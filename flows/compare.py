@@ -10,6 +10,7 @@ the end. A part that is made alone joins the other part on the page, if that is 
 """
 
 # isort: off
+from ear.errors import UserError
 import flows.settings  # noqa: F401 - first: Prefect reads its settings when it is imported
 
 # isort: on
@@ -26,7 +27,9 @@ from prefect.artifacts import create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
 from prefect.states import Completed, Failed
 
-from ear import config, records
+from ear import config
+from ear.files.atomic import whole_file
+from ear.files.json_files import read_json, write_json
 from flows import command, comparison, comparison_page, experiments, overrides, repository
 from flows.comparison import Values, ablation_runs, experiment_name, rule_runs
 from flows.pipeline import PARAMETERS, failed, report
@@ -68,7 +71,7 @@ def compare(
         runs = {experiment_name(values): values for values in planned(parameters, budget)}
         for values in runs.values():
             overrides.check(PARAMETERS, values)
-    except (ValueError, FileNotFoundError, RepositoryError) as error:
+    except (UserError, RepositoryError) as error:
         return Failed(message=str(error))
     errors = run_all(runs)
     if errors:
@@ -86,7 +89,7 @@ def check_committed() -> None:
     """Raises ValueError where code or parameters are not as the commit has them, since the page names the commit."""
     edited = [path for path in experiments.edited() if not path.startswith(_RESULTS)]
     if edited:
-        raise ValueError(
+        raise UserError(
             f"{edited[0]} is not as the last commit has it; commit it, so that the page can name its code."
         )
 
@@ -94,7 +97,7 @@ def check_committed() -> None:
 def check_extractor(parameters: config.Parameters) -> None:
     """Raises ValueError where nothing tells the class of a generated image."""
     if parameters.reference.extractor != "classifier":
-        raise ValueError(
+        raise UserError(
             f"reference.extractor is {parameters.reference.extractor}, but the comparison reports class accuracy; set "
             "it to classifier."
         )
@@ -142,7 +145,7 @@ def collect(parameters: config.Parameters, budget: Mapping[Part, int]) -> dict[s
             "finetune_images": parameters.finetune.images,
         },
         "sampling": asdict(parameters.sample),
-        "benchmarks": {name: records.read_json(f"benchmarks/results/{name}.json") for name in BENCHMARKS},
+        "benchmarks": {name: read_json(f"benchmarks/results/{name}.json") for name in BENCHMARKS},
     }
     if "rules" in budget:
         results["rules"] = [
@@ -166,7 +169,7 @@ def joined(results: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     path = folder / "scores" / "results.json"
     if not path.exists():
         return dict(results)
-    before, now = records.read_json(path), results["budget"]
+    before, now = read_json(path), results["budget"]
     if any(before["budget"][key] != now[key] for key in ("commit", "finetune_images")):
         return dict(results)
     budget = now | {"train_images": before["budget"]["train_images"] | now["train_images"]}
@@ -186,9 +189,9 @@ def publish(results: Mapping[str, Any], folder: Path) -> None:
     for rule in results.get("rules", []):
         target = folder / "scores" / f"{comparison.file_name(rule['rule'])}.png"
         experiments.fetch(comparison_page.best(rule["runs"])["experiment"], GRID, target)
-    records.write_json(folder / "scores" / "results.json", results)
+    write_json(folder / "scores" / "results.json", results)
     text = comparison_page.page(results)
-    with records.whole_file(folder / "scores.md") as partial:
+    with whole_file(folder / "scores.md") as partial:
         partial.write_text(text)
     create_markdown_artifact(key="scores", markdown=text, description="Scores side by side")
 

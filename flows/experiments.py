@@ -17,7 +17,7 @@ from typing import Any
 
 from ruamel.yaml import YAML
 
-from ear import records
+from ear.files.atomic import whole_file, whole_folder
 from flows import overrides, repository
 from flows.repository import BusyError, RepositoryError
 
@@ -92,7 +92,7 @@ def read(name: str, path: str) -> str:
 def fetch(name: str, path: str, target: Path) -> None:
     """Copy an output of the experiment `name` from DVC's cache. Raises RepositoryError."""
     revision = _git("rev-parse", f"{_refs()}{name}").strip()
-    with tempfile.TemporaryDirectory() as folder, records.whole_file(target) as partial:
+    with tempfile.TemporaryDirectory() as folder, whole_file(target) as partial:
         fetched = Path(folder) / "output"
         repository.ask("get", ".", path, "--rev", revision, "--out", str(fetched))
         shutil.copyfile(fetched, partial)  # what DVC puts there may be a second name of the file in its cache
@@ -134,7 +134,7 @@ def _bring_up(results: Mapping[str, str]) -> None:
 
 def _create() -> None:
     """Clone the repository; both share one DVC cache."""
-    with records.whole_folder(COPY) as partial:
+    with whole_folder(COPY) as partial:
         _git("clone", "--quiet", ".", str(partial))
         if Path(".dvc/config.local").is_file():
             shutil.copy2(".dvc/config.local", partial / ".dvc/config.local")

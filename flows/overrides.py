@@ -10,7 +10,9 @@ from ruamel.yaml.comments import CommentedMap, CommentedSeq
 from ruamel.yaml.error import YAMLError
 from ruamel.yaml.scalarstring import DoubleQuotedScalarString
 
-from ear import config, records
+from ear import config
+from ear.errors import UserError
+from ear.files.atomic import whole_file
 
 
 def parse(texts: Iterable[str]) -> dict[str, Any]:
@@ -19,11 +21,11 @@ def parse(texts: Iterable[str]) -> dict[str, Any]:
     for text in texts:
         key, equals, value = text.partition("=")
         if not (key and equals):
-            raise ValueError(f"{text!r} sets nothing; write SECTION.KEY=VALUE, such as sample.guidance=2.0.")
+            raise UserError(f"{text!r} sets nothing; write SECTION.KEY=VALUE, such as sample.guidance=2.0.")
         try:
             values[key] = YAML(typ="safe", pure=True).load(value)
         except YAMLError as error:
-            raise ValueError(f"{key}: {value!r} is not a YAML value; quote it.") from error
+            raise UserError(f"{key}: {value!r} is not a YAML value; quote it.") from error
     return values
 
 
@@ -38,7 +40,7 @@ def apply(path: str | Path, values: Mapping[str, Any]) -> None:
         return
     text = io.StringIO()
     _yaml().dump(content, text)
-    with records.whole_file(path) as partial:
+    with whole_file(path) as partial:
         partial.write_text(text.getvalue())
 
 
@@ -67,7 +69,7 @@ def _set(content: dict, key: str, value: Any) -> None:
     for depth, section in enumerate(sections, start=1):
         content = content.setdefault(section, {})
         if not isinstance(content, dict):
-            raise ValueError(f"overrides: {key} is not a known key; {'.'.join(sections[:depth])} is a single value.")
+            raise UserError(f"overrides: {key} is not a known key; {'.'.join(sections[:depth])} is a single value.")
     content[name] = _styled(value)
 
 

@@ -39,6 +39,7 @@ from prefect.exceptions import TerminationSignal
 from prefect.settings import get_current_settings
 from prefect.states import Completed, Failed
 
+from ear.errors import UserError
 from flows import overrides as parameter_overrides
 from flows import repository
 from flows.repository import BusyError, RepositoryError
@@ -122,7 +123,7 @@ def pipeline(
         order = repository.with_upstream(graph, targets)
         forced = repository.known((targets if force else ()) if isinstance(force, bool) else force, order)
         parameter_overrides.apply(PARAMETERS, overrides or {})
-    except (ValueError, FileNotFoundError, RepositoryError) as error:
+    except (UserError, RepositoryError) as error:
         return Failed(message=str(error))
     state = check(order, return_state=True)
     if not state.is_completed():
@@ -252,7 +253,7 @@ def main() -> int:
     arguments = parser.parse_args()
     try:
         values = parameter_overrides.parse(arguments.set)
-    except ValueError as error:
+    except UserError as error:
         print(f"pipeline: {error}", file=sys.stderr)
         return 1
     force = tuple(arguments.force) if arguments.force else arguments.force is not None

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable
 from graphlib import TopologicalSorter
 from pathlib import Path
 
+from ear.errors import MissingFileError, UserError
 from flows import command
 
 # --wait-for-lock: without it a stage that has finished is reported failed where another DVC process holds the lock.
@@ -88,7 +89,7 @@ def graph() -> dict[str, set[str]]:
     Raises FileNotFoundError outside the repository's root, RepositoryError where DVC cannot read dvc.yaml.
     """
     if not Path("dvc.yaml").is_file():
-        raise FileNotFoundError(f"dvc.yaml is not in {Path.cwd()}; run the flow from the repository's root.")
+        raise MissingFileError(f"dvc.yaml is not in {Path.cwd()}; run the flow from the repository's root.")
     upstream: dict[str, set[str]] = {name: set() for name in ask("stage", "list", "--name-only").split()}
     for before, after in re.findall(r'"([^"]+)" -> "([^"]+)"', ask("dag", "--dot")):
         if before in upstream and after in upstream:  # .dvc files are nodes too, but nothing to run
@@ -103,7 +104,7 @@ def known(names: Iterable[str], stages: Iterable[str]) -> list[str]:
         if name not in stages:
             near = difflib.get_close_matches(name, stages, n=1)
             hint = f"did you mean {near[0]}?" if near else f"stages here: {', '.join(stages)}."
-            raise ValueError(f"{name!r} is not a stage that would run; {hint}")
+            raise UserError(f"{name!r} is not a stage that would run; {hint}")
     return names
 
 

@@ -7,6 +7,7 @@ brings one of them into it. The table is written anew after each, so a stopped s
 """
 
 # isort: off
+from ear.errors import UserError
 import flows.settings  # noqa: F401 - first: Prefect reads its settings when it is imported
 
 # isort: on
@@ -22,7 +23,7 @@ from prefect import State, flow, get_run_logger, task
 from prefect.artifacts import create_table_artifact
 from prefect.states import Completed, Failed
 
-from ear import records
+from ear.files.atomic import whole_file
 from flows import experiments, overrides
 from flows.comparison import experiment_name
 from flows.pipeline import OPTIONS, PARAMETERS, failed, metric_rows, report
@@ -61,7 +62,7 @@ def sweep(
         for values in runs.values():
             overrides.check(PARAMETERS, values)
         rows = compare(runs, metric, maximize, lambda rows: write(rows, list(parameters), metric, Path(output)))
-    except (ValueError, FileNotFoundError, RepositoryError) as error:
+    except (UserError, RepositoryError) as error:
         return Failed(message=str(error))
     create_table_artifact(key="sweep", table=rows, description=f"{metric} by {', '.join(parameters)}")
     return summary(rows, metric, output)
@@ -71,9 +72,9 @@ def grid(parameters: dict[str, list[Any]]) -> dict[str, dict[str, Any]]:
     """Experiment name => {"section.key": value}, for every combination. Raises ValueError where there is none."""
     for key, values in parameters.items():
         if not values:
-            raise ValueError(f"{key} has no values to try; give at least one.")
+            raise UserError(f"{key} has no values to try; give at least one.")
     if not parameters:
-        raise ValueError("a sweep needs at least one parameter; give SECTION.KEY and its values.")
+        raise UserError("a sweep needs at least one parameter; give SECTION.KEY and its values.")
     combinations = [dict(zip(parameters, values, strict=True)) for values in itertools.product(*parameters.values())]
     return {experiment_name(values, prefix="sweep"): values for values in combinations}
 
@@ -105,9 +106,9 @@ def find(metric: str, files: dict[str, dict]) -> float:
     metric = f"{EVALUATION}:{metric}" if f"{EVALUATION}:{metric}" in named else metric
     matches = [full for full in named if metric in (full, full.rpartition(":")[2])]
     if not matches:
-        raise ValueError(f"metric {metric!r} is in no metrics file; there are: {', '.join(named) or 'none'}.")
+        raise UserError(f"metric {metric!r} is in no metrics file; there are: {', '.join(named) or 'none'}.")
     if len(matches) > 1:
-        raise ValueError(f"metric {metric!r} is in several files; choose {' or '.join(matches)}.")
+        raise UserError(f"metric {metric!r} is in several files; choose {' or '.join(matches)}.")
     return named[matches[0]]
 
 
@@ -121,11 +122,11 @@ def mark_best(rows: list[dict], metric: str, maximize: bool) -> None:
 
 def write(rows: list[dict], keys: list[str], metric: str, folder: Path) -> None:
     """table.csv and plot.png in `folder`, each whole or not at all."""
-    with records.whole_file(folder / "table.csv") as partial, partial.open("w", newline="") as file:
+    with whole_file(folder / "table.csv") as partial, partial.open("w", newline="") as file:
         table = csv.DictWriter(file, rows[0].keys(), lineterminator="\n")
         table.writeheader()
         table.writerows(rows)
-    with records.whole_file(folder / "plot.png") as partial:
+    with whole_file(folder / "plot.png") as partial:
         draw(rows, keys, metric).savefig(partial, format="png", dpi=120)
 
 
@@ -187,7 +188,7 @@ def main() -> int:
     arguments = parser.parse_args()
     try:
         parameters = overrides.parse([text.replace("=", "=[", 1) + "]" for text in arguments.set])
-    except ValueError as error:
+    except UserError as error:
         print(f"sweep: {error}", file=sys.stderr)
         return 1
     options = {"metric": arguments.metric, "maximize": arguments.maximize, "output": arguments.output}

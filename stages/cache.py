@@ -4,23 +4,35 @@ Reads data/prepared and data/tokenizer; writes data/latents: {train,val}-IIIII-o
 goes on with the shards that are missing and ends in the same bytes.
 """
 
+from dataclasses import dataclass
 from pathlib import Path
 
-from ear import caching, records
-from ear import device as devices
-from ear.autoencoder import load_tokenizer
+from ear import config
+from ear.files.digests import sha256
+from ear.latents import caching
+from ear.runtime.device import prepare_device
+from ear.tokenizer.autoencoder import load_tokenizer
 from stages import program
 
 TOKENIZER = Path("data/tokenizer/tokenizer.safetensors")
 PREPARED = Path("data/prepared")
 
 
-def work(parameters) -> None:
+@dataclass(frozen=True)
+class Parameters:
+    """What the stage depends on."""
+
+    cache: config.Cache
+    compute: config.Compute
+    runtime: config.Runtime
+
+
+def work(parameters: Parameters) -> None:
     """Both splits."""
-    device = devices.prepare(parameters.runtime.device, parameters.compute.threads)
+    device = prepare_device(parameters.runtime.device, parameters.compute.threads)
     encoder = caching.Encoder(
         load_tokenizer(TOKENIZER).to(device),
-        fingerprint=records.sha256(TOKENIZER),
+        fingerprint=sha256(TOKENIZER),
         batch_size=parameters.cache.batch_size,
         device=device,
     )
@@ -31,4 +43,4 @@ def work(parameters) -> None:
 
 
 if __name__ == "__main__":
-    program.run("cache", work, __doc__, many_processes=True)
+    program.run("cache", work, Parameters, __doc__, many_processes=True)

@@ -1,84 +1,105 @@
-"""FID, Inception score, KID, precision and recall of the generated images, with the protocol behind them.
+"""Compute FID, Inception score, KID, precision and recall of the generated images, and the protocol behind them.
 
-Reads data/reference, data/samples/samples.h5 and, for the distance that the tokenizer alone causes, data/tokenizer and
-the held-out images of data/prepared; writes data/evaluation/metrics.json. Where a classifier is the extractor, the
-share of images that it takes for their class is a figure too. A killed run goes on from the images whose features are
-known.
+Reads data/reference, data/samples/samples.h5 and, for the distance that the tokenizer alone causes (rFID),
+data/tokenizer and the held-out images of data/prepared. Writes data/evaluation/metrics.json. If the extractor is a
+classifier, the metrics include class accuracy: the share of images that it assigns to the class they were drawn for. A
+killed run resumes from the images whose features are saved.
 """
 
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import dataclass
 from functools import partial
+from typing import Annotated
 
-from ear import device as devices
-from ear import distributed, features, metrics, protocol, records
-from ear.autoencoder import load_tokenizer
-from ear.prepared import PreparedImages
-from ear.reconstruction import Reconstructions
-from ear.samples import GeneratedImages
+from ear import config
+from ear.data.prepared import PreparedImages
+from ear.evaluation import metrics, protocol
+from ear.evaluation.classifier import CLASSIFIER
+from ear.evaluation.extraction import Batch, extract, gather
+from ear.evaluation.extractors import open_extractor
+from ear.evaluation.reference import Reference
+from ear.evaluation.statistics import class_accuracy
+from ear.files.digests import sha256
+from ear.files.json_files import read_json, rounded, write_json
+from ear.runtime import distributed
+from ear.runtime.device import prepare_device
+from ear.sampling.samples import GeneratedImages
+from ear.tokenizer.autoencoder import load_tokenizer
+from ear.tokenizer.reconstruction import Reconstructions
 from stages import program
 
 EXTRACTOR, REFERENCE = "data/reference/extractor.safetensors", "data/reference/features.safetensors"
-TOKENIZER, TOKENIZER_FIGURES = "data/tokenizer/tokenizer.safetensors", "data/tokenizer/metrics.json"
+TOKENIZER, TOKENIZER_METRICS = "data/tokenizer/tokenizer.safetensors", "data/tokenizer/metrics.json"
 PREPARED = "data/prepared/index.json"
 REAL, SAMPLES, TARGET = "data/reference/metrics.json", "data/samples/samples.h5", "data/evaluation/metrics.json"
 
 
-def work(parameters) -> None:
-    """Extract, compare, report."""
-    options, size = asdict(parameters.evaluate), parameters.reference.batch_size
-    device = devices.prepare(parameters.runtime.device, parameters.compute.threads)
-    made, real = GeneratedImages(SAMPLES), records.read_json(REAL)
-    blocks = made.blocks(options.pop("repeats"))
-    reference, extractor = metrics.Reference.load(REFERENCE), features.open_extractor(EXTRACTOR, device)
-    reference.check(extractor_sha256=extractor.sha256, image_size=made.image_size, classes=made.sampling["classes"])
-    counts = {key: options[key] for key in ("kid_subset_size", "neighborhood")}
-    metrics.check_counts(generated=len(blocks[0]), real=len(reference.features), **counts)
+@dataclass(frozen=True)
+class Parameters:
+    """What the stage depends on."""
+
+    compute: config.Compute
+    evaluate: config.Evaluate
+    batch_size: Annotated[int, "reference.batch_size"]
+    runtime: config.Runtime
+
+
+def work(parameters: Parameters) -> None:
+    """Extract features, compare, report."""
+    options = parameters.evaluate
+    device = prepare_device(parameters.runtime.device, parameters.compute.threads)
+    generated, real = GeneratedImages(SAMPLES), read_json(REAL)
+    blocks = generated.blocks(options.repeats)
+    reference, extractor = Reference.load(REFERENCE), open_extractor(EXTRACTOR, device)
+    reference.check(
+        extractor_sha256=extractor.sha256, image_size=generated.image_size, classes=generated.sampling["classes"]
+    )
+    metrics.check_counts(options, generated=len(blocks[0]), real=len(reference.features))
 
     scratch = program.scratch("evaluate", parameters, [EXTRACTOR, SAMPLES, TOKENIZER, PREPARED])
-    look = partial(features.stream, extractor=extractor, batch_size=size)
-    score = partial(figures_of, reference=reference, options=options, labelled=extractor.name == features.CLASSIFIER)
-    blocks_figures = [
+    batches = partial(extract, extractor=extractor, batch_size=parameters.batch_size)
+    score = partial(block_metrics, reference=reference, options=options, labelled=extractor.name == CLASSIFIER)
+    scored = [
         distributed.on_main(
-            look(block, title="samples", folder=scratch / f"samples-{number}"), partial(score, images=len(block))
+            batches(block, title="samples", folder=scratch / f"samples-{number}"), partial(score, images=len(block))
         )
         for number, block in enumerate(blocks)
     ]
     decoded = Reconstructions(PreparedImages("data/prepared", "val"), load_tokenizer(TOKENIZER), device)
-    batches = look(decoded, title="reconstructions", folder=scratch / "reconstructions")
-    distances = distributed.on_main(batches, lambda batches: metrics.reconstruction(batches, reference))
-    if not distributed.is_main():
+    reconstructed = batches(decoded, title="reconstructions", folder=scratch / "reconstructions")
+    distances = distributed.on_main(reconstructed, lambda batches: metrics.reconstruction(batches, reference))
+    if distances is None:  # not rank 0
         return
-    figures = metrics.across(blocks_figures)
+    figures = metrics.across([block for block in scored if block is not None])
     figures |= {"fid_floor": real["fid"], "fid_ratio": figures["fid"] / real["fid"] if real["fid"] > 0 else None}
-    figures["reconstruction"] = distances | {"psnr": records.read_json(TOKENIZER_FIGURES)["psnr"]}
+    figures["reconstruction"] = distances | {"psnr": read_json(TOKENIZER_METRICS)["psnr"]}
     described = protocol.describe(
-        made.sampling,
+        generated.sampling,
         [block.labels for block in blocks],
         extractor=extractor,
         held_out_accuracy=real.get("val_accuracy"),
         reference=reference,
-        reference_sha256=records.sha256(REFERENCE),
-        evaluation=options,
+        reference_sha256=sha256(REFERENCE),
+        evaluation=options.model_dump(exclude={"repeats"}),
     )
     why = protocol.incomparable(described, extractor=extractor, reference=reference)
     verdict = {"comparable_with_published": not why, "why": why, "protocol": described}
-    records.write_json(TARGET, records.rounded(figures | verdict))
-    print("\n".join(protocol.readable(records.rounded(figures | {"protocol": described}))))
+    write_json(TARGET, rounded(figures | verdict))
+    print("\n".join(protocol.readable(rounded(figures | {"protocol": described}))))
     if why:
         print(f"Do not compare with published figures: {'; '.join(why)}.")
 
 
-def figures_of(
-    batches: Iterator[features.Batch], images: int, reference: metrics.Reference, options: dict, labelled: bool
+def block_metrics(
+    batches: Iterator[Batch], images: int, reference: Reference, options: config.Evaluate, labelled: bool
 ) -> dict[str, float]:
-    """All figures of generated images; the class accuracy among them where logits are of the labels' classes."""
-    generated = features.gather(batches, images)
-    figures = metrics.compare(generated.features, generated.logits, reference, **options)
+    """All metrics of a block of generated images; with class accuracy if the extractor's logits are of their classes."""
+    generated = gather(batches, images)
+    figures = metrics.compare(generated.features, generated.logits, reference, options)
     if labelled:
-        figures["class_accuracy"] = metrics.class_accuracy(generated.logits, generated.labels)
+        figures["class_accuracy"] = class_accuracy(generated.logits, generated.labels)
     return figures
 
 
 if __name__ == "__main__":
-    program.run("evaluate", work, __doc__, many_processes=True)
+    program.run("evaluate", work, Parameters, __doc__, many_processes=True)

@@ -8,20 +8,33 @@ stage and that is not there is said before anything is done.
 """
 
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
-from ear import config, manifest, records, sources
+from ear import config
+from ear.data import manifest, sources
+from ear.errors import MissingFileError, UserError
+from ear.files.atomic import whole_folder
 from stages import program
 
 RAW = Path("data/raw")
 
 
-def work(parameters) -> None:
-    """List, and write the embedded digits first."""
-    data = parameters.data
+@dataclass(frozen=True)
+class Parameters:
+    """What the stage depends on."""
+
+    source: Annotated[str, "data.source"]
+    path: Annotated[str, "data.path"]
+    val_fraction: Annotated[float, "data.val_fraction"]
+
+
+def work(data: Parameters) -> None:
+    """List the images, and write the digits first if they are the source."""
     if data.source != "digits":
         _check_apart(Path(data.path))
-    with records.whole_folder(RAW) as folder:
+    with whole_folder(RAW) as folder:
         path = folder / "digits" if data.source == "digits" else Path(data.path)
         if data.source == "digits":
             sources.write_digits(path, val_fraction=data.val_fraction)
@@ -47,16 +60,16 @@ def check_files(parameters: config.Parameters) -> None:
     missing = config.missing_files(parameters)
     missing.pop("data.path", None)
     for sentence in missing.values():
-        raise FileNotFoundError(sentence)
+        raise MissingFileError(sentence)
 
 
 def _check_apart(path: Path) -> None:
     """Stages replace whole folders of data/: a user's images must not lie there."""
     if path.resolve().is_relative_to(Path("data").resolve()):
-        raise ValueError(
+        raise UserError(
             f"data.path is {str(path)!r}, inside data/, where stages replace whole folders; move the images elsewhere."
         )
 
 
 if __name__ == "__main__":
-    program.run("fetch", work, __doc__, check=check_files)
+    program.run("fetch", work, Parameters, __doc__, check=check_files)

@@ -1,46 +1,72 @@
-"""The second phase: a short training at a lower training temperature and rate.
+"""Continue the training briefly at a lower training temperature and learning rate.
 
-Continues the weights, their average and the optimiser of data/model; writes data/finetuned.
+Reads data/latents and data/model: weights, EMAs and optimiser. Writes data/finetuned: EMA weights, logs and metrics. A
+killed run resumes from its last checkpoint and ends in the same bytes.
 """
 
-from ear import model as models
-from ear import records
-from ear.latents import Statistics
-from stages import phase, program
+from dataclasses import dataclass
+from typing import Annotated
+
+from ear import config
+from ear.errors import UserError
+from ear.files.tensors import read_tensors
+from ear.latents.statistics import Statistics
+from ear.latents.store import LatentStore
+from ear.model.files import build_model, load_model
+from ear.model.training import Phase, PhaseSettings
+from ear.runtime.device import prepare_device, set_precision
+from stages import program
 
 STATE = "data/model/state.safetensors"
 
 
-def work(parameters) -> None:
-    """The second phase, from the state that the first one left."""
-    device = phase.start(parameters)
-    trained, description = models.load("data/model/model.safetensors")
-    state, seen = records.read_tensors(STATE)
-    model = models.build(trained.shape).to(device)
-    training = phase.Phase(
-        model,
-        name="finetune",
-        options=parameters.train,
-        images=parameters.finetune.images,
-        learning_rate=parameters.finetune.learning_rate,
-        rate_schedule=parameters.finetune.schedule,
-        warmup_images=0,
-        temperature=parameters.finetune.temperature,
-        mirror=parameters.data.mirror,
+@dataclass(frozen=True)
+class Parameters:
+    """What the stage depends on."""
+
+    compute: config.Compute
+    mirror: Annotated[bool, "data.mirror"]
+    finetune: config.Finetune
+    train: config.Train
+    runtime: config.Runtime
+
+
+def work(parameters: Parameters) -> None:
+    """Train from the state that the train stage left."""
+    options = parameters.finetune
+    device = prepare_device(parameters.runtime.device, parameters.compute.threads)
+    set_precision(parameters.train.precision, device, key="train.precision")
+    trained, description = load_model("data/model/model.safetensors")
+    state, progress = read_tensors(STATE)
+    store = LatentStore("data/latents", "train")
+    if description["tokenizer"] != store.tokenizer:
+        raise UserError(
+            f"data/model/model.safetensors was trained on latents of tokenizer {description['tokenizer'][:12]}, but "
+            f"data/latents come from {store.tokenizer[:12]}; run the train stage again."
+        )
+    phase = Phase(
+        build_model(trained.shape).to(device),
+        PhaseSettings(
+            name="finetune",
+            images=options.images,
+            learning_rate=options.learning_rate,
+            schedule=options.schedule,
+            warmup_images=0,
+            temperature=options.temperature,
+            earlier_images=progress["images"],
+        ),
+        parameters.train,
+        store=store,
+        held_out=LatentStore("data/latents", "val"),
+        mirror=parameters.mirror,
         device=device,
         runtime=parameters.runtime,
         statistics=Statistics(**description["statistics"]),
-        earlier_images=seen["images"],
     )
-    if description["tokenizer"] != training.store.tokenizer:
-        raise ValueError(
-            f"data/model/model.safetensors was trained on latents of tokenizer {description['tokenizer'][:12]}, but "
-            f"data/latents come from {training.store.tokenizer[:12]}; run the train stage again."
-        )
-    training.trainer.restore(state)
-    training.run(program.scratch("finetune", parameters, ["data/latents/stats.json", "data/model/metrics.json", STATE]))
-    training.publish("data/finetuned", keep_state=False)
+    phase.trainer.restore(state)
+    phase.run(program.scratch("finetune", parameters, ["data/latents/stats.json", "data/model/metrics.json", STATE]))
+    phase.publish("data/finetuned", keep_state=False)
 
 
 if __name__ == "__main__":
-    program.run("finetune", work, __doc__, many_processes=True)
+    program.run("finetune", work, Parameters, __doc__, many_processes=True)

@@ -4,27 +4,37 @@ Reads data/raw; writes data/prepared: {train,val}-IIIII-of-NNNNN.h5, classes.jso
 run goes on with the shards that are missing and ends in the same bytes.
 """
 
+from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
+from typing import Annotated
 
-from ear import manifest, preparation
+from ear import config
+from ear.data import manifest, preparation
 from stages import program
 
 
-def work(parameters) -> None:
+@dataclass(frozen=True)
+class Parameters:
+    """What the stage depends on."""
+
+    image_size: Annotated[int, "data.image_size"]
+    prepare: config.Prepare
+    runtime: config.Runtime
+
+
+def work(parameters: Parameters) -> None:
     """Every image of the manifest."""
-    options, size = parameters.prepare, parameters.data.image_size
-    # Neither max_rejected nor the manifest: what was finished before a repair, or before more is allowed, stays good.
-    layout = SimpleNamespace(shard_size=options.shard_size, compression=options.compression)
-    scratch = program.scratch("prepare", SimpleNamespace(image=SimpleNamespace(size=size), prepare=layout))
+    options = parameters.prepare
+    layout = preparation.Layout(parameters.image_size, options.shard_size, options.compression)
+    # The key has neither max_rejected nor the manifest: shards finished before images were repaired, or before more
+    # were allowed to be unreadable, stay valid.
+    scratch = program.scratch("prepare", layout)
     preparation.prepare(
         manifest.read_manifest("data/raw"),
         scratch=scratch,
         target=Path("data/prepared"),
         rejected_list=program.LOGS / "prepare-rejected.csv",
-        image_size=size,
-        shard_size=options.shard_size,
-        compression=options.compression,
+        layout=layout,
         max_rejected=options.max_rejected,
         workers=parameters.runtime.workers,
         cluster=parameters.runtime.cluster,
@@ -32,4 +42,4 @@ def work(parameters) -> None:
 
 
 if __name__ == "__main__":
-    program.run("prepare", work, __doc__)
+    program.run("prepare", work, Parameters, __doc__)

@@ -1,6 +1,7 @@
-"""What every stage program shares: its declared parameters, its device, its log, its scratch folder, its errors.
+"""What every stage program shares: its parameters, its scratch folder, its log, its errors.
 
-A stage sees only the parameters that dvc.yaml declares for it, so that none can be a hidden dependency.
+A stage declares a dataclass of parameters; the test of dvc.yaml holds it equal to the `params` declared there, so no
+parameter can be a hidden dependency.
 """
 
 import argparse
@@ -10,56 +11,62 @@ import json
 import shutil
 import sys
 import traceback
-from collections.abc import Callable, Iterable
+import typing
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from types import SimpleNamespace
+from typing import Any, TypeVar
 
-from ear import config, distributed, records
+from pydantic import BaseModel
+
+from ear import config
+from ear.errors import MissingFileError, UserError
+from ear.files.digests import sha256
+from ear.runtime import distributed
 
 LOGS = Path("work/logs")
 SCRATCH = Path("work")
+View = TypeVar("View")
 
 
-def declared(stage: str) -> dict:
-    """The entry of `stage` in dvc.yaml; raises FileNotFoundError outside the repository's root."""
-    from omegaconf import OmegaConf
+def tracked_keys(kind: type) -> list[str]:
+    """The keys of params.yaml that a parameter class declares: its fields, but for the untracked `runtime`.
 
-    path = Path("dvc.yaml")
-    if not path.is_file():
-        raise FileNotFoundError("dvc.yaml is not in the current folder; run stages from the repository's root.")
-    return OmegaConf.to_container(OmegaConf.load(path))["stages"][stage]
-
-
-def visible(parameters: config.Parameters, keys: Iterable[str]) -> SimpleNamespace:
-    """Only the sections and the dotted keys named, plus the untracked runtime section."""
-    view: dict = {"runtime": parameters.runtime}
-    for key in keys:
-        section, _, name = key.partition(".")
-        values = getattr(parameters, section)
-        if name:
-            vars(view.setdefault(section, SimpleNamespace()))[name] = getattr(values, name)
-        else:
-            view[section] = values
-    return SimpleNamespace(**view)
-
-
-def scratch(stage: str, parameters: SimpleNamespace, inputs: Iterable[str | Path] = ()) -> Path:
-    """The folder where `stage` keeps unfinished work, named by its parameters, code and inputs.
-
-    A killed run finds its own folder again; anything changed gives another one, and old ones are removed.
-    `inputs` are the files that stand for the inputs, an index with digests where there is one: they must exist, and are
-    read whole. The processes of a stage share the folder.
+    A field is a whole section of that name, or a single key: `image_size: Annotated[int, "data.image_size"]`.
     """
-    return distributed.from_main(lambda: _scratch(stage, parameters, inputs))
+    return [key for name, key in _fields(kind).items() if name != "runtime"]
 
 
-def _scratch(stage: str, parameters: SimpleNamespace, inputs: Iterable[str | Path]) -> Path:
-    tracked = {name: value for name, value in sorted(vars(parameters).items()) if name != "runtime"}
-    plain = {n: dataclasses.asdict(v) if dataclasses.is_dataclass(v) else vars(v) for n, v in tracked.items()}
-    code = [path for path in declared(stage).get("deps", []) if path.endswith(".py")]
-    digest = hashlib.sha256(json.dumps(plain, sort_keys=True).encode())
-    for path in [*code, *inputs]:
-        digest.update(records.sha256(path).encode())
+def _fields(kind: type) -> dict[str, str]:
+    """Field => key or section of params.yaml."""
+    hints = typing.get_type_hints(kind, include_extras=True)
+    return {name: typing.get_args(hint)[1] if typing.get_args(hint) else name for name, hint in hints.items()}
+
+
+def visible(parameters: config.Parameters, kind: type[View]) -> View:
+    """Only the sections and keys that `kind` declares."""
+
+    def value(key: str) -> Any:
+        section, _, name = key.partition(".")
+        found = getattr(parameters, section)
+        return getattr(found, name) if name else found
+
+    return kind(**{name: value(key) for name, key in _fields(kind).items()})
+
+
+def scratch(stage: str, key: object, inputs: Iterable[str | Path] = ()) -> Path:
+    """The folder for unfinished work of `stage`, named by parameters, code and inputs; ranks share it.
+
+    A killed run finds its own folder again; anything changed gives another folder, and old ones are removed.
+    key: the parameters that the work depends on, a dataclass or plain values. inputs: files that identify the inputs;
+    they must exist and are read whole, so give an index with digests if there is one.
+    """
+    return distributed.from_main(lambda: _scratch(stage, key, inputs))
+
+
+def _scratch(stage: str, key: object, inputs: Iterable[str | Path]) -> Path:
+    digest = hashlib.sha256(json.dumps(_plain(key), sort_keys=True).encode())
+    for path in [*_code(stage), *inputs]:
+        digest.update(sha256(path).encode())
     folder = SCRATCH / stage / digest.hexdigest()[:16]
     if folder.parent.is_dir():
         for other in folder.parent.iterdir():
@@ -69,17 +76,50 @@ def _scratch(stage: str, parameters: SimpleNamespace, inputs: Iterable[str | Pat
     return folder
 
 
+def _plain(value: Any) -> Any:
+    """Parameters as JSON values, without the section that cannot change a result."""
+    if isinstance(value, BaseModel):
+        return value.model_dump(mode="json")
+    if dataclasses.is_dataclass(value):
+        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value) if f.name != "runtime"}
+    if isinstance(value, Mapping):
+        return {name: _plain(entry) for name, entry in value.items()}
+    return value
+
+
+def _code(stage: str) -> Iterator[Path]:
+    """The Python files among the dependencies that dvc.yaml declares for `stage`."""
+    for path in map(Path, declared(stage).get("deps", [])):
+        if path.suffix == ".py":
+            yield path
+        elif path.parts[0] == "ear":
+            yield from sorted(path.rglob("*.py"))
+
+
+def declared(stage: str) -> dict[str, Any]:
+    """The entry of `stage` in dvc.yaml; raises MissingFileError outside the repository's root."""
+    from omegaconf import OmegaConf
+
+    path = Path("dvc.yaml")
+    if not path.is_file():
+        raise MissingFileError("dvc.yaml is not in the current folder; run stages from the repository's root.")
+    content: Any = OmegaConf.to_container(OmegaConf.load(path))
+    return content["stages"][stage]
+
+
 def run(
     stage: str,
-    work: Callable[[SimpleNamespace], None],
+    work: Callable[[View], None],
+    kind: type[View],  # dataclass of the parameters that the stage depends on
     description: str | None,
     *,
-    many_processes: bool = False,  # `work` can run in all processes of `ear.distributed.group` at once
-    check: Callable[[config.Parameters], None] | None = None,  # of all parameters: it can refuse them, nothing else
+    many_processes: bool = False,  # `work` can run in all ranks of `ear.runtime.distributed.group` at once
+    check: Callable[[config.Parameters], None] | None = None,  # of all parameters; it can only refuse them
 ) -> None:
-    """Run a stage as a program: exit code 0, or 1 after one line that says what to mend (traceback in work/logs).
+    """Run a stage as a program: exit code 0, or 1 after one line that says what to fix (traceback in work/logs).
 
-    A stage of many processes starts `runtime.processes` of them, unless a launcher such as torchrun has.
+    A stage of many processes starts `runtime.processes` of them, unless a launcher such as torchrun has. An error that
+    is not the user's (a bug) ends the program with its traceback.
     """
     parser = argparse.ArgumentParser(
         prog=f"python -m stages.{stage}", description=description, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -88,18 +128,19 @@ def run(
     arguments = parser.parse_args()
     try:
         with distributed.group():
-            every = config.load(arguments.params)
+            parameters = config.load(arguments.params)
             if check:
-                check(every)
-            parameters = visible(every, declared(stage).get("params", []))
+                check(parameters)
             if distributed.size() > 1 and not many_processes:
-                raise ValueError(f"{stage} works in one process, but the launcher started {distributed.size()}.")
+                raise UserError(
+                    f"{stage} runs in one process, but the launcher started {distributed.size()}; start it without."
+                )
             if many_processes and parameters.runtime.processes > 1 and not distributed.launched():
                 sys.exit(distributed.launch(f"stages.{stage}", sys.argv[1:], parameters.runtime.processes))
-            work(parameters)
+            work(visible(parameters, kind))
     except distributed.FailedElsewhere:
         sys.exit(1)
-    except (ValueError, OSError, MemoryError) as error:
+    except (UserError, OSError, MemoryError) as error:
         print(f"{stage}: {_sentence(error)}", file=sys.stderr)
         _keep_traceback(LOGS / f"{stage}.log")
         sys.exit(1)
@@ -108,9 +149,9 @@ def run(
 
 
 def _sentence(error: BaseException) -> str:
-    if isinstance(error, OSError) and error.strerror:
+    if isinstance(error, OSError) and error.strerror and not isinstance(error, UserError):
         where = f"{error.filename}: " if error.filename else ""
-        return f"{where}{error.strerror}; earlier outputs are as they were."
+        return f"{where}{error.strerror}; earlier outputs are unchanged."
     return " ".join(str(error).split()) or type(error).__name__
 
 
@@ -120,4 +161,4 @@ def _keep_traceback(log: Path) -> None:
         log.write_text(traceback.format_exc())
         print(f"(details: {log})", file=sys.stderr)
     except OSError:
-        pass  # a full or read-only disk: the sentence above has been said
+        pass  # a full or read-only disk; the sentence above has been printed

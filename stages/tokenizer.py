@@ -5,30 +5,49 @@ the logs and reconstructions.png (held-out images in pairs of rows, originals ab
 goes on from its last checkpoint and ends in the same bytes. DVC tracks the name of a file to import, not its content.
 """
 
+from dataclasses import dataclass
+from typing import Annotated
+
 import torch
 
-from ear import device as devices
-from ear import pictures, randomness, records
-from ear.autoencoder import Identity, Tokenizer, kl_structure, new_kl, save_tokenizer
-from ear.autoencoder_import import import_tokenizer
-from ear.autoencoder_loss import AutoencoderLoss
-from ear.autoencoder_training import AutoencoderTraining, Objective
-from ear.perceptual import load_perceptual
-from ear.prepared import PreparedImages
-from ear.reconstruction import describe, reconstruct
-from ear.training import History, write_table
+from ear import config
+from ear.data import pictures
+from ear.data.prepared import PreparedImages
+from ear.errors import UserError
+from ear.files.atomic import whole_folder
+from ear.files.json_files import rounded, write_json
+from ear.files.tables import write_table
+from ear.runtime import randomness
+from ear.runtime.device import prepare_device
+from ear.tokenizer.autoencoder import Identity, Tokenizer, kl_structure, new_kl, save_tokenizer
+from ear.tokenizer.importing import import_tokenizer
+from ear.tokenizer.loss import AutoencoderLoss
+from ear.tokenizer.perceptual import load_perceptual
+from ear.tokenizer.reconstruction import describe, reconstruct
+from ear.tokenizer.training import AutoencoderTraining, Objective
+from ear.training.trainer import History
 from stages import program
 
 _PAIRS, _COLUMNS = 3, 12  # pairs of rows and columns of the picture
 
 
-def work(parameters) -> None:
+@dataclass(frozen=True)
+class Parameters:
+    """What the stage depends on."""
+
+    image_size: Annotated[int, "data.image_size"]
+    compute: config.Compute
+    tokenizer: config.Tokenizer
+    runtime: config.Runtime
+
+
+def work(parameters: Parameters) -> None:
     """Train (kl) or take what is ready-made, describe, publish."""
-    device = devices.prepare(parameters.runtime.device, parameters.compute.threads)
+    device = prepare_device(parameters.runtime.device, parameters.compute.threads)
     images, held_out = (PreparedImages("data/prepared", split) for split in ("train", "val"))
-    size, options = parameters.data.image_size, parameters.tokenizer
+    size, options = parameters.image_size, parameters.tokenizer
     if images.image_size != size:
-        raise ValueError(
+        raise UserError(
             f"the images of data/prepared have {images.image_size} pixels a side, but data.image_size is {size}; run "
             "the prepare stage again."
         )
@@ -44,34 +63,24 @@ def work(parameters) -> None:
     publish(tokenizer.to(device).eval(), source, history, held_out, options, device)
 
 
-def train(images: PreparedImages, held_out: PreparedImages, options, device: torch.device) -> AutoencoderTraining:
+def train(
+    images: PreparedImages, held_out: PreparedImages, options: config.Tokenizer, device: torch.device
+) -> AutoencoderTraining:
     """The training that the parameters ask for, from new weights."""
     perceptual = load_perceptual(options.perceptual_folder).to(device) if options.perceptual_weight else None
     loss = AutoencoderLoss(options.kl_weight, perceptual, options.perceptual_weight)
     objective = Objective(loss, seed=randomness.derive(options.seed, "tokenizer"), device=device)
     structure = kl_structure(channels=options.channels, block_channels=options.block_channels, layers=options.layers)
     seed = randomness.derive(objective.seed, "weights")
-    return AutoencoderTraining(
-        new_kl(seed=seed, image_size=images.image_size, structure=structure),
-        images=images,
-        held_out=held_out,
-        objective=objective,
-        total_images=options.images,
-        batch_size=options.batch_size,
-        micro_batch_size=options.micro_batch_size,
-        learning_rate=options.learning_rate,
-        ema_decay=options.ema_decay,
-        adversarial_weight=options.adversarial_weight,
-        adversarial_start=options.adversarial_start,
-    )
+    tokenizer = new_kl(seed=seed, image_size=images.image_size, structure=structure)
+    return AutoencoderTraining(tokenizer, options, images=images, held_out=held_out, objective=objective)
 
 
-def ready_made(options, size: int) -> tuple[Tokenizer, dict | None]:
+def ready_made(options: config.Tokenizer, size: int) -> tuple[Tokenizer, dict | None]:
     """A tokenizer that needs no training, and where its weights come from."""
     if options.name == "identity":
         return Identity(image_size=size, downsample=options.downsample), None
-    expected = {"downsample": options.downsample, "channels": options.channels}
-    imported = import_tokenizer(options.weights, kind=options.name, image_size=size, **expected)
+    imported = import_tokenizer(options, image_size=size)
     return imported.tokenizer, imported.source
 
 
@@ -85,14 +94,14 @@ def publish(
     columns = min(_COLUMNS, len(images))
     originals = images.images(range(min(_PAIRS, len(images) // columns) * columns))
     others = reconstruct(tokenizer, torch.from_numpy(originals).to(device)).cpu().numpy()
-    with records.whole_folder("data/tokenizer") as folder:
+    with whole_folder("data/tokenizer") as folder:
         save_tokenizer(folder / "tokenizer.safetensors", tokenizer, source)
         write_table(folder / "training.tsv", history.training)
         write_table(folder / "validation.tsv", history.validation)
         pictures.save_png(folder / "reconstructions.png", pictures.pairs(originals, others, columns))
-        records.write_json(folder / "metrics.json", records.rounded(figures))
+        write_json(folder / "metrics.json", rounded(figures))
     print(f"PSNR of held-out images: {figures['psnr']:.2f} dB, through a sample {figures['psnr_sampled']:.2f} dB")
 
 
 if __name__ == "__main__":
-    program.run("tokenizer", work, __doc__)
+    program.run("tokenizer", work, Parameters, __doc__)

@@ -1,48 +1,70 @@
 """Train the autoregressive transformer on cached latents by maximising the selected score.
 
-Reads data/latents and, where train.weights names one, a published checkpoint to start from (DVC does not watch that
-file); writes data/model: averaged weights, the whole training state, logs and metrics. A killed run goes on from its
-last checkpoint and ends in the same bytes.
+Reads data/latents and, if train.weights names one, a published checkpoint to start from (DVC does not track that file).
+Writes data/model: EMA weights, the whole training state, logs and metrics. A killed run resumes from its last checkpoint
+and ends in the same bytes.
 """
 
-from dataclasses import asdict
+from dataclasses import dataclass
+from typing import Annotated
 
-from ear import interop, randomness, scores
-from ear import model as models
-from ear.latents import LatentStore
-from ear.model import Shape
-from stages import phase, program
+from ear import config
+from ear.latents.store import LatentStore
+from ear.model import interop
+from ear.model.files import build_model
+from ear.model.shape import Shape
+from ear.model.training import Phase, PhaseSettings, fit_codebook
+from ear.runtime import randomness
+from ear.runtime.device import prepare_device, set_precision
+from stages import program
 
 
-def work(parameters) -> None:
-    """The first phase."""
-    device = phase.start(parameters)
+@dataclass(frozen=True)
+class Parameters:
+    """What the stage depends on."""
+
+    compute: config.Compute
+    mirror: Annotated[bool, "data.mirror"]
+    model: config.Model
+    score: config.Score
+    train: config.Train
+    runtime: config.Runtime
+
+
+def work(parameters: Parameters) -> None:
+    """Train from new or published weights."""
     options = parameters.train
+    device = prepare_device(parameters.runtime.device, parameters.compute.threads)
+    set_precision(options.precision, device, key="train.precision")
     store = LatentStore("data/latents", "train")
-    shape = Shape(store.shape, tuple(store.classes), asdict(parameters.model), scores.chosen(asdict(parameters.score)))
-    model = models.build(shape).initialise(randomness.generator(options.seed, "weights")).to(device)
+    shape = Shape(store.shape, store.classes, parameters.model, parameters.score.chosen)
+    model = build_model(shape).initialise(randomness.generator(options.seed, "weights")).to(device)
     if options.weights:
         interop.load_into(model, options.weights)
     else:
-        phase.learn_tokens(model, store, options.seed)
-    training = phase.Phase(
+        fit_codebook(model, store, options.seed)
+    phase = Phase(
         model,
-        name="train",
-        options=options,
-        images=options.images,
-        learning_rate=options.learning_rate,
-        rate_schedule=options.schedule,
-        warmup_images=options.warmup_images,
-        temperature=options.temperature,
-        mirror=parameters.data.mirror,
+        PhaseSettings(
+            name="train",
+            images=options.images,
+            learning_rate=options.learning_rate,
+            schedule=options.schedule,
+            warmup_images=options.warmup_images,
+            temperature=options.temperature,
+        ),
+        options,
+        store=store,
+        held_out=LatentStore("data/latents", "val"),
+        mirror=parameters.mirror,
         device=device,
         runtime=parameters.runtime,
         statistics=interop.published_statistics(store.shape[0]) if options.weights else None,
     )
     inputs = ["data/latents/stats.json", *([options.weights] if options.weights else [])]
-    training.run(program.scratch("train", parameters, inputs))
-    training.publish("data/model", keep_state=True)
+    phase.run(program.scratch("train", parameters, inputs))
+    phase.publish("data/model", keep_state=True)
 
 
 if __name__ == "__main__":
-    program.run("train", work, __doc__, many_processes=True)
+    program.run("train", work, Parameters, __doc__, many_processes=True)

@@ -1,30 +1,60 @@
-"""Tiny models for tests."""
+"""Tiny models, scores and tokenizers for tests."""
+
+from pathlib import Path
 
 import torch
 
-from ear import model as models
-from ear import scores
-from ear.autoencoder import KL, kl_structure, new_kl
-from ear.model import Model, Shape
-from ear.randomness import generator
+from ear import config
+from ear.config.scores import OPTIONS, ScoreOptions
+from ear.model.autoregressive import AutoregressiveModel
+from ear.model.files import build_model
+from ear.model.shape import Shape
+from ear.runtime.randomness import generator
+from ear.tokenizer.autoencoder import KL, kl_structure, new_kl
 
-SCORE = {
-    "name": "energy",
-    "alpha": 1.0,
+PARAMETERS = config.load(Path(__file__).parent.parent / "params.yaml")
+_SMALL = {  # where params.yaml is too large for a test; any other option of a score is as there
     "samples": 2,
-    "pairs": "all",
-    "targets": 1,
-    "smoothing": 1e-6,
-    "noise": "uniform",
     "noise_channels": 8,
-    "bandwidths": (0.25, 0.5, 1.0, 2.0),
     "components": 4,
-    "covariance": "diagonal",
-    "scale_floor": 1e-3,
     "sampling_steps": 20,
     "denoised_limit": 3.0,
     "codes": 16,
 }
+
+
+def score_options(name: str = "energy", **options) -> ScoreOptions:
+    """Options of a score in test size, some of them changed."""
+    kind = OPTIONS[name]
+    values = {**PARAMETERS.score.model_dump(), **_SMALL, **options, "name": name}
+    return kind.model_validate({key: values[key] for key in kind.model_fields})
+
+
+def model_options(**changes) -> config.Model:
+    """Options of a tiny transformer, some of them changed."""
+    sizes = {
+        "patch_size": 1,
+        "width": 32,
+        "depth": 2,
+        "heads": 4,
+        "mlp_ratio": 2.0,
+        "buffer_size": 2,
+        "dropout": 0.1,
+        "label_dropout": 0.1,
+        "attention": "bidirectional",
+        "order": "random",
+        "target_positions": True,
+        "mask_ratio_min": 0.5,
+        "head_width": 24,
+        "head_depth": 2,
+    }
+    return config.Model.model_validate({**sizes, **changes})
+
+
+def section(name: str, **changes):
+    """A section of params.yaml with some values changed."""
+    values = getattr(PARAMETERS, name)
+    return type(values).model_validate({**values.model_dump(), **changes})
 
 
 def tiny_model(
@@ -37,27 +67,15 @@ def tiny_model(
     target_positions=True,
     seed=0,
     trained=True,
+    name="energy",
     **score,
-) -> Model:
+) -> AutoregressiveModel:
     """A model of a few thousand weights; `trained` moves what is zero-initialised away from zero."""
-    sizes = {
-        "patch_size": patch_size,
-        "width": 32,
-        "depth": 2,
-        "heads": 4,
-        "mlp_ratio": 2.0,
-        "buffer_size": 2,
-        "dropout": 0.1,
-        "label_dropout": 0.1,
-        "attention": attention,
-        "order": order,
-        "target_positions": target_positions,
-        "mask_ratio_min": 0.5,
-        "head_width": 24,
-        "head_depth": 2,
-    }
-    shape = Shape(latent, classes, sizes, scores.chosen({**SCORE, **score}))
-    model = models.build(shape).initialise(generator(seed, "weights"))
+    options = model_options(
+        patch_size=patch_size, attention=attention, order=order, target_positions=target_positions
+    )
+    shape = Shape(latent, classes, options, score_options(name, **score))
+    model = build_model(shape).initialise(generator(seed, "weights"))
     if trained:
         source = generator(seed, "head")
         for parameter in model.score.parameters():

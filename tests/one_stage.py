@@ -21,6 +21,6 @@ def parameters(changes: Mapping[str, object]) -> config.Parameters:
 
 
 def run(stage: str, changes: Mapping[str, object]) -> None:
-    """`work` of the stage, which sees the parameters that dvc.yaml declares."""
-    view = program.visible(parameters(changes), program.declared(stage).get("params", []))
-    importlib.import_module(f"stages.{stage}").work(view)
+    """`work` of the stage, which sees the parameters that it declares."""
+    module = importlib.import_module(f"stages.{stage}")
+    module.work(program.visible(parameters(changes), module.Parameters))

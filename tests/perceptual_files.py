@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from ear.randomness import generator
+from ear.runtime.randomness import generator
 
 _WIDTHS = ((64, 3), (64, 64), (128, 64), (128, 128), (256, 128), (256, 256), (256, 256), (512, 256))
 _WIDTHS += ((512, 512),) * 5

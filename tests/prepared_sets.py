@@ -6,7 +6,8 @@ from pathlib import Path
 import h5py
 import numpy as np
 
-from ear import records
+from ear.files.digests import sha256
+from ear.files.json_files import write_json
 
 
 def pixels(count: int, size: int = 8, seed: int = 0) -> np.ndarray:
@@ -26,8 +27,8 @@ def write_prepared(folder: Path, images: np.ndarray, lengths: Sequence[int], val
         with h5py.File(path, "w") as file:
             file["images"], file["labels"] = images[start : start + length], labels[start : start + length]
             file.attrs.update({"format": "ear-prepared-1", "image_size": size})
-        index[split].append({"file": path.name, "rows": length, "sha256": records.sha256(path)})
+        index[split].append({"file": path.name, "rows": length, "sha256": sha256(path)})
         start += length
-    records.write_json(folder / "classes.json", {"classes": ["a", "b", "c"]})
-    records.write_json(folder / "index.json", {"format": "ear-prepared-1", "image_size": size, "shards": index})
+    write_json(folder / "classes.json", {"classes": ["a", "b", "c"]})
+    write_json(folder / "index.json", {"format": "ear-prepared-1", "image_size": size, "shards": index})
     return folder

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import torch
 
-from ear import distributed
+from ear.runtime import distributed
 
 _fork = multiprocessing.get_context("fork")
 

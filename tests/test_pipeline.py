@@ -16,7 +16,8 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 import ear
-from ear import checkpoint, records
+from ear.files.digests import sha256
+from ear.training import checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
 STAGES = ["fetch", "prepare", "reference", "tokenizer", "cache", "train", "finetune", "sample", "evaluate"]
@@ -84,7 +85,7 @@ def stale(folder: Path) -> set[str]:
 
 
 def digests(folder: Path) -> dict[str, str]:
-    return {str(p.relative_to(folder)): records.sha256(p) for p in sorted((folder / "data").rglob("*")) if p.is_file()}
+    return {str(p.relative_to(folder)): sha256(p) for p in sorted((folder / "data").rglob("*")) if p.is_file()}
 
 
 @pytest.fixture(scope="module")
@@ -197,7 +198,7 @@ def test_pixels_as_tokens_by_one_parameter(repository):
 @pytest.mark.parametrize("stage", ["train", "finetune"])
 def test_a_killed_training_goes_on_to_the_same_bytes(repository, stage):
     folder = {"train": "data/model", "finetune": "data/finetuned"}[stage]
-    whole = {path.name: records.sha256(path) for path in (repository / folder).iterdir()}
+    whole = {path.name: sha256(path) for path in (repository / folder).iterdir()}
     shutil.rmtree(repository / folder)
     process = subprocess.Popen(
         [sys.executable, "-m", f"stages.{stage}"], cwd=repository, env=environment(), stdout=subprocess.DEVNULL
@@ -212,7 +213,7 @@ def test_a_killed_training_goes_on_to_the_same_bytes(repository, stage):
     assert checkpoint.newest(next(scratch.iterdir())) is not None
     resumed = run(sys.executable, "-m", f"stages.{stage}", cwd=repository)
     assert "continuing after" in resumed
-    assert {path.name: records.sha256(path) for path in (repository / folder).iterdir()} == whole
+    assert {path.name: sha256(path) for path in (repository / folder).iterdir()} == whole
 
 
 def test_python_loads_and_generates(finished):

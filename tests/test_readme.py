@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 import ear
-from ear import config, configure
+from ear import config
+from ear.commands import configure
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])

@@ -7,9 +7,9 @@ import torch
 from factories import SCORE
 
 from ear import scores
-from ear.ema import Average
-from ear.randomness import generator
+from ear.runtime.randomness import generator
 from ear.scores.score import Score
+from ear.training.ema import Average
 
 HIDDEN = 8  # width of the hidden state that carries the condition
 _DIRECTION = torch.randn(HIDDEN, generator=generator(0, "direction"))

@@ -8,8 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ear.randomness import Source, choose
-from ear.scores.score import Score
+from ear.config.scores import Categorical
+from ear.errors import UserError
+from ear.runtime.randomness import RandomSource, choose
+from ear.scores.score import HeadSize, Score
 
 _INIT_SD = 0.02
 
@@ -17,23 +19,16 @@ _INIT_SD = 0.02
 class CategoricalScore(Score):
     """Cross-entropy over the codebook; the logits are linear in the hidden state."""
 
-    options = ("codes",)
     learns_tokens = True
     temperature_scales = "the logits, which it divides"
     guidance_extrapolates = "logits"
 
-    def __init__(
-        self,
-        *,
-        hidden_width: int,
-        token_channels: int,
-        width: int,  # not used: the head is one linear layer
-        depth: int,  # not used
-        codes: int,
-    ):
+    codebook: Tensor  # [V, D]
+
+    def __init__(self, options: Categorical, size: HeadSize):
         super().__init__()
-        self.projection = nn.Linear(hidden_width, codes)
-        self.register_buffer("codebook", torch.zeros(codes, token_channels))
+        self.projection = nn.Linear(size.hidden_width, options.codes)
+        self.register_buffer("codebook", torch.zeros(options.codes, size.token_channels))
 
     def initialise(self, generator: torch.Generator) -> None:
         """Small logits."""
@@ -44,7 +39,7 @@ class CategoricalScore(Score):
         from sklearn.cluster import KMeans
 
         if len(tokens) < len(self.codebook):
-            raise ValueError(
+            raise UserError(
                 f"score.codes is {len(self.codebook)}, more than the {len(tokens)} tokens to learn them from; lower it."
             )
         centres = KMeans(len(self.codebook), n_init=1, random_state=seed % 2**32).fit(tokens.cpu().numpy())
@@ -72,7 +67,7 @@ class CategoricalScore(Score):
         self,
         hidden: Tensor,
         *,
-        source: Source,
+        source: RandomSource,
         temperature: float = 1.0,  # divides the logits; 0 takes the likeliest code
         unconditional: Tensor | None = None,
         guidance: float = 1.0,

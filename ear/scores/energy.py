@@ -6,7 +6,9 @@ Shapes: N tokens, D token channels, m samples per token, k targets per token.
 
 from torch import Tensor
 
-from ear.scores.generator import GeneratorScore, pairwise_loss, squared_distance
+from ear.config.scores import Energy
+from ear.scores.sample_based import SampleBasedScore, pairwise_loss, squared_distance
+from ear.scores.score import HeadSize
 
 
 def distance(a: Tensor, b: Tensor, *, alpha: float, smoothing: float) -> Tensor:
@@ -38,15 +40,12 @@ def energy_loss(
     return pairwise_loss(samples, targets, between, temperature=temperature, pairs=pairs)
 
 
-class EnergyScore(GeneratorScore):
-    """Energy score and the noise-driven generator that it trains."""
+class EnergyScore(SampleBasedScore):
+    """Energy score and the noise-driven head that it trains."""
 
-    options = (*GeneratorScore.options, "alpha", "smoothing")
-
-    def __init__(self, *, alpha: float, smoothing: float, **head):
-        super().__init__(**head)
-        self.alpha, self.smoothing = alpha, smoothing
-        self.strictly_proper = 0 < alpha < 2  # the squared distance identifies the mean alone
+    def __init__(self, options: Energy, size: HeadSize):
+        super().__init__(options, size)
+        self.alpha, self.smoothing = options.alpha, options.smoothing
 
     def distance(self, a: Tensor, b: Tensor) -> Tensor:
         """The smoothed distance to the power alpha."""

@@ -10,11 +10,12 @@ import math
 import torch
 from torch import Tensor, nn
 
-from ear.randomness import Source, normal, uniform
+from ear.config.scores import DIFFUSION_STEPS, Hyvarinen
+from ear.runtime.randomness import RandomSource, normal, uniform
 from ear.scores.modulated_mlp import ModulatedMLP
-from ear.scores.score import Score
+from ear.scores.score import HeadSize, Score
 
-TRAINING_STEPS = 1000
+TRAINING_STEPS = DIFFUSION_STEPS
 _TIME_CHANNELS = 256
 _INIT_SD = 0.02
 
@@ -60,30 +61,21 @@ def respaced(steps: int) -> Tensor:
 class HyvarinenScore(Score):
     """Diffusion loss per token and the ancestral sampler of its head."""
 
-    options = ("samples", "sampling_steps", "denoised_limit")
     temperature_scales = "the noise that each denoising step adds"
     guidance_extrapolates = "predicted noise"
 
-    def __init__(
-        self,
-        *,
-        hidden_width: int,
-        token_channels: int,
-        width: int,
-        depth: int,
-        samples: int,  # (noise level, noise) draws per token
-        sampling_steps: int,
-        denoised_limit: float,  # predicted tokens are clamped to +- this; 0 for no limit, as published
-    ):
+    def __init__(self, options: Hyvarinen, size: HeadSize):
         super().__init__()
-        self.samples, self.channels, self.limit = samples, token_channels, denoised_limit
-        self.evaluations_per_token = sampling_steps
-        self.token_embedding = nn.Linear(token_channels, width)
-        self.hidden_embedding = nn.Linear(hidden_width, width)
+        self.samples, self.channels = options.samples, size.token_channels
+        self.limit = options.denoised_limit  # clamp of predicted tokens; 0 for none, as published
+        self.evaluations_per_token = options.sampling_steps
+        width = size.width
+        self.token_embedding = nn.Linear(size.token_channels, width)
+        self.hidden_embedding = nn.Linear(size.hidden_width, width)
         self.time_embedding = nn.Sequential(nn.Linear(_TIME_CHANNELS, width), nn.SiLU(), nn.Linear(width, width))
-        self.network = ModulatedMLP(width=width, depth=depth, out_channels=2 * token_channels)
+        self.network = ModulatedMLP(width=width, depth=size.depth, out_channels=2 * size.token_channels)
         alpha_bar = cosine_alpha_bar(TRAINING_STEPS)
-        self.register_buffer("times", respaced(sampling_steps), persistent=False)
+        self.register_buffer("times", respaced(options.sampling_steps), persistent=False)
         self.training_schedule, self.sampling_schedule = Schedule(alpha_bar), Schedule(alpha_bar[self.times])
 
     def initialise(self, generator: torch.Generator) -> None:
@@ -133,7 +125,7 @@ class HyvarinenScore(Score):
         self,
         hidden: Tensor,
         *,
-        source: Source,
+        source: RandomSource,
         temperature: float = 1.0,  # multiplies the noise that each step adds
         unconditional: Tensor | None = None,
         guidance: float = 1.0,

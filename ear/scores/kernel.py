@@ -8,18 +8,18 @@ import math
 import torch
 from torch import Tensor
 
-from ear.scores.generator import GeneratorScore, squared_distance
+from ear.config.scores import Kernel
+from ear.scores.sample_based import SampleBasedScore, squared_distance
+from ear.scores.score import HeadSize
 
 
-class KernelScore(GeneratorScore):
-    """Kernel score and the noise-driven generator that it trains."""
+class KernelScore(SampleBasedScore):
+    """Kernel score and the noise-driven head that it trains."""
 
-    options = (*GeneratorScore.options, "bandwidths")
-
-    def __init__(self, *, bandwidths: tuple[float, ...], token_channels: int, **head):
-        super().__init__(token_channels=token_channels, **head)
-        # In units of the distance from the origin of a token of unit-variance channels, sqrt(D).
-        self.lengths = [width * math.sqrt(token_channels) for width in bandwidths]
+    def __init__(self, options: Kernel, size: HeadSize):
+        super().__init__(options, size)
+        # In units of sqrt(D), the typical length of a token whose channels have unit variance.
+        self.lengths = [bandwidth * math.sqrt(size.token_channels) for bandwidth in options.bandwidths]
 
     def distance(self, a: Tensor, b: Tensor) -> Tensor:
         """Mean over bandwidths s of 1 - exp(-|a - b|^2 / (2 s^2))."""

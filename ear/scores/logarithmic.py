@@ -9,8 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ear.randomness import Source, choose, normal
-from ear.scores.score import Score
+from ear.config.scores import Logarithmic
+from ear.runtime.randomness import RandomSource, choose, normal
+from ear.scores.score import HeadSize, Score
 
 _CANDIDATES = 64  # draws that guidance chooses one from: at scale 1.4, GIVT's, 64 reach what the formula says
 _INIT_SD = 0.02  # an all-zero start is an exact saddle: equal components get equal gradients for ever
@@ -40,7 +41,7 @@ class Mixture:
         log_normal = -0.5 * white.square() - log_scales - 0.5 * math.log(2 * math.pi)
         return torch.logsumexp(self.logits.log_softmax(-1) + log_normal.sum(-1), dim=-1)
 
-    def draw(self, source: Source, *, temperature: float = 1.0) -> Tensor:
+    def draw(self, source: RandomSource, *, temperature: float = 1.0) -> Tensor:
         """=> [N, D]: a component by its weight, then its Gaussian with its standard deviations times `temperature`."""
         mean, factor = self._component(choose(self.logits, source))
         noise = normal(mean.shape, source, mean.device)
@@ -57,29 +58,18 @@ def square_plus(x: Tensor, floor: float) -> Tensor:
 
 
 class LogarithmicScore(Score):
-    """Log-likelihood of a K-component mixture whose parameters are linear in the hidden state."""
+    """Log-likelihood of a K-component mixture; the head is one linear layer, as in GIVT."""
 
-    options = ("components", "covariance", "scale_floor")
     temperature_scales = "the standard deviations of the components"
     guidance_extrapolates = "log-density, by choosing among draws"
 
-    def __init__(
-        self,
-        *,
-        hidden_width: int,
-        token_channels: int,
-        width: int,  # not used: as in GIVT the head is one linear layer
-        depth: int,  # not used
-        components: int,
-        covariance: str,  # diagonal or full
-        scale_floor: float,
-    ):
+    def __init__(self, options: Logarithmic, size: HeadSize):
         super().__init__()
-        self.components, self.channels = components, token_channels
-        self.full, self.scale_floor = covariance == "full", scale_floor
-        d = token_channels
+        self.components, self.channels = options.components, size.token_channels
+        self.full, self.scale_floor = options.covariance == "full", options.scale_floor
+        d = size.token_channels
         self.sizes = (1, d, d * (d + 1) // 2 if self.full else d)  # of a component: logit, mean, factor
-        self.projection = nn.Linear(hidden_width, components * sum(self.sizes))
+        self.projection = nn.Linear(size.hidden_width, self.components * sum(self.sizes))
 
     def initialise(self, generator: torch.Generator) -> None:
         """Break the symmetry between components: weights N(0, 0.02^2)."""
@@ -111,7 +101,7 @@ class LogarithmicScore(Score):
         self,
         hidden: Tensor,
         *,
-        source: Source,
+        source: RandomSource,
         temperature: float = 1.0,  # multiplies the standard deviations
         unconditional: Tensor | None = None,
         guidance: float = 1.0,
@@ -124,7 +114,7 @@ class LogarithmicScore(Score):
 
 
 def guided(
-    conditional: Mixture, unconditional: Mixture, *, scale: float, source: Source, temperature: float = 1.0
+    conditional: Mixture, unconditional: Mixture, *, scale: float, source: RandomSource, temperature: float = 1.0
 ) -> Tensor:
     """=> [N, D] from p_c^scale p_u^(1 - scale), GIVT's density guidance, by sampling importance resampling.
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ear.transformer import NORM_EPS
+NORM_EPS = 1e-6  # of every layer norm in heads and transformer
 
 
 class ModulatedBlock(nn.Module):

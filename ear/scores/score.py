@@ -4,20 +4,33 @@ Shapes: N tokens, D token channels, W hidden width.
 """
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from ear.randomness import Source
+from ear.runtime.randomness import RandomSource
+
+
+@dataclass(frozen=True)
+class HeadSize:
+    """Sizes of a head: its input, its output, and its hidden layers."""
+
+    hidden_width: int  # W, of the transformer's hidden states
+    token_channels: int  # D
+    width: int  # of the head's residual blocks; a head that is one linear layer has none
+    depth: int  # residual blocks
 
 
 class Score(nn.Module, ABC):
-    """A strictly proper score with the head that it trains; the transformer never knows which one it serves."""
+    """A strictly proper score with the head that it trains; the transformer does not depend on which one it is.
 
-    options: tuple[str, ...] = ()  # keys of the score section that the score takes
-    learns_tokens: bool = False  # whether `learn` wants to see training tokens
-    targets: int = 1  # draws of a token from the tokenizer's posterior that its loss takes at once
-    # Facts, for whoever compares scores.
+    A subclass is constructed from its options (a class of ear.config.scores) and a HeadSize.
+    """
+
+    learns_tokens: bool = False  # whether `learn` needs training tokens
+    targets: int = 1  # draws of each token from the tokenizer's posterior that the loss takes at once
+    # Facts for comparisons of scores.
     strictly_proper: bool = True  # at training temperature 1, over the tokens that the head can draw
     evaluations_per_token: int = 1  # of the head's network, to draw one token without guidance
     temperature_scales: str  # what the inference temperature multiplies (or divides)
@@ -46,7 +59,7 @@ class Score(nn.Module, ABC):
         self,
         hidden: Tensor,
         *,
-        source: Source,
+        source: RandomSource,
         temperature: float = 1.0,
         unconditional: Tensor | None = None,  # hidden states of the null class, for guidance
         guidance: float = 1.0,

@@ -1,0 +1,1 @@
+"""The `ear` command line, one module per subcommand."""

@@ -1,0 +1,84 @@
+"""The command `ear`: its subcommands, options and help. Their modules are imported when they run."""
+
+import sys
+from pathlib import Path
+
+import click
+
+from ear.errors import UserError
+
+
+class _Command(click.Command):
+    """A command that prints a user's mistake as one line and exits with 1."""
+
+    def invoke(self, context: click.Context) -> None:
+        try:
+            super().invoke(context)
+        except (UserError, OSError) as error:
+            print(f"{context.info_name}: {' '.join(str(error).split())}", file=sys.stderr)
+            context.exit(1)
+
+
+class _ConfigureCommand(_Command):
+    """Appends the presets and keys to its help; reading them takes pydantic, which `ear --help` does not need."""
+
+    def format_epilog(self, context: click.Context, formatter: click.HelpFormatter) -> None:
+        from ear.commands.configure import keys
+
+        formatter.write(f"\n{keys()}\n")
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+def main() -> None:
+    """Train a quantisation-free autoregressive image generator.
+
+    `ear COMMAND --help` explains a command. The pipeline itself runs with `dvc repro` or `python -m flows.pipeline`.
+    """
+
+
+@main.command(cls=_ConfigureCommand)
+@click.argument("overrides", nargs=-1, metavar="[preset=NAME] [SECTION.KEY=VALUE]...")
+@click.option(
+    "--output", type=click.Path(path_type=Path), default=Path("params.yaml"), show_default=True, help="file to write"
+)
+def configure(overrides: tuple[str, ...], output: Path) -> None:
+    """Write params.yaml from a preset and overrides.
+
+    Every key is checked first. NAME_smoke is the laptop-size form of preset NAME: the whole pipeline in a minute or two.
+    """
+    from ear.commands import configure
+
+    print("\n".join(configure.run(list(overrides), output)))
+
+
+@main.command(cls=_Command)
+@click.argument("path")
+@click.option(
+    "--sample", "samples", type=click.IntRange(min=0), default=100, show_default=True, help="images to decode"
+)
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="selects the images")
+def inspect(path: str, samples: int, seed: int) -> None:
+    """Say what a folder of images holds: layout, classes, sizes, unreadable files, the preset that fits.
+
+    PATH holds class folders, or ImageNet's tree or archives. Nothing is written.
+    """
+    from ear.commands import inspect
+
+    print(inspect.run(path, samples=samples, seed=seed))
+
+
+@main.command(cls=_Command)
+@click.option(
+    "--params", type=click.Path(path_type=Path), default=Path("params.yaml"), show_default=True, help="parameter file"
+)
+@click.option("--classes", type=int, help="default: those of data/latents, or 1000")
+@click.option("--images", type=int, help="of the data set; default: those of data/latents, or ImageNet's")
+@click.option("--teraflops", type=float, help="sustained by one device, in 10^12 operations/s; adds times to the stages")
+def describe(params: Path, classes: int | None, images: int | None, teraflops: float | None) -> None:
+    """Estimate what a parameter file will cost: parameters, memory, compute per image, disk.
+
+    No data needs to exist. Times are compute divided by --teraflops: what a device sustains, not its peak.
+    """
+    from ear.commands import describe
+
+    print(describe.run(params, classes=classes, images=images, teraflops=teraflops))

@@ -1,0 +1,268 @@
+"""What a pipeline costs: parameters, memory of a training process, compute per image, disk.
+
+Torch counts them on the real model, with tensors that have shapes and types but no data, so even the largest model takes
+seconds on a laptop. Floating-point operations are two per multiplication and addition.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from ear import config
+from ear.model.autoregressive import AutoregressiveModel
+from ear.model.files import build_model
+from ear.model.masking import masked_count
+from ear.model.shape import Shape
+from ear.runtime import randomness
+from ear.sampling.sampler import sample
+from ear.sampling.settings import SamplingSettings
+from ear.tokenizer.autoencoder import KL, Identity, Tokenizer, kl_structure
+from ear.tokenizer.critic import PatchCritic
+from ear.tokenizer.importing import import_tokenizer
+from ear.tokenizer.loss import AutoencoderLoss
+from ear.tokenizer.perceptual import Perceptual
+
+_FLOAT = 4  # bytes
+_HALF = 2
+_AVERAGES = 2  # EMAs of the weights
+_MASK_DRAWS = 4096  # for the mean number of masked tokens
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Cost of each part of the pipeline; memory and disk in bytes."""
+
+    shape: Shape
+    images: int  # of the data set
+    parameters: dict[str, int]
+    memory: dict[str, int]  # of one training process
+    tokenizer_memory: dict[str, int]  # of the tokenizer's training; empty if it is not trained
+    checkpointed_activations: int  # what `memory["activations"]` would be with runtime.checkpointing
+    training_flops: dict[str, int]  # per image
+    sampling_flops: dict[str, int]  # per image
+    encoding_flops: int  # per image and its mirror image
+    tokenizer_flops: int  # per training image of the tokenizer: encoder and decoder, forward and backward
+    disk: dict[str, int]
+
+
+def pipeline_costs(parameters: config.Parameters, *, classes: int, images: int) -> Costs:
+    """The costs with these parameters on a data set of that many classes and images."""
+    tokenizer = build_tokenizer(parameters)
+    shape = model_shape(parameters, tokenizer, classes=classes)
+    counts = count_parameters(shape)
+    plain, checkpointed = activation_bytes(
+        shape, images=parameters.train.micro_batch_size, precision=parameters.train.precision
+    )
+    weights = counts["all"] * _FLOAT
+    encode, decode = tokenizer_flops(tokenizer)
+    trained = tokenizer if isinstance(tokenizer, KL) and parameters.tokenizer.name == "kl" else None
+    return Costs(
+        shape=shape,
+        images=images,
+        parameters=counts | {"tokenizer": _elements(tokenizer)},
+        memory={
+            "weights": weights,
+            "gradients": weights,
+            "AdamW moments": 2 * weights,
+            "averaged weights": _AVERAGES * weights,
+            "activations": plain,
+        },
+        tokenizer_memory=tokenizer_memory(trained, parameters.tokenizer) if trained else {},
+        checkpointed_activations=checkpointed,
+        training_flops=training_flops(shape),
+        sampling_flops=sampling_flops(shape, SamplingSettings.of(parameters.sample)) | {"decoder": decode},
+        encoding_flops=2 * encode,
+        tokenizer_flops=3 * (encode + decode),
+        disk=disk_bytes(parameters, shape, images=images, weights=weights),
+    )
+
+
+def build_tokenizer(parameters: config.Parameters) -> Tokenizer:
+    """The tokenizer; an imported one whose file is absent is assumed to have the structure that the parameters give.
+
+    Raises UserError if an imported one does not fit the parameters.
+    """
+    side, options = parameters.data.image_size, parameters.tokenizer
+    if options.name == "identity":
+        return Identity(image_size=side, downsample=options.downsample)
+    if options.name != "kl" and Path(options.weights).exists():
+        return import_tokenizer(options, image_size=side).tokenizer
+    structure = kl_structure(channels=options.channels, block_channels=options.block_channels, layers=options.layers)
+    with FakeTensorMode():
+        return KL(image_size=side, structure=structure)
+
+
+def model_shape(parameters: config.Parameters, tokenizer: Tokenizer, *, classes: int) -> Shape:
+    """The shape that the train stage will read off the latents."""
+    side = tokenizer.image_size // tokenizer.downsample
+    latent = (tokenizer.latent_channels, side, side)
+    return Shape(latent, tuple(map(str, range(classes))), parameters.model, parameters.score.chosen)
+
+
+def count_parameters(shape: Shape) -> dict[str, int]:
+    """Numbers of parameters: transformer, head, embeddings, all."""
+    with FakeTensorMode():
+        model = build_model(shape)
+    transformer, head, total = _elements(model.transformer), _elements(model.score), _elements(model)
+    return {"transformer": transformer, "head": head, "embeddings": total - transformer - head, "all": total}
+
+
+def _elements(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+def activation_bytes(shape: Shape, *, images: int, precision: str) -> tuple[int, int]:
+    """Bytes that autograd keeps of a micro-batch for the backward pass: (plain, with every block checkpointed).
+
+    Counted with all tokens predicted, the most expensive case that occurs in training. Attention keeps no matrix of
+    weights, as in the fused kernels of CUDA. With checkpointing: the inputs of all blocks, and one block's activations.
+    """
+    one, two = (_kept_for_backward(_with(shape, depth=depth), images=images, precision=precision) for depth in (1, 2))
+    outside, block = 2 * one - two, two - one
+    options = shape.model
+    positions = images * (options.buffer_size + shape.tokens)
+    if options.dropout > 0:  # one byte per element after attention, inside the MLP and after it
+        block += int(positions * options.width * (2 + options.mlp_ratio))
+    checkpointed = outside + options.depth * positions * options.width * _FLOAT + block
+    return outside + options.depth * block, checkpointed
+
+
+def _with(shape: Shape, **changes) -> Shape:
+    """The shape with some model options changed."""
+    return dataclasses.replace(shape, model=shape.model.model_copy(update=changes))
+
+
+def _kept_for_backward(shape: Shape, *, images: int, precision: str) -> int:
+    """Bytes of the tensors that autograd saves in a training forward pass without dropout, weights excluded."""
+    half = torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16")
+    with FakeTensorMode():
+        # The CPU's fused attention, like CUDA's, keeps no matrix of weights, but only without dropout.
+        model = build_model(_with(shape, dropout=0.0)).train()
+        with half:
+            return _saved(lambda: _loss(model, images=images, predicted=model.tokens), model)
+
+
+def _saved(forward: Callable[[], object], *modules: nn.Module) -> int:
+    """Bytes of the tensors that autograd saves in `forward`, the modules' weights excluded."""
+    kept, weights = {}, {t.untyped_storage()._cdata for m in modules for t in (*m.parameters(), *m.buffers())}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage._cdata] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        forward()
+    return sum(storage.nbytes() for address, storage in kept.items() if address not in weights)
+
+
+def tokenizer_memory(tokenizer: KL, options: config.Tokenizer) -> dict[str, int]:
+    """Bytes of an autoencoder's training in float32, by part; the weights of its loss networks are negligible."""
+    side, count = tokenizer.image_size // tokenizer.downsample, options.micro_batch_size
+    with FakeTensorMode():
+        trained = KL(image_size=tokenizer.image_size, structure=tokenizer.structure)
+        perceptual, critic = Perceptual() if options.perceptual_weight else None, PatchCritic().requires_grad_(False)
+        images = torch.empty(count, 3, tokenizer.image_size, tokenizer.image_size)
+        noise = torch.empty(count, tokenizer.latent_channels, side, side)
+        loss = AutoencoderLoss(options.kl_weight, perceptual, options.perceptual_weight)
+
+        def forward() -> None:
+            decoded = loss(trained, images, noise).decoded
+            if options.adversarial_weight:
+                critic(decoded)
+
+        activations = _saved(forward, trained, critic, *([perceptual] if perceptual else []))
+    weights = _elements(tokenizer) * _FLOAT
+    return {
+        "weights": weights,
+        "gradients": weights,
+        "AdamW moments": 2 * weights,
+        "averaged weights": weights,
+        "activations": activations,
+    }
+
+
+def _loss(model: AutoregressiveModel, *, images: int, predicted: int) -> torch.Tensor:
+    """The training loss of `images` images with `predicted` positions each: tensors without data cannot draw it."""
+    tokens = torch.empty(model.score.targets, images, model.tokens, model.shape.token_channels)
+    labels, null = torch.empty(images, dtype=torch.long), torch.empty(images, dtype=torch.bool)
+    positions = torch.empty(images, predicted).long()
+    represented = torch.stack([model.score.represent(draw) for draw in tokens])
+    return model.loss_at(positions, represented, labels, null, temperature=1.0, generator=torch.Generator())
+
+
+def mean_predicted(shape: Shape) -> int:
+    """Tokens predicted per training image, on average (all of them by a causal model)."""
+    if shape.model.attention == "causal":
+        return shape.tokens
+    generator = randomness.generator(0, "masks")
+    draws = [masked_count(shape.tokens, shape.model.mask_ratio_min, generator) for _ in range(_MASK_DRAWS)]
+    return round(sum(draws) / len(draws))
+
+
+def training_flops(shape: Shape) -> dict[str, int]:
+    """Operations per training image: forward pass of transformer and of head (with embeddings), both passes of all."""
+    predicted = mean_predicted(shape)
+
+    def count(model: AutoregressiveModel) -> dict[str, int]:
+        forward = _flops(lambda: _loss(model, images=1, predicted=predicted))
+        both = _flops(lambda: _loss(model, images=1, predicted=predicted).backward())
+        return {"forward, transformer": forward[0], "forward, head": forward[1], "forward and backward": sum(both)}
+
+    return _at_depth(shape, lambda model: count(model.train()))
+
+
+def sampling_flops(shape: Shape, settings: SamplingSettings) -> dict[str, int]:
+    """Operations per generated image, by `ear.sampling.sampler.sample`: transformer, head."""
+
+    def count(model: AutoregressiveModel) -> dict[str, int]:
+        labels = torch.empty(1, dtype=torch.long)
+        flops = _flops(lambda: sample(model, labels, settings, source=torch.Generator()))
+        return dict(zip(("transformer", "head"), flops, strict=True))
+
+    return _at_depth(shape, lambda model: count(model.eval()))
+
+
+def _at_depth(shape: Shape, count: Callable[[AutoregressiveModel], dict[str, int]]) -> dict[str, int]:
+    """Counts of a model extrapolated from depths 1 and 2: all blocks cost the same."""
+    with FakeTensorMode():
+        one, two = (count(build_model(_with(shape, depth=depth))) for depth in (1, 2))
+    return {name: one[name] + (shape.model.depth - 1) * (two[name] - one[name]) for name in one}
+
+
+def _flops(work: Callable[[], object]) -> tuple[int, int]:
+    """Floating-point operations of `work`: in transformers, elsewhere."""
+    with FlopCounterMode(display=False) as counter:
+        work()
+    inside = sum(counter.get_flop_counts().get("Transformer", {}).values())
+    return inside, counter.get_total_flops() - inside
+
+
+def tokenizer_flops(tokenizer: Tokenizer) -> tuple[int, int]:
+    """(encode, decode) of one image."""
+    side = tokenizer.image_size // tokenizer.downsample
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        image = torch.empty(1, 3, tokenizer.image_size, tokenizer.image_size)
+        latent = torch.empty(1, tokenizer.latent_channels, side, side)
+        return sum(_flops(lambda: tokenizer.encode(image))), sum(_flops(lambda: tokenizer.decode(latent)))
+
+
+def disk_bytes(parameters: config.Parameters, shape: Shape, *, images: int, weights: int) -> dict[str, int]:
+    """What the stages write. Compressed images count as uncompressed, since the saving depends on them."""
+    channels, h, w = shape.latent
+    side = parameters.data.image_size
+    state = (1 + 2 + _AVERAGES) * weights  # weights, moments, EMAs
+    return {
+        "data/prepared": images * (3 * side**2 + _FLOAT),
+        "data/latents": images * (2 * 2 * channels * h * w * _HALF + _FLOAT),
+        "data/model": weights + state,  # finetune starts from the state
+        "data/finetuned": weights,
+        "work, while a phase trains": 3 * state,  # two checkpoints and the one being written
+        "data/samples": parameters.sample.count * 3 * side**2,
+    }

@@ -1,0 +1,112 @@
+"""What does a path hold, is it whole, can its images be read, which preset fits it: `ear inspect PATH`.
+
+Lists the images as the fetch stage does, without writing anything, and decodes a few, drawn at random.
+"""
+
+import io
+import statistics
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from ear.data import sources
+from ear.data.images import decode
+from ear.data.manifest import Contents
+from ear.data.sources import Source, imagenet
+from ear.errors import UserError
+
+_SHOWN = 3  # classes, and unreadable images
+_TINY = 16  # pixels; larger images are worth the folder64 preset
+_BROUGHT = " tokenizer.weights=KL16_CHECKPOINT reference.statistics=ADM_STATISTICS"  # for ImageNet
+_IMAGENET = ("imagenet256_base", "imagenet256_large", "imagenet256_huge")
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """What a random sample of the images turned out to be."""
+
+    bytes: list[int]  # of every encoded image
+    short_sides: list[int]  # of every readable image, in pixels
+    unreadable: list[tuple[str, str]]  # path, reason
+
+
+def sample(source: Source, count: int, seed: int) -> Sampled:
+    """Decode at most `count` images; the seed decides which."""
+    count = min(count, len(source.images))
+    chosen = np.random.default_rng(seed).choice(len(source.images), count, replace=False)
+    sizes, short_sides, unreadable = [], [], []
+    with Contents(source.root) as contents:
+        for image in (source.images[k] for k in sorted(chosen)):
+            try:
+                content = contents.read(image)
+                sizes.append(len(content))
+                short_sides.append(min(decode(io.BytesIO(content)).size))
+            except (UserError, OSError) as error:
+                unreadable.append((image.path, getattr(error, "strerror", None) or str(error)))
+    return Sampled(sizes, short_sides, unreadable)
+
+
+def fitting(source: Source, sampled: Sampled) -> tuple[str, ...]:
+    """The presets made for such images, the smallest first."""
+    if sources.is_imagenet(source):
+        return _IMAGENET
+    tiny = sampled.short_sides and statistics.median(sampled.short_sides) <= _TINY
+    return ("digits",) if tiny else ("folder64",)
+
+
+def describe(path: str, source: Source, sampled: Sampled) -> str:
+    """The findings in lines for people."""
+    counts = Counter(image.split for image in source.images)
+    whole = imagenet.are_wnids(source.classes)  # compare with the whole of ImageNet
+    held_out = "" if source.has_val else ", held out of the training images as data.val_fraction says"
+    lines = [
+        ("classes", _of(len(source.classes), imagenet.CLASSES, whole) + f": {_classes(source)}"),
+        ("training", _of(counts["train"], imagenet.TRAIN_IMAGES, whole) + " images"),
+        ("validation", _of(counts["val"], imagenet.VAL_IMAGES, whole) + f" images{held_out}"),
+        ("size", _size(source, sampled)),
+        ("sample", _sample(sampled)),
+        *(("", f"{image}: {reason}") for image, reason in sampled.unreadable[:_SHOWN]),
+    ]
+    presets = fitting(source, sampled)
+    command = f"ear configure preset={presets[0]}"
+    command += {"digits": " data.source=folder", _IMAGENET[0]: _BROUGHT}.get(presets[0], "")
+    lines += [("preset", ", ".join(presets)), ("next", f"{command} data.path={path}")]
+    return "\n".join([f"{path}: {source.layout}", *(f"  {title:<11} {text}" for title, text in lines)])
+
+
+def _of(count: int, whole: int, compare: bool) -> str:
+    return f"{count:,} of {whole:,}" if compare else f"{count:,}"
+
+
+def _classes(source: Source) -> str:
+    shown = [f"{name} ({source.names[name]})" if name in source.names else name for name in source.classes[:_SHOWN]]
+    return ", ".join(shown + (["..."] if len(source.classes) > _SHOWN else []))
+
+
+def _size(source: Source, sampled: Sampled) -> str:
+    """Exact for archives; asking for the size of every file of a tree would take its time."""
+    if all(image.bytes is not None for image in source.images):
+        return _bytes(sum(image.bytes for image in source.images))
+    if not sampled.bytes:
+        return "unknown"
+    return f"about {_bytes(statistics.mean(sampled.bytes) * len(source.images))}, judging by the sample"
+
+
+def _bytes(count: float) -> str:
+    return f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / 1e6:.3f} MB"
+
+
+def _sample(sampled: Sampled) -> str:
+    text = f"{len(sampled.short_sides) + len(sampled.unreadable)} images, {len(sampled.unreadable)} unreadable"
+    if not sampled.short_sides:
+        return text
+    sides = sampled.short_sides
+    return f"{text}; short side {min(sides)} to {max(sides)} pixels, median {statistics.median_low(sides)}"
+
+
+def run(path: str, *, samples: int, seed: int) -> str:
+    """The findings about a path as text, from at most `samples` decoded images; raises UserError, OSError."""
+    source = sources.find(Path(path), val_fraction=0.1)
+    return describe(path, source, sample(source, samples, seed))

@@ -1,0 +1,102 @@
+"""Checks of parameters that must agree with each other. Each raises UserError naming the keys, values and fix."""
+
+import math
+
+from ear.config.sections import Data, Evaluate, Model, Reference, Sample, Tokenizer, Train
+from ear.errors import UserError
+
+# Smallest image side, in pixels, that the networks of these losses accept.
+_SMALLEST_SIDE = {"perceptual_weight": 16, "adversarial_weight": 24}
+
+
+def check_data(data: Data) -> None:
+    """A source other than the built-in digits needs a path."""
+    if data.source != "digits" and not data.path:
+        raise UserError(f"data.path is empty, but data.source is {data.source}; name the folder of images.")
+
+
+def check_tokenizer(data: Data, tokenizer: Tokenizer) -> None:
+    """The tokenizer must fit the image size, and a KL autoencoder's sizes each other."""
+    levels = int(math.log2(tokenizer.downsample))
+    if 2**levels != tokenizer.downsample:
+        raise UserError(f"tokenizer.downsample is {tokenizer.downsample}, but must be a power of two, such as 4 or 16.")
+    if data.image_size % tokenizer.downsample:
+        raise UserError(
+            f"data.image_size is {data.image_size}, which tokenizer.downsample, {tokenizer.downsample}, does not "
+            "divide; change one of them."
+        )
+    if tokenizer.name in ("published", "diffusers") and not tokenizer.weights:
+        raise UserError(
+            f"tokenizer.weights is empty, but tokenizer.name is {tokenizer.name}; name the file or folder to import."
+        )
+    if tokenizer.name == "kl":
+        _check_autoencoder(data, tokenizer, levels)
+
+
+def _check_autoencoder(data: Data, tokenizer: Tokenizer, levels: int) -> None:
+    if len(tokenizer.block_channels) != levels + 1:
+        raise UserError(
+            f"tokenizer.block_channels has {len(tokenizer.block_channels)} entries, but tokenizer.downsample "
+            f"{tokenizer.downsample} needs {levels + 1}; give one number of channels per level."
+        )
+    if tokenizer.batch_size % tokenizer.micro_batch_size:
+        raise UserError(
+            f"tokenizer.micro_batch_size is {tokenizer.micro_batch_size}, but must divide tokenizer.batch_size, "
+            f"{tokenizer.batch_size}; choose a divisor."
+        )
+    for key, smallest in _SMALLEST_SIDE.items():
+        if getattr(tokenizer, key) and data.image_size < smallest:
+            raise UserError(
+                f"tokenizer.{key} is {getattr(tokenizer, key)}, but its network needs images of at least {smallest} "
+                f"pixels a side and data.image_size is {data.image_size}; set tokenizer.{key} to 0."
+            )
+
+
+def check_model(data: Data, tokenizer: Tokenizer, model: Model) -> None:
+    """Patches must tile the latent grid, heads divide the width, and the order suit the attention."""
+    side = data.image_size // tokenizer.downsample
+    if side % model.patch_size:
+        raise UserError(
+            f"model.patch_size is {model.patch_size}, but must divide the latent side, {side} "
+            f"(data.image_size / tokenizer.downsample); choose a divisor of {side}."
+        )
+    if model.width % model.heads:
+        raise UserError(f"model.heads is {model.heads}, but must divide model.width, {model.width}; choose a divisor.")
+    if model.attention == "bidirectional" and model.order == "raster":
+        raise UserError(
+            "model.order is 'raster', but bidirectional attention predicts any tokens from any others; set it to "
+            "random, or model.attention to causal."
+        )
+    if model.attention == "causal" and model.order == "random" and not model.target_positions:
+        raise UserError(
+            "model.target_positions is false, but causal attention in random order cannot know which position a slot "
+            "predicts; set it to true, or model.order to raster."
+        )
+
+
+def check_train(train: Train) -> None:
+    """Micro-batches must divide the batch, and there must be weights or a training."""
+    if train.global_batch_size % train.micro_batch_size:
+        raise UserError(
+            f"train.micro_batch_size is {train.micro_batch_size}, but must divide train.global_batch_size, "
+            f"{train.global_batch_size}; choose a divisor."
+        )
+    if not train.images and not train.weights:
+        raise UserError(
+            "train.images is 0 and train.weights is empty, so there would be no model; raise train.images, or name a "
+            "published checkpoint in train.weights."
+        )
+
+
+def check_evaluation(sample: Sample, reference: Reference, evaluate: Evaluate) -> None:
+    """Blocks must be equally large, and published statistics need the extractor they were made with."""
+    if sample.count % evaluate.repeats:
+        raise UserError(
+            f"evaluate.repeats is {evaluate.repeats}, but must divide sample.count, {sample.count}; published metrics "
+            "have 50,000 images per repeat."
+        )
+    if reference.extractor == "classifier" and reference.statistics:
+        raise UserError(
+            f"reference.statistics is {reference.statistics!r}, but a classifier trained here has no published "
+            "statistics; set reference.extractor to inception, or reference.statistics to ''."
+        )

@@ -1,0 +1,106 @@
+"""All of params.yaml as one object: read, checked, or refused in one sentence."""
+
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError, model_validator
+
+from ear.config import checks
+from ear.config.problems import first_problem
+from ear.config.scores import Score
+from ear.config.sections import (
+    Cache,
+    Compute,
+    Data,
+    Evaluate,
+    Finetune,
+    Model,
+    Prepare,
+    Reference,
+    Runtime,
+    Sample,
+    Section,
+    Tokenizer,
+    Train,
+)
+from ear.errors import MissingFileError, UserError
+
+
+class Parameters(Section):
+    """All sections. Construction fails if two values contradict each other."""
+
+    data: Data
+    prepare: Prepare
+    compute: Compute
+    tokenizer: Tokenizer
+    cache: Cache
+    model: Model
+    score: Score
+    train: Train
+    finetune: Finetune
+    sample: Sample
+    reference: Reference
+    evaluate: Evaluate
+    runtime: Runtime
+
+    @model_validator(mode="after")
+    def _check_agreement(self) -> "Parameters":
+        checks.check_tokenizer(self.data, self.tokenizer)
+        checks.check_model(self.data, self.tokenizer, self.model)
+        checks.check_train(self.train)
+        self.score.check()
+        checks.check_data(self.data)
+        checks.check_evaluation(self.sample, self.reference, self.evaluate)
+        return self
+
+
+def parse(content: object, *, origin: str = "parameters") -> Parameters:
+    """Nested plain values => Parameters.
+
+    Raises UserError, which starts with `origin`: a key is unknown, missing, of the wrong type, out of range or
+    contradicts another.
+    """
+    try:
+        return Parameters.model_validate(content)
+    except ValidationError as error:
+        raise UserError(f"{origin}: {first_problem(error, Parameters)}") from error
+
+
+def load(path: str | Path = "params.yaml") -> Parameters:
+    """Read and check a parameter file.
+
+    Raises MissingFileError if it does not exist, UserError if it is not YAML or as `parse` does.
+    """
+    # OmegaConf reads numbers as DVC does; PyYAML would read 1e-4 as a string.
+    from omegaconf import OmegaConf
+    from yaml import YAMLError
+
+    path = Path(path)
+    if not path.is_file():
+        raise MissingFileError(f"{path} does not exist; write it with `ear configure preset=digits`.")
+    try:
+        content: Any = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
+    except YAMLError as error:
+        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    return parse(content, origin=str(path))
+
+
+def missing_files(parameters: Parameters) -> dict[str, str]:
+    """Key => one sentence with the fix, for every file or folder that is named, needed and absent."""
+    tokenizer, reference = parameters.tokenizer, parameters.reference
+    imported = tokenizer.name in ("published", "diffusers")
+    perceptual = tokenizer.name == "kl" and tokenizer.perceptual_weight > 0
+    inception = reference.extractor == "inception"
+    files = {
+        "data.path": (parameters.data.path, parameters.data.source != "digits", "name the folder of your images"),
+        "tokenizer.weights": (tokenizer.weights, imported, "set tokenizer.name to kl to train an autoencoder"),
+        "tokenizer.perceptual_folder": (tokenizer.perceptual_folder, perceptual, "set it to '' to download its files"),
+        "train.weights": (parameters.train.weights, True, "set it to '' to train from new weights"),
+        "reference.weights": (reference.weights, inception, "set it to '' to download the file"),
+        "reference.statistics": (reference.statistics, inception, "set it to '' to use the training images"),
+    }
+    return {
+        key: f"{key} is {path!r}, which does not exist; provide it, or {otherwise}."
+        for key, (path, used, otherwise) in files.items()
+        if used and path and not Path(path).exists()
+    }

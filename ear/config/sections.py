@@ -1,0 +1,207 @@
+"""The sections of params.yaml, one class each, except `score` (ear.config.scores).
+
+A field's description becomes its comment in params.yaml and its entry in `ear configure --help`. No field has a
+default: DVC cannot track a key that is absent from params.yaml.
+"""
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+Precision = Literal["float32", "tfloat32", "bfloat16"]
+_list_as_tuple = BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value)
+Counts = Annotated[tuple[Annotated[int, Field(ge=1)], ...], _list_as_tuple]  # YAML lists, frozen
+Lengths = Annotated[tuple[Annotated[float, Field(gt=0)], ...], _list_as_tuple]
+
+
+class Section(BaseModel):
+    """Base of all sections: exact types, unknown keys refused, immutable."""
+
+    model_config = ConfigDict(strict=True, frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class Data(Section):
+    """Where the images come from, and the size they are cropped to."""
+
+    source: Literal["digits", "folder", "imagenet"] = Field(
+        description="digits (built in), folder (class folders; applies EXIF rotation) or imagenet (requires its 1000 "
+        "classes; ignores EXIF rotation)"
+    )
+    path: str = Field(description="class folders, or ImageNet's tree or archives; check it with `ear inspect PATH`")
+    val_fraction: float = Field(description="share of each class held out if the source has no val split", gt=0, lt=1)
+    image_size: int = Field(description="pixels; images are cropped to image_size x image_size", ge=4)
+    mirror: bool = Field(description="also train on mirror images (not for text or digits)")
+
+
+class Prepare(Section):
+    """How decoded images are stored."""
+
+    shard_size: int = Field(description="images per HDF5 file", ge=1)
+    compression: Literal["none", "gzip"] = Field(
+        description="none (contiguous, fastest) or gzip (lossless, one chunk per image)"
+    )
+    max_rejected: int = Field(description="unreadable images to record in rejected.csv before the stage fails", ge=0)
+
+
+class Compute(Section):
+    """Settings that affect the floating-point rounding of every number."""
+
+    threads: int = Field(description="CPU threads of torch; changes results slightly (rounding)", ge=1)
+
+
+class Tokenizer(Section):
+    """The map between images and continuous latents."""
+
+    name: Literal["kl", "published", "diffusers", "identity"] = Field(
+        description="kl (autoencoder trained here), published or diffusers (imported), identity (pixels, space to "
+        "depth)"
+    )
+    weights: str = Field(description="published: checkpoint file; diffusers: folder of an AutoencoderKL")
+    downsample: int = Field(description="image pixels per latent cell along a side, a power of two", ge=1)
+    channels: int = Field(description="latent channels; ignored for identity (always 3 * downsample^2)", ge=1)
+    block_channels: Counts = Field(
+        description="kl: feature channels per level, log2(downsample) + 1 values", min_length=1
+    )
+    layers: int = Field(description="kl: residual blocks per level", ge=1)
+    kl_weight: float = Field(description="kl: weight of the KL term per image, relative to the mean absolute error", ge=0)
+    perceptual_weight: float = Field(description="kl: weight of LPIPS relative to the mean absolute error; 0: off", ge=0)
+    perceptual_folder: str = Field(
+        description="kl: folder with vgg16-397923af.pth and weights-vgg16-lpips.pth; empty: torch's cache, downloaded "
+        "if absent"
+    )
+    adversarial_weight: float = Field(description="kl: weight of the patch critic's adaptive loss; 0: off", ge=0)
+    adversarial_start: int = Field(
+        description="kl: images before the critic contributes to the loss; it trains from half of that", ge=0
+    )
+    images: int = Field(description="kl: training images, counted with repetition", ge=1)
+    batch_size: int = Field(description="kl: images per step; all: images per batch when evaluating", ge=1)
+    micro_batch_size: int = Field(description="kl: images per forward pass in training; must divide batch_size", ge=1)
+    learning_rate: float = Field(
+        description="kl: peak rate of AdamW; linear warm-up over 5% of the images, cosine decay", gt=0
+    )
+    ema_decay: float = Field(description="kl: EMA decay per step", ge=0, lt=1)
+    seed: int = Field(description="kl: seed of weights, data order and noise", ge=0)
+
+
+class Cache(Section):
+    """How latents are computed."""
+
+    batch_size: int = Field(description="images encoded per batch; changes results slightly (rounding)", ge=1)
+
+
+class Model(Section):
+    """The transformer over latent tokens, and the size of its head."""
+
+    patch_size: int = Field(description="latent cells per token along a side", ge=1)
+    width: int = Field(description="transformer width", ge=1)
+    depth: int = Field(description="transformer blocks", ge=1)
+    heads: int = Field(description="attention heads; must divide width", ge=1)
+    mlp_ratio: float = Field(description="MLP width relative to transformer width", gt=0)
+    buffer_size: int = Field(description="class tokens in front of the image tokens", ge=1)
+    dropout: float = Field(description="dropout of attention and MLP", ge=0, lt=1)
+    label_dropout: float = Field(
+        description="share of training labels replaced by the null class, for guidance", ge=0, le=1
+    )
+    attention: Literal["bidirectional", "causal"] = Field(
+        description="bidirectional (masked tokens, several per step) or causal (one token after the other)"
+    )
+    order: Literal["random", "raster"] = Field(description="token order: random (one per image) or raster (causal only)")
+    target_positions: bool = Field(description="causal: tell each slot which position it predicts; random order needs it")
+    mask_ratio_min: float = Field(description="bidirectional: smallest share of masked tokens in training", gt=0, le=1)
+    head_width: int = Field(description="width of the head's residual blocks", ge=1)
+    head_depth: int = Field(description="residual blocks of the head", ge=1)
+
+
+class Train(Section):
+    """The first training phase."""
+
+    weights: str = Field(description="published EAR checkpoint to start from, on its tokenizer's latents; empty: none")
+    images: int = Field(description="training images, counted with repetition; 0 keeps the initial weights", ge=0)
+    global_batch_size: int = Field(description="images per optimiser step, over all processes", ge=1)
+    micro_batch_size: int = Field(
+        description="images per forward pass; must divide global_batch_size / number of processes", ge=1
+    )
+    learning_rate: float = Field(description="peak rate of AdamW", gt=0)
+    warmup_images: int = Field(description="images over which the rate grows linearly from 0", ge=0)
+    schedule: Literal["constant", "cosine"] = Field(description="rate after the warm-up: constant or cosine (to 0)")
+    head_rate: float = Field(description="rate of the head's matrices relative to the rest", gt=0)
+    beta1: float = Field(description="AdamW: decay of the first moment", ge=0, lt=1)
+    beta2: float = Field(description="AdamW: decay of the second moment", ge=0, lt=1)
+    weight_decay: float = Field(description="AdamW: weight decay of the transformer's matrices", ge=0)
+    clip_norm: float = Field(description="gradient norm limit", gt=0)
+    temperature: float = Field(description="training temperature of the score; only 1 is strictly proper", gt=0, le=1)
+    ema_decay: float = Field(description="EMA decay per step, reached after a warm-up", ge=0, lt=1)
+    ema_decay_long: float = Field(description="EMA decay of a second average, validated beside the first", ge=0, lt=1)
+    precision: Precision = Field(
+        description="float32; on CUDA also tfloat32 (float32 with TF32 matmuls) or bfloat16 (autocast, float32 weights)"
+    )
+    validate_images: int = Field(description="images between validations", ge=1)
+    checkpoint_images: int = Field(description="images between checkpoints", ge=1)
+    seed: int = Field(description="seed of weights, data order, masks and noise", ge=0)
+
+
+class Finetune(Section):
+    """The short second phase; all other settings are those of train."""
+
+    images: int = Field(description="training images, counted with repetition; 0 skips this phase", ge=0)
+    learning_rate: float = Field(description="rate of AdamW, without warm-up", gt=0)
+    schedule: Literal["constant", "cosine"] = Field(description="constant or cosine (to 0)")
+    temperature: float = Field(description="training temperature of the score, in (0, 1]", gt=0, le=1)
+
+
+class Sample(Section):
+    """How images are generated."""
+
+    count: int = Field(description="images, spread evenly over the classes", ge=1)
+    steps: int = Field(description="unmasking steps per image; ignored by causal models (one step per token)", ge=1)
+    guidance: float = Field(description="classifier-free guidance scale; 1: off", ge=0)
+    schedule: Literal["linear", "constant"] = Field(
+        description="guidance over the steps: linear (from 1 to the scale) or constant"
+    )
+    temperature: float = Field(description="inference temperature; 1: unchanged", ge=0)
+    precision: Precision = Field(
+        description="float32; on CUDA also tfloat32 or bfloat16 (autocast; tokens and decoder stay float32)"
+    )
+    batch_size: int = Field(description="images generated per batch; changes results slightly (rounding)", ge=1)
+    seed: int = Field(description="image k is drawn from its own random stream (seed, k)", ge=0)
+
+
+class Reference(Section):
+    """The real images that generated ones are compared with, and the features used."""
+
+    extractor: Literal["classifier", "inception"] = Field(
+        description="classifier (trained here on the real images) or inception"
+    )
+    weights: str = Field(description="inception: weights file; empty: torch-fidelity downloads it")
+    statistics: str = Field(description="inception: npz with mu and sigma, instead of the training images; empty: none")
+    batch_size: int = Field(description="images per forward pass; changes results slightly (rounding)", ge=1)
+    images: int = Field(description="classifier: training images, counted with repetition", ge=1)
+    learning_rate: float = Field(description="classifier: peak rate of AdamW, cosine decay", gt=0)
+    seed: int = Field(description="classifier: seed of weights and data order", ge=0)
+
+
+class Evaluate(Section):
+    """How generated images are scored."""
+
+    repeats: int = Field(
+        description="blocks of sample.count / repeats images, scored separately: metrics are means, with their range",
+        ge=1,
+    )
+    kid_subset_size: int = Field(description="KID: images per subset; at most the number of images", ge=2)
+    neighborhood: int = Field(description="precision and recall: k of the k-nearest-neighbour manifolds", ge=1)
+    seed: int = Field(description="seed of KID's subsets and Inception score's splits", ge=0)
+
+
+class Runtime(Section):
+    """Settings that must not change a result; DVC does not track them."""
+
+    device: Literal["auto", "cpu", "cuda"] = Field(description="auto (cuda if available), cpu or cuda")
+    processes: int = Field(
+        description="processes per stage on this machine, one per GPU; same batches, slightly different rounding", ge=1
+    )
+    workers: int = Field(description="processes that decode images or load latents", ge=0)
+    cluster: str = Field(
+        description="Dask scheduler for prepare, cache and sample, such as tcp://host:8786; empty: this machine"
+    )
+    compile: bool = Field(description="torch.compile the transformer in training and sampling, on CUDA only")
+    checkpointing: bool = Field(description="recompute activations in the backward pass of training to save memory")

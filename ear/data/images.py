@@ -1,0 +1,125 @@
+"""One image: file => upright RGB => centre crop => uint8 array <=> float tensor in [-1, 1].
+
+No other file decodes an image or scales its pixels. Torch is imported by the two conversions alone: the programs that
+only decode start without it.
+"""
+
+import math
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from ear.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+_SIXTEEN_BIT = ("I", "I;16", "I;16B", "I;16L", "I;16N")
+
+
+def decode(file: str | Path | BinaryIO, *, upright: bool = True) -> Image.Image:
+    """Image file => RGB image of 8 bits per channel.
+
+    - Rotation: a camera's EXIF orientation is applied, as every viewer does, where `upright`. The published ImageNet
+      pipelines ignore it; `upright=False` does as they do. A damaged EXIF block is passed over.
+    - Grey, palette and CMYK become RGB by Pillow's conversion, without colour profiles, as in those pipelines.
+    - Grey of 16 bits is divided by 257 and rounded, so that 0..65535 fills 0..255; Pillow itself would clip it.
+    - Transparent pixels are laid on white.
+    - Of several frames the first is taken.
+
+    Raises ValueError with the reason: not an image, truncated or damaged, more pixels than Pillow's limit against
+    decompression bombs (PIL.Image.MAX_IMAGE_PIXELS), or a pixel type without a known range. The reason does not name
+    the file: whoever opened it does.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # damaged metadata say nothing about pixels
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(file) as image:
+                if image.width * image.height > (Image.MAX_IMAGE_PIXELS or math.inf):  # filters are not thread-safe
+                    raise Image.DecompressionBombError
+                image.load()
+                return _to_rgb(_upright(image) if upright else image)
+    except UnidentifiedImageError as error:  # Pillow's own text holds a memory address
+        raise UserError("not an image of a known format") from error
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
+        raise UserError(f"possibly a decompression bomb, over {Image.MAX_IMAGE_PIXELS} pixels") from error
+    except MemoryError:
+        raise
+    except Exception as error:  # decoders raise whatever damaged bytes lead them to: struct.error, SyntaxError, ...
+        raise UserError(" ".join(str(error).split()) or type(error).__name__) from error
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """The image rotated as its EXIF orientation says; unchanged if the EXIF block is damaged."""
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:  # damaged bytes raise errors of many kinds
+        return image
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "F":
+        raise UserError("its pixels are floating-point numbers of unknown range")
+    if image.mode in _SIXTEEN_BIT:
+        image = _eight_bit(image)
+    if not image.has_transparency_data:
+        return image if image.mode == "RGB" else image.convert("RGB")
+    image = image.convert("RGBA")
+    white = Image.new("RGBA", image.size, "white")
+    return Image.alpha_composite(white, image).convert("RGB")
+
+
+def _eight_bit(image: Image.Image) -> Image.Image:
+    """Grey 0..65535 => 0..255, rounded."""
+    values = np.asarray(image).astype(np.int64)
+    if values.min() < 0 or values.max() > 65535:
+        raise UserError(f"its grey values, {values.min()}..{values.max()}, are beyond 16 bits")
+    return Image.fromarray(((values + 128) // 257).astype(np.uint8))
+
+
+def center_crop(image: Image.Image, size: int) -> np.ndarray:
+    """RGB image => uint8 [size, size, 3], by the crop behind the field's published FID figures (ADM's).
+
+    Both sides are halved by a box filter while the short one is at least twice `size`; a bicubic filter brings the
+    short side to `size`; the centre is cut out. Smaller images are enlarged. Raises ValueError where an image is so
+    long and thin that it would exceed Pillow's pixel limit on the way.
+    """
+    while min(image.size) >= 2 * size:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    scale = size / min(image.size)
+    width, height = round(image.width * scale), round(image.height * scale)
+    if Image.MAX_IMAGE_PIXELS and width * height > Image.MAX_IMAGE_PIXELS:
+        raise UserError(f"too long and thin: {image.width} x {image.height} pixels for a square of {size}")
+    bicubic = Image.Resampling.BICUBIC
+    if width > size:  # Pillow filters rows first, and rounds: the columns that are cut off need no second filter
+        left = (width - size) // 2
+        rows = image.resize((width, image.height), bicubic).crop((left, 0, left + size, image.height))
+        return np.array(rows.resize((size, size), bicubic))
+    top = (height - size) // 2
+    return np.array(image.resize((size, height), bicubic).crop((0, top, size, top + size)))
+
+
+def to_signed(images: "np.ndarray | torch.Tensor") -> "torch.Tensor":
+    """uint8 [..., H, W, 3] => float32 tensor [..., 3, H, W] in [-1, 1], on the device of `images`."""
+    import torch
+
+    images = torch.as_tensor(images)
+    assert images.dtype == torch.uint8, f"pixels are {images.dtype}, not uint8"
+    return images.movedim(-1, -3).contiguous().float() / 127.5 - 1
+
+
+def to_uint8(images: "torch.Tensor") -> "torch.Tensor":
+    """Float tensor [..., 3, H, W] => uint8 tensor [..., H, W, 3]: [-1, 1] to 0..255, rounded; beyond it clipped.
+
+    The inverse of `to_signed`. Raises ValueError where a pixel is infinite or NaN.
+    """
+    import torch
+
+    if not images.isfinite().all():
+        raise UserError("an image has infinite or NaN pixels; look for a training or decoding that diverged.")
+    pixels = ((images.float() + 1) * 127.5).round().clamp(0, 255)
+    return pixels.to(torch.uint8).movedim(-3, -1).contiguous()

@@ -1,0 +1,4 @@
+"""What people see while a program runs: progress with rates.
+
+Nothing here can change a result, so no stage of the pipeline depends on this package.
+"""

@@ -1,0 +1,63 @@
+"""Progress of long work: a bar on a terminal, plain lines with rates in a log; of many processes, one speaks."""
+
+import os
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
+
+from tqdm import tqdm
+
+Item = TypeVar("Item")
+_SECONDS_BETWEEN_LINES = 5.0
+
+
+class Progress:
+    """Counts `total` units of work; use as a context manager and call `advance`."""
+
+    def __init__(self, title: str, total: int, *, unit: str = "img", start: int = 0):
+        self.title, self.total, self.unit, self.done = title, total, unit, start
+        self._start, self._begun, self._last_line = start, time.monotonic(), time.monotonic()
+        self._note = ""
+        self._silent = os.environ.get("RANK", "0") != "0"  # only rank 0 prints
+        show_bar = sys.stderr.isatty() and not self._silent
+        self._bar = tqdm(total=total, initial=start, desc=title, unit=unit) if show_bar else None
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, kind, *_) -> None:
+        if self._bar is not None:
+            self._bar.close()
+        elif kind is None:
+            self._line()
+
+    def advance(self, count: int, note: str = "") -> None:
+        """Report `count` more units done; `note` (such as the loss) is shown beside the rate."""
+        self.done += count
+        self._note = note or self._note
+        if self._bar is not None:
+            self._bar.set_postfix_str(self._note, refresh=False)
+            self._bar.update(count)
+        elif time.monotonic() - self._last_line > _SECONDS_BETWEEN_LINES:
+            self._line()
+
+    def _line(self) -> None:
+        if self._silent:
+            return
+        self._last_line = time.monotonic()
+        rate = (self.done - self._start) / max(self._last_line - self._begun, 1e-9)
+        left = (self.total - self.done) / rate if rate > 0 else float("inf")
+        note = f"  {self._note}" if self._note else ""
+        print(
+            f"{self.title}: {self.done}/{self.total} {self.unit}  {rate:.1f} {self.unit}/s  {left:.0f} s left{note}",
+            flush=True,
+        )
+
+
+def track(items: Iterable[Item], title: str, total: int, *, unit: str = "img") -> Iterator[Item]:
+    """Yield the items and count them."""
+    with Progress(title, total, unit=unit) as progress:
+        for item in items:
+            yield item
+            progress.advance(1)

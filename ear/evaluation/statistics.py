@@ -1,0 +1,44 @@
+"""Mean and covariance of features, accumulated batch by batch. D is a number of features."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ear.errors import UserError
+
+
+@dataclass(frozen=True)
+class Gaussian:
+    """Mean and covariance of features."""
+
+    mu: Tensor  # float64 [D]
+    sigma: Tensor  # float64 [D, D], unbiased
+
+
+class Moments:
+    """Sums of features in float64, batch by batch, so that no set has to fit in memory."""
+
+    def __init__(self):
+        self.count = 0
+        self._sum: Tensor | float = 0.0
+        self._outer: Tensor | float = 0.0
+
+    def add(self, features: Tensor) -> None:
+        """Count in float [n, D]; equal batches in equal order give equal bits."""
+        rows = features.double()
+        self.count += len(rows)
+        self._sum = self._sum + rows.sum(0)
+        self._outer = self._outer + rows.T @ rows
+
+    def gaussian(self) -> Gaussian:
+        """Mean and covariance of all that was added; raises ValueError for fewer than 2 images."""
+        if self.count < 2:
+            raise UserError(f"a covariance of features needs at least 2 images, and there are {self.count}; add more.")
+        mu = self._sum / self.count
+        return Gaussian(mu, (self._outer - self.count * torch.outer(mu, mu)) / (self.count - 1))
+
+
+def class_accuracy(logits: Tensor, labels: Tensor) -> float:
+    """Share in [0, 1] of images whose largest logit [N, K] is that of their label [N]."""
+    return (logits.argmax(1) == labels).double().mean().item()

@@ -1,0 +1,52 @@
+"""Named tensors with a JSON description in one safetensors file, byte-reproducible.
+
+The description is a single metadata key: safetensors writes several keys in random order.
+"""
+
+import contextlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+from ear.errors import MissingFileError, UserError
+from ear.files.atomic import whole_file
+
+_DESCRIPTION = "ear"
+
+
+def write_tensors(path: str | Path, tensors: dict, description: dict) -> None:
+    """Write tensors by name with a JSON description, byte-reproducibly."""
+    from safetensors.torch import save_file
+
+    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    with whole_file(path) as partial:
+        save_file(contiguous, partial, metadata={_DESCRIPTION: json.dumps(description)})
+
+
+def read_tensors(path: str | Path) -> tuple[dict, dict]:
+    """(tensors by name, description) of a file written by `write_tensors`; raises FileNotFoundError or ValueError."""
+    with _opened(Path(path)) as file:
+        return {name: file.get_tensor(name) for name in file.keys()}, _description(file)  # noqa: SIM118 - not a dict
+
+
+def read_description(path: str | Path) -> dict:
+    """The description alone; raises as `read_tensors` does, also for a file that was cut short."""
+    with _opened(Path(path)) as file:
+        return _description(file)
+
+
+def _description(file) -> dict:
+    return json.loads((file.metadata() or {}).get(_DESCRIPTION, "{}"))
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator:
+    from safetensors import SafetensorError, safe_open
+
+    if not path.is_file():
+        raise MissingFileError(f"{path} does not exist; run the stage that writes it (`dvc repro`).")
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except (SafetensorError, ValueError) as error:
+        raise UserError(f"{path} is not a readable safetensors file ({error}); run its stage again.") from error

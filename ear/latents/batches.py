@@ -1,0 +1,53 @@
+"""Micro-batches of cached latents in training order, read ahead by worker processes."""
+
+import signal
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from ear.latents.store import LatentStore
+from ear.runtime import randomness
+from ear.runtime.randomness import DataOrder
+
+
+class _MicroBatches(Dataset):
+    """Image position => the micro-batch that starts there."""
+
+    def __init__(self, store: LatentStore, order: DataOrder, size: int, mirror: bool, seed: int):
+        self.store, self.order, self.size, self.mirror, self.seed = store, order, size, mirror, seed
+
+    def __getitem__(self, position: int) -> tuple[Tensor, Tensor, int]:
+        indices = self.order.indices(position, self.size)
+        mirrored = [self.mirror and is_mirrored(self.seed, position + k) for k in range(self.size)]
+        moments, labels = self.store.rows(indices, mirrored)
+        return torch.from_numpy(moments), torch.from_numpy(labels), position
+
+
+def is_mirrored(seed: int, position: int) -> bool:
+    """Whether the image at `position` of the training is shown mirrored: a fair coin of (seed, position)."""
+    return bool(randomness.derive(seed, "mirror", position) & 1)
+
+
+def latent_batches(
+    store: LatentStore,
+    *,
+    order: DataOrder,
+    positions: Iterator[int],  # where micro-batches start, counted in images from the start of training
+    micro_batch_size: int,
+    mirror: bool,  # show every other image mirrored, by chance
+    seed: int,  # of the mirroring
+    workers: int,  # processes that read ahead; 0 reads in this one. The batches are the same
+) -> Iterator[tuple[Tensor, Tensor, int]]:
+    """Yield (float16 moments [B, 2C, H, W], int64 labels [B], position of the first image) of each position."""
+    dataset = _MicroBatches(store, order, micro_batch_size, mirror, seed)
+    if workers == 0:
+        return map(dataset.__getitem__, positions)
+    options = {"num_workers": workers, "worker_init_fn": _outlast_sigterm}
+    return iter(DataLoader(dataset, sampler=positions, batch_size=None, **options))
+
+
+def _outlast_sigterm(_) -> None:
+    """Go on reading while the training, which a launcher asks to end together with its readers, saves its state."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)

@@ -1,0 +1,155 @@
+"""The interface of an autoregressive model over continuous tokens (EAR, section 4), and what both models share.
+
+A model turns visible tokens and a class into one hidden state per predicted position; its `score` turns a hidden state
+into a loss or into a token. Masked and causal models differ in which positions they predict in training (`training_positions`,
+`predict`) and in how they draw all tokens of an image (`draw`).
+
+Shapes: B images, R rows (B, or 2 B with guidance), C latent channels, (h, w) latent grid, L tokens of D = C p^2 channels
+(patch side p), P buffer tokens, W width, n predicted positions.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ear import scores
+from ear.model.shape import Shape
+from ear.model.tokens import patchify, pick
+from ear.model.transformer import Transformer
+from ear.runtime import randomness
+from ear.runtime.randomness import RandomSource
+
+_INIT_SD = 0.02  # standard deviation of initial embeddings and position tables
+
+# Hidden states [R, n, W] and the number of tokens left to draw afterwards => tokens [B, n, D].
+DrawTokens = Callable[[Tensor, int], Tensor]
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """The class of every row of a sampling batch; with guidance, each image has a second row without a class."""
+
+    labels: Tensor  # int64 [R]
+    null: Tensor | None  # bool [R], true for rows without a class; None if there are none
+    rows_per_image: int  # 1, or 2 with guidance
+
+    @classmethod
+    def of(cls, labels: Tensor, *, guided: bool) -> "Conditions":
+        """Labels int64 [B] => the conditions of B rows or, if guided, of 2 B: with class first, then without."""
+        if not guided:
+            return cls(labels, None, 1)
+        return cls(labels.repeat(2), torch.arange(2 * len(labels), device=labels.device) >= len(labels), 2)
+
+    def expand(self, values: Tensor) -> Tensor:
+        """Values per image [B, ...] => values per row [R, ...]."""
+        return values.repeat(self.rows_per_image, *[1] * (values.dim() - 1))
+
+
+class AutoregressiveModel(nn.Module, ABC):
+    """Common parts of the masked and the causal model: embeddings, transformer, score, loss."""
+
+    null_class: nn.Parameter  # [1, W]
+    positions: nn.Parameter  # [1, P + L, W]
+
+    def __init__(self, shape: Shape, tables: Mapping[str, tuple[int, ...]]):
+        """`tables`: names and sizes of the model's own parameters, in the order in which `initialise` draws them."""
+        super().__init__()
+        options = shape.model
+        self.shape, self.patch, self.tokens = shape, options.patch_size, shape.tokens
+        self.buffer, self.label_dropout = options.buffer_size, options.label_dropout
+        for name, size in tables.items():
+            self.register_parameter(name, nn.Parameter(torch.empty(size)))
+        self.class_embedding = nn.Embedding(len(shape.classes), options.width)
+        self.token_embedding = nn.Linear(shape.token_channels, options.width)
+        self.transformer = Transformer(options)
+        self.score = scores.build(
+            shape.score,
+            scores.HeadSize(
+                hidden_width=options.width,
+                token_channels=shape.token_channels,
+                width=options.head_width,
+                depth=options.head_depth,
+            ),
+        )
+
+    def initialise(self, generator: torch.Generator) -> "AutoregressiveModel":
+        """Draw all weights: embeddings and tables N(0, 0.02^2), matrices Xavier-uniform, biases and head output 0."""
+        for tensor in (self.class_embedding.weight, *self.parameters(recurse=False)):
+            nn.init.normal_(tensor, std=_INIT_SD, generator=generator)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight, generator=generator)
+                nn.init.zeros_(module.bias)
+        self.score.initialise(generator)
+        return self
+
+    def prefix(self, labels: Tensor, null: Tensor | None = None) -> Tensor:
+        """Labels [B], null bool [B] (true: no class) => buffer tokens [B, P, W], without their positions."""
+        condition = self.class_embedding(labels)  # [B, W]
+        if null is not None:
+            condition = torch.where(null[:, None], self.null_class.to(condition.dtype), condition)
+        return condition[:, None].expand(-1, self.buffer, -1)
+
+    def loss(self, latents: Tensor, labels: Tensor, *, temperature: float, generator: torch.Generator) -> Tensor:
+        """Mean loss per predicted token; label dropout, positions and noise are drawn from `generator`.
+
+        latents: normalised, [B, C, h, w], or [k, B, C, h, w] for k posterior draws of the same images, if the score
+        takes several targets: the transformer sees the first draw, all draws are targets (as in CALM, Shao et al.,
+        2025). temperature: training temperature, in (0, 1].
+        """
+        draws = latents if latents.dim() == 5 else latents[None]
+        tokens = torch.stack([self.score.represent(patchify(draw, self.patch)) for draw in draws])  # [k, B, L, D]
+        dropped = self.label_dropout if self.training else 0.0
+        null = randomness.uniform((len(labels),), generator, latents.device) < dropped
+        positions = self.training_positions(len(labels), generator, latents.device)
+        return self.loss_at(positions, tokens, labels, null, temperature=temperature, generator=generator)
+
+    def loss_at(
+        self,
+        positions: Tensor,  # int64 [B, n], the predicted positions
+        tokens: Tensor,  # [k, B, L, D]
+        labels: Tensor,
+        null: Tensor,  # bool [B]
+        *,
+        temperature: float,
+        generator: torch.Generator,  # of the head's noise
+    ) -> Tensor:
+        """The loss of `loss` for given positions and dropped labels."""
+        hidden = self.predict(tokens[0], positions, labels, null)
+        target = torch.stack([pick(draw, positions).flatten(0, 1) for draw in tokens]).squeeze(0)  # k = 1: [B n, D]
+        return self.score.loss(hidden.flatten(0, 1), target, temperature=temperature, generator=generator).mean()
+
+    @abstractmethod
+    def training_positions(self, images: int, generator: torch.Generator, device: torch.device | str = "cpu") -> Tensor:
+        """int64 [B, n]: positions to predict in training, drawn at random; n is the same for all images."""
+
+    @abstractmethod
+    def predict(self, tokens: Tensor, positions: Tensor, labels: Tensor, null: Tensor | None = None) -> Tensor:
+        """Tokens [B, L, D], positions [B, n] as `training_positions` returns them => hidden states [B, n, W]."""
+
+    @abstractmethod
+    def draw_orders(self, images: int, source: RandomSource, device: torch.device | str = "cpu") -> Tensor:
+        """int64 [B, L]: for each image, a permutation of the positions for `draw`."""
+
+    @abstractmethod
+    def editing_orders(self, orders: Tensor, mask: Tensor) -> tuple[Tensor, int]:
+        """Orders [B, L] and mask bool [B, L] (true: to be drawn) => orders for `draw`, and how many tokens to draw.
+
+        Raises UserError if this model cannot draw some tokens given all others.
+        """
+
+    @abstractmethod
+    def draw(
+        self, tokens: Tensor, orders: Tensor, conditions: Conditions, draw_tokens: DrawTokens, *, count: int, steps: int
+    ) -> None:
+        """Fill `count` positions of each image of `tokens` [B, L, D], in place; the others are given.
+
+        steps: unmasking steps; a causal model always takes one step per token.
+        """
+
+    @abstractmethod
+    def passes(self, steps: int) -> int:
+        """Transformer passes that `draw` needs for one image with this number of steps."""

@@ -1,0 +1,102 @@
+"""The causal model: one token after the other, in raster or in random order (EAR, table 5).
+
+The sequence for an order pi is P class tokens, then y_pi(1) .. y_pi(L-1). The slot of y_pi(i-1) predicts y_pi(i); the
+last class token predicts y_pi(1). In random order, each slot is told which position it predicts.
+Shapes: see ear.model.autoregressive.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ear.errors import UserError
+from ear.model.autoregressive import AutoregressiveModel, Conditions, DrawTokens
+from ear.model.masking import random_orders
+from ear.model.shape import Shape
+from ear.model.tokens import pick
+from ear.model.transformer import Cache
+from ear.runtime.randomness import RandomSource
+
+
+class CausalModel(AutoregressiveModel):
+    """Causal attention over class tokens and image tokens; every token is predicted from those before it."""
+
+    target_positions: nn.Parameter | None  # [1, L, W]
+
+    def __init__(self, shape: Shape):
+        options = shape.model
+        tables = {"null_class": (1, options.width), "positions": (1, options.buffer_size + shape.tokens, options.width)}
+        if options.target_positions:
+            tables["target_positions"] = (1, shape.tokens, options.width)
+        super().__init__(shape, tables)
+        if not options.target_positions:
+            self.target_positions = None
+
+    def initialise(self, generator: torch.Generator) -> "CausalModel":
+        """As `AutoregressiveModel.initialise`; the table of predicted positions starts at 0."""
+        super().initialise(generator)
+        if self.target_positions is not None:
+            nn.init.zeros_(self.target_positions)
+        return self
+
+    def training_positions(self, images: int, generator: torch.Generator, device: torch.device | str = "cpu") -> Tensor:
+        """int64 [B, L]: all positions, in the order in which they are predicted."""
+        return self.draw_orders(images, generator, device)
+
+    def predict(self, tokens: Tensor, positions: Tensor, labels: Tensor, null: Tensor | None = None) -> Tensor:
+        """Tokens [B, L, D], positions [B, L] (an order), labels [B], null bool [B] (true: no class) => [B, L, W].
+
+        State i predicts the token at positions[:, i] and depends only on the i tokens before it in the order.
+        """
+        before, after = positions[:, :-1], positions[:, 1:]
+        sequence = [self.start(labels, null, positions[:, :1]), self.slots(pick(tokens, before), before, after)]
+        return self.transformer(torch.cat(sequence, dim=1))[:, self.buffer - 1 :]
+
+    def start(self, labels: Tensor, null: Tensor | None, first: Tensor) -> Tensor:
+        """The class tokens [B, P, W]; the last one predicts the positions `first` [B, 1]."""
+        prefix = self.prefix(labels, null) + self.positions[:, : self.buffer]
+        return torch.cat([prefix[:, :-1], self._aimed(prefix[:, -1:], first)], dim=1)
+
+    def slots(self, tokens: Tensor, at: Tensor, next_at: Tensor) -> Tensor:
+        """Tokens [B, n, D] at positions `at` [B, n], to predict positions `next_at` [B, n] => slots [B, n, W]."""
+        slots = self.token_embedding(tokens) + F.embedding(self.buffer + at, self.positions[0])
+        return self._aimed(slots, next_at)
+
+    def _aimed(self, slots: Tensor, next_at: Tensor) -> Tensor:
+        """Add to slots [B, n, W] the embedding of the positions that they predict, [B, n]."""
+        return slots if self.target_positions is None else slots + F.embedding(next_at, self.target_positions[0])
+
+    def caches(self) -> list[Cache]:
+        """Empty key-value caches for one sequence."""
+        return self.transformer.caches(self.buffer + self.tokens - 1)
+
+    def draw_orders(self, images: int, source: RandomSource, device: torch.device | str = "cpu") -> Tensor:
+        """int64 [B, L]: row by row, or a random permutation per image."""
+        if self.shape.model.order == "raster":
+            return torch.arange(self.tokens, device=device).expand(images, -1)
+        return random_orders(images, self.tokens, source, device)
+
+    def editing_orders(self, orders: Tensor, mask: Tensor) -> tuple[Tensor, int]:
+        """Always raises UserError: a causal model cannot see tokens that come later in its order."""
+        raise UserError(
+            "model.attention is 'causal', which cannot condition on later tokens; edit images with a bidirectional "
+            "model."
+        )
+
+    def draw(
+        self, tokens: Tensor, orders: Tensor, conditions: Conditions, draw_tokens: DrawTokens, *, count: int, steps: int
+    ) -> None:
+        """Draw all tokens, in place, from the start of each order to its end; the transformer sees each slot once."""
+        assert count == self.tokens
+        caches, positions = self.caches(), orders.split(1, dim=1)  # [B, 1] each
+        slots = self.start(conditions.labels, conditions.null, conditions.expand(positions[0]))
+        for number, at in enumerate(positions):
+            hidden = self.transformer(slots, caches)[:, -1:]  # [R, 1, W]
+            drawn = draw_tokens(hidden, self.tokens - number - 1)  # [B, 1, D]
+            tokens.scatter_(1, at[..., None].expand_as(drawn), drawn)
+            if number + 1 < self.tokens:
+                slots = self.slots(*map(conditions.expand, (drawn, at, positions[number + 1])))
+
+    def passes(self, steps: int) -> int:
+        """One pass per token; all but the first are over a single position."""
+        return self.tokens

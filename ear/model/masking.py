@@ -1,0 +1,66 @@
+"""Which tokens are hidden in training and in which order they are revealed in sampling.
+
+Shapes: B images, L tokens. An order is a permutation of the L positions; the masked tokens are its first ones, so that
+revealing goes from the end of the order to its start.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from ear.errors import UserError
+from ear.runtime.randomness import RandomSource, uniform
+
+# Standard deviation of the mask ratio's Gaussian, which is centred at 1 and cut to [minimum, 1] (MAR, section 4).
+_RATIO_SD = 0.25
+
+
+def random_orders(images: int, tokens: int, source: RandomSource, device: torch.device | str = "cpu") -> Tensor:
+    """int64 [B, L]: an independent uniform permutation per image."""
+    return uniform((images, tokens), source).argsort(dim=1).to(device)
+
+
+def masked_count(tokens: int, minimum: float, source: torch.Generator) -> int:
+    """Number of masked tokens: ceil(L r), r ~ N(1, 0.25^2) cut to [minimum, 1], by inversion of its distribution."""
+    lowest = torch.special.ndtr(torch.tensor((minimum - 1.0) / _RATIO_SD, dtype=torch.float64))
+    quantile = lowest + (0.5 - lowest) * uniform((1,), source).double()
+    ratio = 1.0 + _RATIO_SD * torch.special.ndtri(quantile).item()
+    return min(max(math.ceil(tokens * ratio), 1), tokens)
+
+
+def mask_of(positions: Tensor, tokens: int) -> Tensor:
+    """Positions int64 [B, n] => bool [B, L], true at these positions."""
+    mask = torch.zeros(len(positions), tokens, dtype=torch.bool, device=positions.device)
+    return mask.scatter_(1, positions, True)
+
+
+def mask_first(orders: Tensor, count: int) -> Tensor:
+    """bool [B, L]: true at the first `count` positions of each order."""
+    return mask_of(orders[:, :count], orders.shape[1])
+
+
+def masked_before_known(orders: Tensor, mask: Tensor) -> tuple[Tensor, int]:
+    """Orders [B, L] and a mask bool [B, L] => the orders with masked tokens moved to their start, and their number.
+
+    Raises ValueError where two images have different numbers of masked tokens.
+    """
+    counts = mask.sum(dim=1)
+    if (counts != counts[0]).any():
+        raise UserError(f"images have {counts.min()} to {counts.max()} masked tokens; batch those with equally many.")
+    known = ~mask.gather(1, orders)
+    return orders.gather(1, known.long().argsort(dim=1, stable=True)), int(counts[0])
+
+
+def masked_after(tokens: int, steps: int) -> list[int]:
+    """Tokens still masked after each step: floor(L cos(pi/2 (s+1)/S)), at least 1 and at most one fewer than before.
+
+    The last step reveals all that is left. With more steps than tokens some steps reveal nothing (MaskGIT's cosine
+    schedule as MAR and EAR use it).
+    """
+    left, remaining = [], tokens
+    for step in range(steps - 1):
+        target = math.floor(tokens * math.cos(math.pi / 2 * (step + 1) / steps))
+        remaining = max(1, min(remaining - 1, target))
+        left.append(remaining)
+    return [*left, 0]

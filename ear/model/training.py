@@ -1,0 +1,235 @@
+"""One phase of training on cached latents: the first training, or the short fine-tuning after it."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ear import config
+from ear.files.atomic import whole_folder
+from ear.files.json_files import rounded, write_json
+from ear.files.tables import write_table
+from ear.files.tensors import write_tensors
+from ear.latents.batches import latent_batches
+from ear.latents.statistics import Statistics, normalised
+from ear.latents.store import LatentStore
+from ear.model.autoregressive import AutoregressiveModel
+from ear.model.files import save_model
+from ear.model.tokens import patchify
+from ear.runtime import distributed, randomness
+from ear.runtime.device import compile_in_place
+from ear.training.optimizer import Group, adamw, schedule
+from ear.training.trainer import History, Trainer
+
+_VALIDATION_IMAGES = 4096  # at most; held-out shards are stored shuffled
+_CODEBOOK_IMAGES = 4096  # training images, at most, that a codebook is fitted on
+_STATE_BYTES = 24  # per parameter: weight, gradient, two moments, two EMAs in float32
+
+
+@dataclass(frozen=True, kw_only=True)
+class PhaseSettings:
+    """What distinguishes one phase of training from another."""
+
+    name: str  # of the stage; seeds data order, masks and noise of the phase
+    images: int  # training images, counted with repetition
+    learning_rate: float  # peak
+    schedule: str  # constant or cosine
+    warmup_images: int
+    temperature: float  # training temperature of the score
+    earlier_images: int = 0  # of earlier phases; counts towards the EMA warm-up
+
+
+@dataclass(frozen=True)
+class BatchLoss:
+    """The training loss of a micro-batch of posterior moments: draw latents, mask, predict, score."""
+
+    statistics: Statistics  # that normalise the latents
+    seed: int
+    precision: str  # float32, tfloat32 or bfloat16 (autocast)
+    device: torch.device
+
+    def __call__(
+        self,
+        model: AutoregressiveModel,
+        moments: Tensor,  # float16 [B, 2C, h, w]
+        labels: Tensor,  # int64 [B]
+        position: int,  # of the micro-batch's first image in the training
+        *,
+        temperature: float,
+        purpose: str = "loss",  # with the position, names the random stream
+    ) -> Tensor:
+        """The mean loss per predicted token. Posterior draws, masks and noise depend on (seed, purpose, position)."""
+        generator = randomness.generator(self.seed, purpose, position)
+        moments = moments.to(self.device, non_blocking=True)
+        labels = labels.to(self.device, non_blocking=True)
+        draws = (model.score.targets, len(moments), moments.shape[1] // 2, *moments.shape[2:])
+        latents = normalised(moments, randomness.normal(draws, generator, self.device), self.statistics)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bfloat16"):
+            return model.loss(latents, labels, temperature=temperature, generator=generator)
+
+
+class Phase:
+    """A trainer of a model on cached latents with the settings of one phase."""
+
+    def __init__(
+        self,
+        model: AutoregressiveModel,  # on `device`
+        settings: PhaseSettings,
+        options: config.Train,
+        *,
+        store: LatentStore,  # training latents
+        held_out: LatentStore,
+        mirror: bool,  # also train on mirror images
+        device: torch.device,
+        runtime: config.Runtime,
+        statistics: Statistics | None = None,  # that normalise the latents; default: their own
+    ):
+        self.settings, self.options, self.device = settings, options, device
+        self.store, self.held_out, self.mirror, self.workers = store, held_out, mirror, runtime.workers
+        self.seed = randomness.derive(options.seed, settings.name)
+        self.statistics = statistics or store.statistics
+        self.batch_loss = BatchLoss(self.statistics, self.seed, options.precision, device)
+        groups = parameter_groups(model, weight_decay=options.weight_decay, head_rate=options.head_rate)
+        self.trainer = Trainer(
+            model,
+            optimizer=adamw(groups, learning_rate=settings.learning_rate, beta1=options.beta1, beta2=options.beta2),
+            loss=self.loss,
+            rate=schedule(
+                settings.schedule, total_images=settings.images, warmup_images=settings.warmup_images
+            ),
+            ema_decays={"averaged": options.ema_decay, "averaged_long": options.ema_decay_long},
+            clip_norm=options.clip_norm,
+            global_batch_size=options.global_batch_size,
+            micro_batch_size=options.micro_batch_size,
+            earlier_images=settings.earlier_images,
+        )
+        model.transformer.checkpointing = runtime.checkpointing
+        if runtime.compile and device.type == "cuda":
+            compile_in_place(model.transformer)
+
+    def run(self, folder: Path) -> None:
+        """Train to the end, resuming from checkpoints in `folder`; with 0 images, only validate."""
+        if not self.settings.images:
+            metrics = {"images": 0, **self.validate()}
+            # The same columns as a training's log; the loss is the validation loss.
+            row = {"images": 0, "loss": metrics["loss"], "gradient_norm": 0.0, "rate": 0.0}
+            self.trainer.history = History([row], [metrics])
+            return
+        if distributed.is_main():
+            print("\n".join(self.introduction()), flush=True)
+        self.trainer.fit(
+            self.batches,
+            total_images=self.settings.images,
+            folder=folder,
+            checkpoint_images=self.options.checkpoint_images,
+            validate=self.validate,
+            validate_images=self.options.validate_images,
+            title=self.settings.name,
+        )
+
+    def introduction(self) -> list[str]:
+        """Lines for the log: model size, memory, batches, learning rate, and what to expect of the EMA."""
+        options, world_size = self.options, distributed.size()
+        parameters = sum(p.numel() for p in self.trainer.module.parameters())
+        step, micro = options.global_batch_size, options.micro_batch_size
+        base = max(group["base"] for group in self.trainer.optimizer.param_groups)
+        lengths = [1 / (1 - decay) for decay in (options.ema_decay, options.ema_decay_long)]
+        return [
+            f"{self.settings.name}: {parameters:,} parameters, {options.precision} on {self.device}; "
+            f"{parameters * _STATE_BYTES / 1e9:.2f} GB for weights, gradients, moments and EMAs, plus activations",
+            f"{len(self.store):,} images; {-(-self.settings.images // step):,} steps of {step} images = {world_size} "
+            f"process(es) x {step // micro // world_size} micro-batch(es) x {micro}; peak rate {base:g}",
+            "EMA averages roughly the last 1/9 of training, at most "
+            f"{lengths[0]:,.0f} and {lengths[1]:,.0f} steps; expect it to lag at first, then beat the raw weights",
+        ]
+
+    def batches(self, positions: Iterator[int]):
+        """The micro-batches that start at the given image positions."""
+        return latent_batches(
+            self.store,
+            order=randomness.DataOrder(len(self.store), self.seed),
+            positions=positions,
+            micro_batch_size=self.options.micro_batch_size,
+            mirror=self.mirror,
+            seed=self.seed,
+            workers=self.workers,
+        )
+
+    def loss(self, batch, position: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of one micro-batch (moments, labels, ...), for the trainer; no further figures."""
+        randomness.seed_dropout(self.seed, position)
+        moments, labels = batch[0], batch[1]
+        temperature = self.settings.temperature
+        return self.batch_loss(self.trainer.module, moments, labels, position, temperature=temperature), {}
+
+    @torch.no_grad()
+    def validate(self) -> dict[str, float]:
+        """Losses on held-out latents at training temperature 1, of the raw weights and of each EMA.
+
+        Ranks share the micro-batches; each rank returns the losses over all of them.
+        """
+        averages = {name: average.module for name, average in self.trainer.averages.items()}
+        models = [self.trainer.module.eval(), *averages.values()]
+        size, rows = self.options.micro_batch_size, min(len(self.held_out), _VALIDATION_IMAGES)
+        sums = torch.zeros(len(models), dtype=torch.float64)
+        for start in distributed.own_slice(range(0, rows, size)):
+            indices = torch.arange(start, min(start + size, rows))
+            batch = self.held_out.rows(indices, torch.zeros(len(indices), dtype=torch.bool))
+            moments, labels = map(torch.as_tensor, batch)
+            losses = [
+                self.batch_loss(model, moments, labels, start, temperature=1, purpose="validation") for model in models
+            ]
+            sums += torch.stack(losses).double().cpu() * len(indices)
+        means = (distributed.total(sums) / rows).tolist()
+        return dict(zip(["loss", *(f"{name}_loss" for name in averages)], means, strict=True))
+
+    def publish(self, target: str | Path, *, keep_state: bool) -> None:
+        """Write EMA weights, logs and metrics into the folder `target`; rank 0 only.
+
+        keep_state: also write the whole training state, for a following phase.
+        """
+        if not distributed.is_main():
+            return
+        history, model = self.trainer.history, self.trainer.average.module
+        with whole_folder(target) as folder:
+            description = {"statistics": self.statistics.as_dict(), "tokenizer": self.store.tokenizer}
+            save_model(folder / "model.safetensors", model, description)
+            if keep_state:
+                write_tensors(folder / "state.safetensors", self.trainer.state(), {"images": self.trainer.images})
+            write_table(folder / "training.tsv", history.training)
+            write_table(folder / "validation.tsv", history.validation)
+            metrics = {
+                "images": self.trainer.images,
+                "parameters": sum(p.numel() for p in model.parameters()),
+                "training_loss": history.training[-1]["loss"],
+                "validation_loss": history.validation[-1]["loss"],
+                "validation_loss_averaged": history.validation[-1]["averaged_loss"],
+                "validation_loss_averaged_long": history.validation[-1]["averaged_long_loss"],
+            }
+            write_json(folder / "metrics.json", rounded(metrics))
+
+
+def parameter_groups(model: AutoregressiveModel, *, weight_decay: float, head_rate: float) -> list[Group]:
+    """The published groups: vectors and biases; the head's matrices, at a lower rate; all other matrices, decayed."""
+    head = {id(p) for p in model.score.parameters() if p.dim() > 1}
+    vectors = [p for p in model.parameters() if p.dim() <= 1]
+    matrices = [p for p in model.parameters() if p.dim() > 1]
+    return [
+        Group(vectors, weight_decay=0.0),
+        Group([p for p in matrices if id(p) in head], weight_decay=0.0, rate=head_rate),
+        Group([p for p in matrices if id(p) not in head], weight_decay=weight_decay),
+    ]
+
+
+def fit_codebook(model: AutoregressiveModel, store: LatentStore, seed: int) -> None:
+    """Fit the score's codebook on training tokens, if it has one."""
+    if not model.score.learns_tokens:
+        return
+    rows = randomness.DataOrder(len(store), seed).indices(0, min(len(store), _CODEBOOK_IMAGES))
+    moments, _ = map(torch.as_tensor, store.rows(rows, torch.zeros(len(rows), dtype=torch.bool)))
+    shape = (len(moments), moments.shape[1] // 2, *moments.shape[2:])
+    noise = randomness.normal(shape, randomness.generator(seed, "tokens"))
+    tokens = patchify(normalised(moments, noise, store.statistics), model.patch)
+    model.score.learn(tokens.flatten(0, 1), seed)

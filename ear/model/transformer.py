@@ -1,0 +1,98 @@
+"""The transformer: pre-norm blocks of self-attention and MLP, as in ViT (Dosovitskiy et al., 2021).
+
+Attention is bidirectional, or causal with a cache of keys and values for generation.
+Shapes: B images, T sequence positions, W width, H heads.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ear import config
+from ear.scores.modulated_mlp import NORM_EPS
+
+
+class Cache:
+    """Keys and values of the positions that one attention layer has seen, in buffers for all that are to come."""
+
+    def __init__(self, capacity: int):
+        self.capacity, self.length = capacity, 0
+        self._buffers: tuple[Tensor, Tensor] | None = None  # keys, values: [B, H, capacity, W/H] each
+
+    def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Those of t new positions, [B, H, t, W/H] => those of all positions so far."""
+        if self._buffers is None:
+            b, h, _, channels = keys.shape
+            self._buffers = tuple(new.new_empty(b, h, self.capacity, channels) for new in (keys, values))
+        start, self.length = self.length, self.length + keys.shape[2]
+        assert self.length <= self.capacity, f"{self.length} positions in a cache for {self.capacity}"
+        for buffer, new in zip(self._buffers, (keys, values), strict=True):
+            buffer[:, :, start : self.length] = new
+        return tuple(buffer[:, :, : self.length] for buffer in self._buffers)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention; one fused projection to queries, keys and values."""
+
+    def __init__(self, options: config.Model):
+        super().__init__()
+        self.heads, self.dropout, self.causal = options.heads, options.dropout, options.attention == "causal"
+        self.qkv = nn.Linear(options.width, 3 * options.width)
+        self.projection = nn.Linear(options.width, options.width)
+
+    def forward(self, x: Tensor, cache: Cache | None = None) -> Tensor:
+        """[B, T, W] => [B, T, W]; with a cache the positions follow those that it has seen."""
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # each [B, H, T, W/H]
+        if cache is not None:
+            # One new position sees all before it without a mask; several ones must be the first.
+            assert self.causal
+            assert cache.length == 0 or x.shape[1] == 1
+            k, v = cache.append(k, v)
+        dropout = self.dropout if self.training else 0.0
+        causal = self.causal and q.shape[2] > 1
+        mixed = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=causal)
+        mixed = mixed.transpose(1, 2).flatten(2)  # [B, T, W]
+        return F.dropout(self.projection(mixed), self.dropout, self.training)
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + MLP(norm(x)); dropout behind every linear layer but the fused one."""
+
+    def __init__(self, options: config.Model):
+        super().__init__()
+        width, dropout = options.width, options.dropout
+        hidden = int(width * options.mlp_ratio)
+        self.attention_norm = nn.LayerNorm(width, eps=NORM_EPS)
+        self.attention = Attention(options)
+        self.mlp_norm = nn.LayerNorm(width, eps=NORM_EPS)
+        self.mlp = nn.Sequential(
+            nn.Linear(width, hidden), nn.GELU(), nn.Dropout(dropout), nn.Linear(hidden, width), nn.Dropout(dropout)
+        )
+
+    def forward(self, x: Tensor, cache: Cache | None = None) -> Tensor:
+        """[B, T, W] => [B, T, W]."""
+        x = x + self.attention(self.attention_norm(x), cache)
+        return x + self.mlp(self.mlp_norm(x))
+
+
+class Transformer(nn.Module):
+    """`depth` blocks and a final norm."""
+
+    def __init__(self, options: config.Model):
+        super().__init__()
+        self.blocks = nn.ModuleList(Block(options) for _ in range(options.depth))
+        self.norm = nn.LayerNorm(options.width, eps=NORM_EPS)
+        self.checkpointing = False  # backward computes every block again instead of keeping its activations
+
+    def caches(self, capacity: int) -> list[Cache]:
+        """Empty caches for a sequence of up to `capacity` positions, one per block."""
+        return [Cache(capacity) for _ in self.blocks]
+
+    def forward(self, x: Tensor, caches: list[Cache] | None = None) -> Tensor:
+        """[B, T, W] => [B, T, W]; with `caches` the T positions follow those of the calls before."""
+        recompute = self.checkpointing and torch.is_grad_enabled()
+        for number, block in enumerate(self.blocks):
+            cache = None if caches is None else caches[number]
+            x = checkpoint(block, x, cache, use_reentrant=False) if recompute else block(x, cache)
+        return self.norm(x)

@@ -1,0 +1,102 @@
+"""Editing with a masked model: part of an image is kept and the rest is drawn, for every score.
+
+The model predicts any tokens from any others, so it needs no training for this. What the mask covers decides the kind
+of edit: a hole is inpainting, a margin is outpainting, and either with another label is a change of class.
+"""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from ear.data.images import to_signed
+from ear.errors import UserError
+from ear.latents.statistics import normalised
+from ear.runtime.randomness import ImageStreams, normal
+from ear.sampling.generation import MODEL, TOKENIZER, ImageSampler
+from ear.sampling.sampler import sample
+from ear.sampling.settings import SamplingSettings
+
+
+def inpaint(
+    images: np.ndarray,  # uint8 [N, H, W, 3]
+    mask: np.ndarray,  # bool [N, H, W], true where pixels are drawn anew
+    labels: Sequence[int | str],  # class numbers or names, one per image
+    *,
+    data: str | Path = "data",  # the pipeline's data folder
+    steps: int = 16,  # over the tokens that are drawn
+    guidance: float = 1.0,
+    schedule: str = "linear",
+    temperature: float = 1.0,
+    seed: int = 0,
+    paste: bool = True,  # keep the known pixels exactly; if false, all are as the tokenizer decodes them
+    batch_size: int = 64,
+    device: torch.device | str = "cpu",
+) -> np.ndarray:
+    """Uint8 images [N, H, W, 3]: every token that the mask touches is drawn, given the other tokens and the label.
+
+    Image k depends on (seed, k), its pixels, mask and label alone. Raises ValueError where the arrays do not fit each
+    other or the model, a mask is empty, steps is less than 1, or the model is causal.
+    """
+    sampler = ImageSampler.open(Path(data) / MODEL, Path(data) / TOKENIZER, device)
+    _check(sampler, images, mask, labels)
+    drawn = masked_tokens(mask, sampler.tokenizer.downsample * sampler.model.patch)
+    classes = np.asarray(sampler.labels(labels))
+    settings = SamplingSettings(
+        steps=steps, guidance=guidance, schedule=schedule, temperature=temperature, seed=seed
+    )
+    result = np.empty_like(images)
+    for group in _equal_counts(drawn, batch_size):
+        result[group] = _redrawn(sampler, images[group], drawn[group], classes[group], group, settings)
+    return np.where(mask[..., None], result, images) if paste else result
+
+
+def masked_tokens(mask: np.ndarray, pixels: int) -> np.ndarray:
+    """bool [N, H, W] => bool [N, L], row by row: tokens of `pixels` x `pixels` pixels with at least one masked."""
+    n, height, width = mask.shape
+    cells = mask.reshape(n, height // pixels, pixels, width // pixels, pixels)
+    return cells.any(axis=(2, 4)).reshape(n, -1)
+
+
+def _equal_counts(drawn: np.ndarray, batch_size: int) -> Iterator[np.ndarray]:
+    """Numbers of images in batches within which equally many tokens are drawn, as sampling needs them."""
+    counts = drawn.sum(axis=1)
+    for count in np.unique(counts):
+        numbers = np.flatnonzero(counts == count)
+        yield from np.split(numbers, range(batch_size, len(numbers), batch_size))
+
+
+@torch.inference_mode()
+def _redrawn(
+    sampler: ImageSampler,
+    images: np.ndarray,
+    drawn: np.ndarray,  # bool [N, L]
+    classes: np.ndarray,
+    numbers: np.ndarray,  # of the images; image k is drawn from the stream (seed, k)
+    settings: SamplingSettings,
+) -> np.ndarray:
+    source, device = ImageStreams(settings.seed, numbers), sampler.device
+    moments = sampler.tokenizer.encode(to_signed(images).to(device))
+    noise = normal((len(images), *sampler.model.shape.latent), source, device)
+    latents = sample(
+        sampler.model,
+        torch.as_tensor(classes, device=device),
+        settings,
+        source=source,
+        known=normalised(moments, noise, sampler.statistics),
+        mask=torch.as_tensor(drawn, device=device),
+    )
+    return sampler.pixels(latents, numbers, guidance=settings.guidance)
+
+
+def _check(sampler: ImageSampler, images: np.ndarray, mask: np.ndarray, labels: Sequence[int | str]) -> None:
+    side = [cells * sampler.tokenizer.downsample for cells in sampler.model.shape.latent[1:]]
+    expected = (len(labels), *side, 3)
+    if images.shape != expected or images.dtype != np.uint8:
+        raise UserError(f"images are {images.dtype} {images.shape}; {len(labels)} labels need uint8 {expected}.")
+    if mask.shape != expected[:3] or mask.dtype != bool:
+        raise UserError(f"mask is {mask.dtype} {mask.shape}; {len(labels)} labels need bool {expected[:3]}.")
+    empty = np.flatnonzero(~mask.any(axis=(1, 2)))
+    if len(empty):
+        raise UserError(f"mask {empty[0]} is false everywhere; set it to true where pixels are to be drawn anew.")

@@ -1,0 +1,131 @@
+"""Images from a trained model: what `ear.load`, `ear.generate` and the sample stage share.
+
+The whole way is labels => normalised latents (ear.sampling) => latents => images in [-1, 1] (the tokenizer) => uint8.
+"""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from ear.data.images import to_uint8
+from ear.errors import UserError
+from ear.files.digests import sha256
+from ear.latents.statistics import Statistics, denormalised
+from ear.model.autoregressive import AutoregressiveModel
+from ear.model.files import load_model
+from ear.runtime.randomness import ImageStreams
+from ear.sampling.sampler import sample
+from ear.sampling.settings import SamplingSettings
+from ear.tokenizer.autoencoder import Tokenizer, load_tokenizer
+
+MODEL = "finetuned/model.safetensors"
+TOKENIZER = "tokenizer/tokenizer.safetensors"
+
+
+def load(folder: str | Path) -> AutoregressiveModel:
+    """The model of data/model or data/finetuned in eval mode, with its averaged weights."""
+    return load_model(Path(folder) / "model.safetensors")[0]
+
+
+class ImageSampler:
+    """A trained model with its tokenizer."""
+
+    def __init__(self, model: AutoregressiveModel, tokenizer: Tokenizer, statistics: Statistics, device: torch.device | str = "cpu"):
+        self.device = torch.device(device)
+        self.model, self.tokenizer = model.to(self.device).eval(), tokenizer.to(self.device).eval()
+        self.statistics = statistics
+
+    @classmethod
+    def open(cls, model: str | Path, tokenizer: str | Path, device: torch.device | str = "cpu") -> "ImageSampler":
+        """From the files of two stages; raises ValueError where the model belongs to another tokenizer."""
+        loaded, description = load_model(model)
+        fingerprint = sha256(tokenizer)
+        if description["tokenizer"] != fingerprint:
+            raise UserError(
+                f"{model} was trained on latents of tokenizer {description['tokenizer'][:12]}, but {tokenizer} is "
+                f"{fingerprint[:12]}; run the stages cache, train and finetune again."
+            )
+        return cls(loaded, load_tokenizer(tokenizer), Statistics(**description["statistics"]), device)
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """H, W, 3 of an image."""
+        _, height, width = self.model.shape.latent
+        return height * self.tokenizer.downsample, width * self.tokenizer.downsample, 3
+
+    def labels(self, wanted: Sequence[int | str]) -> list[int]:
+        """Class numbers of numbers or names; raises ValueError naming the first unknown class."""
+        classes = self.model.shape.classes
+        numbers = {name: number for number, name in enumerate(classes)}
+        for label in wanted:
+            known = label in numbers if isinstance(label, str) else 0 <= label < len(classes)
+            if not known:
+                raise UserError(
+                    f"label {label!r} is none of the model's {len(classes)} classes, {classes[0]!r} to {classes[-1]!r}."
+                )
+        return [numbers[label] if isinstance(label, str) else int(label) for label in wanted]
+
+    @torch.inference_mode()
+    def images(self, labels: Sequence[int], settings: SamplingSettings, *, first: int) -> np.ndarray:
+        """uint8 [N, H, W, 3] for one batch of class numbers.
+
+        `first` is the number of the first image: image k is drawn from the random stream (settings.seed, k).
+        """
+        numbers = range(first, first + len(labels))
+        source = ImageStreams(settings.seed, numbers)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=settings.precision == "bfloat16"):
+            latents = sample(self.model, torch.as_tensor(labels, device=self.device), settings, source=source)
+        return self.pixels(latents, numbers, guidance=settings.guidance)
+
+    def pixels(self, latents: torch.Tensor, numbers: Sequence[int], *, guidance: float) -> np.ndarray:
+        """Normalised latents [N, C, h, w] => uint8 [N, H, W, 3].
+
+        Raises ValueError where an image is not finite, with its number of `numbers` and the guidance behind it.
+        """
+        decoded = self.tokenizer.decode(denormalised(latents, self.statistics))
+        finite = decoded.flatten(1).isfinite().all(dim=1)
+        if not finite.all():
+            bad = numbers[int((~finite).nonzero()[0])]
+            raise UserError(
+                f"image {bad} is not finite; the model diverged in training, or guidance {guidance} is too high."
+            )
+        return to_uint8(decoded).cpu().numpy()
+
+
+def batches(labels: Sequence[int], batch_size: int) -> Iterator[tuple[int, Sequence[int]]]:
+    """(number of the first image, labels) of each batch."""
+    for first in range(0, len(labels), batch_size):
+        yield first, labels[first : first + batch_size]
+
+
+def balanced_labels(count: int, classes: int) -> list[int]:
+    """`count` labels, each class equally often (the first ones once more where it does not divide)."""
+    return [k % classes for k in range(count)]
+
+
+def generate(
+    data: str | Path,  # the pipeline's data folder
+    labels: Sequence[int | str],  # class numbers or names, one per image
+    *,
+    steps: int = 16,
+    guidance: float = 1.0,
+    schedule: str = "linear",
+    temperature: float = 1.0,
+    seed: int = 0,
+    batch_size: int = 64,
+    device: torch.device | str = "cpu",
+) -> np.ndarray:
+    """uint8 images [N, H, W, 3]; image k depends on (seed, k) and its label alone.
+
+    Raises FileNotFoundError for a stage that has not run; ValueError for no label, an unknown one, or no step.
+    """
+    if not len(labels):
+        raise UserError("labels is empty; give one class per image.")
+    sampler = ImageSampler.open(Path(data) / MODEL, Path(data) / TOKENIZER, device)
+    settings = SamplingSettings(
+        steps=steps, guidance=guidance, schedule=schedule, temperature=temperature, seed=seed
+    )
+    parts = batches(sampler.labels(labels), batch_size)
+    return np.concatenate([sampler.images(part, settings, first=first) for first, part in parts])

@@ -1,0 +1,63 @@
+"""Sampling of latents with classifier-free guidance (EAR, section 4).
+
+Shapes: B images, L tokens of D channels, W hidden width, n tokens drawn in a step.
+"""
+
+import torch
+from torch import Tensor
+
+from ear.model.autoregressive import AutoregressiveModel, Conditions
+from ear.model.tokens import patchify, unpatchify
+from ear.runtime.randomness import RandomSource
+from ear.sampling.guidance import scale_at
+from ear.sampling.settings import SamplingSettings
+
+
+@torch.inference_mode()
+def sample(
+    model: AutoregressiveModel,  # in eval mode
+    labels: Tensor,  # int64 [B], on the model's device
+    settings: SamplingSettings,
+    *,
+    source: RandomSource,  # one stream per image, or one generator for all
+    orders: Tensor | None = None,  # int64 [B, L]; default: drawn from `source`
+    known: Tensor | None = None,  # normalised latents [B, C, h, w]; tokens outside `mask` are kept
+    mask: Tensor | None = None,  # bool [B, L], true where tokens are drawn; required with `known`
+) -> Tensor:
+    """Normalised latents [B, C, h, w] in float32.
+
+    Raises UserError if `known` is given to a causal model, or images mask different numbers of tokens.
+    """
+    conditions = Conditions.of(labels, guided=settings.guidance != 1.0)
+
+    def draw_tokens(hidden: Tensor, masked: int) -> Tensor:
+        """Hidden states [R, n, W] => tokens [B, n, D]; `masked` tokens are left afterwards."""
+        conditional, *unconditional = (half.flatten(0, 1) for half in hidden.split(len(labels)))
+        drawn = model.score.sample(
+            conditional,
+            source=source,
+            temperature=settings.temperature,
+            unconditional=unconditional[0] if unconditional else None,
+            guidance=scale_at(settings.schedule, settings.guidance, tokens=model.tokens, masked=masked),
+        )
+        return drawn.unflatten(0, (len(labels), -1)).float()
+
+    tokens = torch.zeros(len(labels), model.tokens, model.shape.token_channels, device=labels.device)
+    if orders is None:
+        orders = model.draw_orders(len(labels), source, labels.device)
+    count = model.tokens
+    if known is not None:
+        assert mask is not None
+        orders, count = model.editing_orders(orders, mask)
+        tokens.copy_(model.score.represent(patchify(known, model.patch)))
+    model.draw(tokens, orders, conditions, draw_tokens, count=count, steps=settings.steps)
+    return unpatchify(tokens, model.patch, model.shape.latent)
+
+
+def network_evaluations(model: AutoregressiveModel, steps: int) -> dict[str, int]:
+    """Cost of one image without guidance: transformer passes, and head evaluations over all tokens.
+
+    Guidance doubles the rows of each transformer pass, and of each head evaluation unless the score extrapolates the
+    hidden state.
+    """
+    return {"transformer": model.passes(steps), "head": model.tokens * model.score.evaluations_per_token}

@@ -1,0 +1,138 @@
+"""Generated images: samples.h5, written row by row by any number of processes, read batch by batch.
+
+The file holds `images`, uint8 [N, H, W, 3], `labels`, int32 [N], and `seed`; its attributes are `format` and
+`sampling`, a JSON text of all that the images depend on.
+"""
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import h5py
+import numpy as np
+
+from ear.errors import MissingFileError, UserError
+from ear.files.atomic import whole_file
+from ear.files.hdf5 import fixed_place
+
+FORMAT = "ear-samples-1"
+_HEADER = 1 << 20  # bytes beside images and labels, at most
+
+
+def create(
+    path: str | Path,
+    *,
+    labels: Sequence[int],
+    image_shape: tuple[int, int, int],  # H, W, 3
+    sampling: dict,  # all that the images depend on; its `seed` becomes a data set
+) -> None:
+    """Write a file whose images are black, in its final size: no later write can find the disk full.
+
+    Raises OSError where it does not fit; HDF5 itself would crash the process.
+    """
+    shape = (len(labels), *image_shape)
+    with (
+        whole_file(path) as partial,
+        partial.open("w+b") as raw,
+        h5py.File(raw, "w", libver="latest") as file,
+    ):
+        _claim(raw, partial, int(np.prod(shape)) + 4 * len(labels) + _HEADER)
+        file.attrs["format"] = FORMAT
+        file.attrs["sampling"] = json.dumps(sampling, sort_keys=True)
+        file["labels"] = np.asarray(labels, dtype="int32")
+        file["seed"] = np.int64(sampling["seed"])
+        file.create_dataset("images", shape, "uint8", dcpl=fixed_place())
+
+
+def _claim(raw, path: Path, size: int) -> None:
+    try:
+        os.posix_fallocate(raw.fileno(), 0, size)
+    except OSError as error:
+        what = f"{size / 1e9:.3g} GB of images do not fit ({error.strerror}); free space or lower sample.count"
+        raise OSError(error.errno, what, str(path)) from error
+
+
+def write(path: str | Path, first: int, images: np.ndarray) -> None:
+    """Store uint8 [n, H, W, 3] as images first .. first + n - 1 of a created file; on the disk when this returns.
+
+    Several processes may write different images at once.
+    """
+    with h5py.File(path, "r", locking=False) as file:
+        target = file["images"]
+        assert images.dtype == np.uint8
+        assert images.shape[1:] == target.shape[1:]
+        assert first + len(images) <= len(target)
+        offset = target.id.get_offset()
+    with Path(path).open("r+b", buffering=0) as file:
+        file.seek(offset + first * images[0].nbytes)
+        file.write(np.ascontiguousarray(images))
+        os.fsync(file.fileno())
+
+
+class GeneratedImages:
+    """The images of a samples.h5, opened while read.
+
+    `labels` is int64 [N], `image_size` the side S in pixels, `sampling` what the images depend on. Raises
+    FileNotFoundError, or ValueError where the file is of another format or empty.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        if not self.path.is_file():
+            raise MissingFileError(f"{path} does not exist; run the stage that writes it (`dvc repro`).")
+        try:
+            with h5py.File(self.path, "r", locking=False) as file:
+                self._describe(file)
+        except (OSError, KeyError) as error:
+            raise UserError(
+                f"{path} is not a readable file of samples ({error}); run the sample stage again."
+            ) from error
+
+    def _describe(self, file: h5py.File) -> None:
+        if file.attrs.get("format") != FORMAT:
+            raise UserError(
+                f"{self.path} has format {file.attrs.get('format')!r}, not {FORMAT!r}; run the sample stage again."
+            )
+        images, self.labels = file["images"], file["labels"][:].astype(np.int64)
+        side = images.shape[1] if images.ndim == 4 else 0
+        if images.dtype != np.uint8 or images.shape != (len(self.labels), side, side, 3):
+            raise UserError(
+                f"{self.path} holds images {images.dtype} {list(images.shape)} and {len(self.labels)} labels, not "
+                "uint8 [N, S, S, 3] and N labels; run the sample stage again."
+            )
+        if not len(images):
+            raise UserError(f"{self.path} holds no images; raise sample.count and run the sample stage again.")
+        self.image_size, self.sampling = side, json.loads(file.attrs["sampling"])
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def images(self, rows: range) -> np.ndarray:
+        """uint8 [n, S, S, 3] of consecutive images."""
+        with h5py.File(self.path, "r", locking=False) as file:
+            return file["images"][rows.start : rows.stop]
+
+    def blocks(self, count: int) -> list["Block"]:
+        """The images in `count` runs of equal length; raises ValueError where that does not divide them."""
+        size, rest = divmod(len(self), count)
+        if rest:
+            raise UserError(
+                f"evaluate.repeats is {count} and does not divide the {len(self)} images of {self.path}; set "
+                f"sample.count to a multiple of it, such as {size * count}."
+            )
+        return [Block(self, range(start, start + size)) for start in range(0, len(self), size)]
+
+
+class Block:
+    """A run of the images of a file, with numbers of its own from 0 on."""
+
+    def __init__(self, source: GeneratedImages, rows: range):
+        self._source, self._rows, self.labels = source, rows, source.labels[rows.start : rows.stop]
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def images(self, rows: range) -> np.ndarray:
+        """uint8 [n, S, S, 3] of consecutive images."""
+        return self._source.images(self._rows[rows.start : rows.stop])

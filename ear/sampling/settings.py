@@ -1,0 +1,34 @@
+"""How tokens are drawn: the settings that travel together from the sample stage or `ear.generate` to the sampler."""
+
+from dataclasses import dataclass
+
+from ear import config
+from ear.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingSettings:
+    """Settings of sampling. Raises UserError for less than one step."""
+
+    steps: int = 16  # unmasking steps; ignored by causal models (one step per token)
+    guidance: float = 1.0  # classifier-free guidance scale; 1: off
+    schedule: str = "linear"  # guidance over the steps: linear or constant
+    temperature: float = 1.0  # inference temperature of the score
+    seed: int = 0  # image k is drawn from the random stream (seed, k)
+    precision: str = "float32"  # of the model; bfloat16 is autocast
+
+    def __post_init__(self):
+        if self.steps < 1:
+            raise UserError(f"steps is {self.steps}, but must be at least 1.")
+
+    @classmethod
+    def of(cls, options: config.Sample) -> "SamplingSettings":
+        """Those of the section `sample` of params.yaml."""
+        return cls(
+            steps=options.steps,
+            guidance=options.guidance,
+            schedule=options.schedule,
+            temperature=options.temperature,
+            seed=options.seed,
+            precision=options.precision,
+        )

@@ -1,0 +1,105 @@
+"""Scores estimated from samples: a noise-driven head and the U-statistic over its samples.
+
+Every score of the form 2 E d(x, y) - E d(x, x') for a distance d = phi(|a - b|^2), phi a Bernstein function that is not
+linear, is strictly proper; a subclass names its distance and inherits the rest.
+Shapes: N tokens, D token channels, m samples per token, k targets per token, W hidden width, n noise channels.
+"""
+
+import itertools
+from abc import abstractmethod
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from ear.config.scores import SampleBased
+from ear.runtime.randomness import RandomSource, normal, uniform
+from ear.scores.modulated_mlp import ModulatedMLP
+from ear.scores.score import HeadSize, Score
+
+Distance = Callable[[Tensor, Tensor], Tensor]  # [..., D], [..., D] => [...]
+
+
+def squared_distance(a: Tensor, b: Tensor) -> Tensor:
+    """|a - b|^2 over the last dimension, in float32 or better: low precision loses the direction of near pairs."""
+    difference = a.float() - b.float() if a.dtype.itemsize < 4 else a - b
+    return difference.square().sum(-1)
+
+
+def pairwise_loss(
+    samples: Tensor,  # [m, N, D], independent given the hidden state
+    targets: Tensor,  # [k, N, D]
+    distance: Distance,
+    *,
+    temperature: float = 1.0,  # weight of the repulsion, in (0, 1]; only 1 is strictly proper
+    pairs: str = "all",  # or disjoint: each sample in one pair, which is the mean of m/2 losses of two samples
+) -> Tensor:
+    """Per-token loss [N]: an unbiased estimate (over all pairs, a U-statistic) of the negative score.
+
+    2/(mk) sum_ij d(x_i, y_j) - temperature * mean_{i,j in pairs} d(x_i, x_j). More samples lower the variance, never
+    the expectation, and all pairs lower it more than disjoint ones. Distances are computed without autocast.
+    """
+    m, k = len(samples), len(targets)
+    repelled = list(itertools.combinations(samples, 2)) if pairs == "all" else samples.unflatten(0, (-1, 2))
+    with torch.autocast(samples.device.type, enabled=False):
+        attraction = sum(distance(x, y) for x, y in itertools.product(samples, targets))
+        repulsion = sum(distance(a, b) for a, b in repelled)
+        return attraction * (2 / (m * k)) - repulsion * (temperature / len(repelled))
+
+
+class SampleBasedScore(Score):
+    """A head that turns noise into tokens, x = g(hidden, noise), trained by the `distance` of a subclass."""
+
+    temperature_scales = "the noise's shift of the features in every block"
+    guidance_extrapolates = "hidden state"
+
+    def __init__(self, options: SampleBased, size: HeadSize):
+        super().__init__()
+        self.samples, self.pairs, self.targets = options.samples, options.pairs, options.targets
+        self.noise, self.noise_channels = options.noise, options.noise_channels
+        self.hidden_embedding = nn.Linear(size.hidden_width, size.width)
+        self.noise_embedding = nn.Linear(options.noise_channels, size.width)
+        self.network = ModulatedMLP(width=size.width, depth=size.depth, out_channels=size.token_channels)
+
+    def initialise(self, generator: torch.Generator) -> None:
+        """Let the untrained head give 0 for every noise."""
+        self.network.zero_initialise()
+
+    @abstractmethod
+    def distance(self, a: Tensor, b: Tensor) -> Tensor:
+        """The distance of the score, [..., D], [..., D] => [...]."""
+
+    def generate(self, hidden: Tensor, noise: Tensor, temperature: float = 1.0) -> Tensor:
+        """hidden [N, W], noise [..., N, n] => tokens [..., N, D]; the inference temperature scales the noise's shifts.
+
+        Unlike in a diffusion head the hidden state is the residual stream and the noise modulates it.
+        """
+        condition = self.noise_embedding(noise)
+        stream = self.hidden_embedding(hidden).expand(condition.shape)
+        return self.network(stream, condition, temperature)
+
+    def draw_noise(self, shape: tuple[int, ...], source: RandomSource, device: torch.device) -> Tensor:
+        """Noise of the head, [*shape, n]."""
+        shape = (*shape, self.noise_channels)
+        return normal(shape, source, device) if self.noise == "gaussian" else uniform(shape, source, device) - 0.5
+
+    def loss(self, hidden: Tensor, target: Tensor, *, temperature: float, generator: torch.Generator) -> Tensor:
+        """hidden [N, W], target [N, D] or [k, N, D] => negative score per token [N], float32."""
+        noise = self.draw_noise((self.samples, len(hidden)), generator, hidden.device)
+        targets = target if target.dim() == 3 else target[None]
+        samples = self.generate(hidden, noise)
+        return pairwise_loss(samples, targets, self.distance, temperature=temperature, pairs=self.pairs)
+
+    def sample(
+        self,
+        hidden: Tensor,
+        *,
+        source: RandomSource,
+        temperature: float = 1.0,
+        unconditional: Tensor | None = None,  # hidden states of the null class, for guidance
+        guidance: float = 1.0,
+    ) -> Tensor:
+        """hidden [N, W] => one token per row [N, D]; guidance extrapolates the hidden state."""
+        if unconditional is not None:
+            hidden = guidance * hidden + (1 - guidance) * unconditional
+        return self.generate(hidden, self.draw_noise((len(hidden),), source, hidden.device), temperature)

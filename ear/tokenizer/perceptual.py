@@ -1,0 +1,90 @@
+"""LPIPS, the perceptual distance of Zhang et al. 2018, as a differentiable loss.
+
+The numbers are torch-fidelity's, whose own module cannot be trained through: it is built by downloading alone, and its
+gradient is NaN wherever all features of a place vanish. The weights are the same two files: torchvision's VGG16 and the
+learned weights of its channels.
+"""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ear.errors import MissingFileError
+from ear.files.downloads import downloaded
+from ear.files.weights import load_weights, read_pickled, tensors_by_name
+
+_CONVOLUTIONS = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))  # of VGG16, per level
+_MEAN, _STD = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)  # of ImageNet's colours, for images in [-1, 1]
+_TINY = 1e-20  # under the root of a squared norm: no change in float32, but a finite gradient where it is 0
+_ELSEWHERE = (
+    "put it and the other file of LPIPS into a folder that tokenizer.perceptual_folder names, or set "
+    "tokenizer.perceptual_weight to 0"
+)
+
+
+class Perceptual(nn.Module):
+    """LPIPS with VGG16, frozen."""
+
+    def __init__(self):
+        super().__init__()
+        self.levels = nn.ModuleList()
+        width = 3
+        for number, widths in enumerate(_CONVOLUTIONS):
+            level = nn.Sequential(*([nn.MaxPool2d(2)] if number else []))
+            for wider in widths:
+                level.extend([nn.Conv2d(width, wider, 3, padding=1), nn.ReLU()])
+                width = wider
+            self.levels.append(level)
+        self.channel_weights = nn.ParameterList(torch.zeros(widths[-1]) for widths in _CONVOLUTIONS)
+        self.register_buffer("mean", torch.tensor(_MEAN)[:, None, None], persistent=False)
+        self.register_buffer("std", torch.tensor(_STD)[:, None, None], persistent=False)
+        self.eval().requires_grad_(False)
+
+    def forward(self, images: Tensor, others: Tensor) -> Tensor:
+        """Images [B, 3, H, W] in [-1, 1], 16 pixels a side or more => distances [B]; 0 for equal images."""
+        both = (torch.cat([images, others]) - self.mean) / self.std
+        distance = both.new_zeros(len(images))
+        for level, weights in zip(self.levels, self.channel_weights, strict=True):
+            both = level(both)
+            first, second = (both * (both.square().sum(dim=1, keepdim=True) + _TINY).rsqrt()).chunk(2)
+            distance = distance + torch.einsum("bchw,c->bhw", (first - second).square(), weights).mean(dim=(1, 2))
+        return distance
+
+
+def load_perceptual(folder: str | Path = "") -> Perceptual:
+    """Read vgg16-397923af.pth and weights-vgg16-lpips.pth from `folder`.
+
+    Without a folder they are torch's own copies, downloaded where absent. Raises FileNotFoundError or ValueError naming
+    the file that is missing, cannot be downloaded, is damaged, or holds other tensors.
+    """
+    from torch_fidelity.sample_similarity_lpips import URL_VGG16_LPIPS
+    from torchvision.models import VGG16_Weights
+
+    vgg, channel_weights = (_read(url, folder) for url in (VGG16_Weights.IMAGENET1K_V1.url, URL_VGG16_LPIPS))
+    network = Perceptual()
+    names = _published_names(network)
+    tensors = {ours: vgg[theirs] for ours, theirs in names.items() if theirs in vgg}
+    for number in range(len(_CONVOLUTIONS)):
+        name = f"lin{number}.model.1.weight"
+        if name in channel_weights:
+            tensors[f"channel_weights.{number}"] = channel_weights[name].flatten()
+    load_weights(network, tensors, origin=f"the perceptual network in {folder or torch.hub.get_dir()}")
+    return network
+
+
+def _published_names(network: Perceptual) -> dict[str, str]:
+    """Our names of VGG16's tensors => torchvision's, which numbers the layers of all levels through."""
+    names, start = {}, 0
+    for number, level in enumerate(network.levels):
+        for place, kind in (name.split(".") for name in level.state_dict()):
+            names[f"levels.{number}.{place}.{kind}"] = f"features.{start + int(place)}.{kind}"
+        start += len(level)
+    return names
+
+
+def _read(url: str, folder: str | Path) -> dict[str, Tensor]:
+    path = Path(folder) / url.rpartition("/")[2] if folder else downloaded(url, otherwise=_ELSEWHERE)
+    if not path.is_file():
+        raise MissingFileError(f"{path} does not exist; put it there, or set tokenizer.perceptual_folder to ''.")
+    return tensors_by_name(read_pickled(path), origin=str(path))

@@ -1,0 +1,78 @@
+"""What is left of images after a tokenizer: reconstructions, and the figures that describe a trained tokenizer."""
+
+from collections.abc import Iterable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ear.data.images import to_signed, to_uint8
+from ear.data.prepared import PreparedImages
+from ear.runtime import randomness
+from ear.tokenizer import posterior
+from ear.tokenizer.autoencoder import Tokenizer
+
+_HIGHEST_PSNR = 100.0
+
+
+def psnr(images: Tensor, others: Tensor) -> Tensor:
+    """float64 [B]: peak signal-to-noise ratio in dB of uint8 images [B, H, W, 3], 100 dB at most.
+
+    10 log10(255^2 / mean squared error), the mean over the pixels and colours of one image. The limit keeps equal
+    images finite; no unequal ones below 1700 pixels a side come near it.
+    """
+    assert images.dtype == others.dtype == torch.uint8
+    error = (images.double() - others.double()).square().flatten(1).mean(dim=1)
+    return (10 * torch.log10(255.0**2 / error)).clamp(max=_HIGHEST_PSNR)
+
+
+@torch.inference_mode()
+def reconstruct(tokenizer: Tokenizer, images: Tensor) -> Tensor:
+    """uint8 images [B, H, W, 3] => the same through the posterior mean."""
+    return to_uint8(tokenizer.decode(posterior.split(tokenizer.encode(to_signed(images)))[0]))
+
+
+class Reconstructions:
+    """Prepared images through the posterior mean of a tokenizer, made while read; a source for `ear.features`."""
+
+    def __init__(self, originals: PreparedImages, tokenizer: Tokenizer, device: torch.device):
+        self._originals, self._tokenizer, self._device = originals, tokenizer.to(device).eval(), device
+        self.labels = originals.labels
+
+    def __len__(self) -> int:
+        return len(self._originals)
+
+    def images(self, rows: range) -> np.ndarray:
+        """uint8 [n, S, S, 3]."""
+        originals = torch.from_numpy(self._originals.images(rows)).to(self._device)
+        return reconstruct(self._tokenizer, originals).cpu().numpy()
+
+
+@torch.inference_mode()
+def describe(tokenizer: Tokenizer, batches: Iterable[Tensor], generator: torch.Generator) -> dict:
+    """Figures over all images of `batches` (uint8 [B, H, W, 3] on the tokenizer's device).
+
+    psnr: mean over the images, in dB, through the posterior mean; psnr_sampled: through a sample.
+    kl: nats per image. latent_std: of sampled latents, over all channels. posterior_ratio: the posterior's share of
+    that standard deviation, from 0 (deterministic) to 1 (nothing about the image is left).
+    channel_mean, channel_std, channel_posterior_std: lists over the channels.
+    """
+    count, totals, moment_sums = 0, torch.zeros(3, dtype=torch.float64), 0
+    for images in batches:
+        moments = tokenizer.encode(to_signed(images))
+        mean, _ = posterior.split(moments)
+        noise = randomness.normal(mean.shape, generator, mean.device)
+        decoded = [to_uint8(tokenizer.decode(x)) for x in (mean, posterior.posterior_sample(moments, noise))]
+        per_image = [*(psnr(images, other) for other in decoded), posterior.kl_divergence(moments).double()]
+        totals += torch.stack([values.sum() for values in per_image]).cpu()
+        moment_sums = moment_sums + posterior.sums(moments)
+        count += len(images)
+    means = dict(zip(("psnr", "psnr_sampled", "kl"), (totals / count).tolist(), strict=True))
+    return means | _latent_figures(moment_sums)
+
+
+def _latent_figures(moment_sums: Tensor) -> dict:
+    _, std, within = (x.item() for x in posterior.spread(moment_sums.sum(dim=1, keepdim=True)))
+    channels = [x.tolist() for x in posterior.spread(moment_sums)]
+    names = ("channel_mean", "channel_std", "channel_posterior_std")
+    return {"latent_std": std, "posterior_ratio": within / std, **dict(zip(names, channels, strict=True))}

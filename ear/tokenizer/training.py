@@ -1,0 +1,137 @@
+"""Training of a KL autoencoder on prepared images."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from ear import config
+from ear.data.images import to_signed
+from ear.data.prepared import PreparedImages
+from ear.runtime import randomness
+from ear.tokenizer.autoencoder import KL, Tokenizer
+from ear.tokenizer.critic import CriticTraining, PatchCritic
+from ear.tokenizer.loss import AutoencoderLoss, Terms
+from ear.training.optimizer import Group, adamw, schedule
+from ear.training.trainer import History, Trainer
+
+_WARMUP = 0.05  # share of the images
+_PARTS = 10  # the training has as many checkpoints and validations
+_VALIDATION_IMAGES = 1024  # at most; held-out shards are stored shuffled
+_CLIP_NORM = 1.0
+
+
+class Objective:
+    """The loss of batches of uint8 images; its noise is a function of (seed, purpose, position)."""
+
+    def __init__(self, loss: AutoencoderLoss, *, seed: int, device: torch.device):
+        self.loss, self.seed, self.device = loss, seed, device
+
+    def terms(self, tokenizer: Tokenizer, images: torch.Tensor, purpose: str, position: int) -> Terms:
+        """Of one batch, [B, 3, H, W] in [-1, 1]."""
+        side = images.shape[-1] // tokenizer.downsample
+        generator = randomness.generator(self.seed, purpose, position)
+        noise = randomness.normal((len(images), tokenizer.latent_channels, side, side), generator, self.device)
+        return self.loss(tokenizer, images, noise)
+
+    def signed(self, images: np.ndarray) -> torch.Tensor:
+        """uint8 [B, H, W, 3] => [B, 3, H, W] in [-1, 1] on the device."""
+        return to_signed(torch.from_numpy(images).to(self.device))
+
+    @torch.no_grad()
+    def held_out(self, tokenizer: Tokenizer, images: PreparedImages, batch_size: int) -> dict[str, float]:
+        """Loss and its figures, means over up to 1024 images."""
+        rows, means = min(len(images), _VALIDATION_IMAGES), {}
+        for start in range(0, rows, batch_size):
+            batch = self.signed(images.images(np.arange(start, min(start + batch_size, rows))))
+            terms = self.terms(tokenizer, batch, "validation", start)
+            for name, value in {"loss": terms.loss, **terms.figures}.items():
+                means[name] = means.get(name, 0.0) + float(value) * len(batch) / rows
+        return means
+
+
+class AutoencoderTraining:
+    """A trainer of `tokenizer`; data order and noise are functions of (seed, images seen)."""
+
+    def __init__(
+        self,
+        tokenizer: KL,
+        options: config.Tokenizer,
+        *,
+        images: PreparedImages,
+        held_out: PreparedImages,
+        objective: Objective,
+    ):
+        self.images, self.held_out, self.objective, self.options = images, held_out, objective, options
+        self.tokenizer = tokenizer.to(objective.device)
+        rate = schedule("cosine", total_images=options.images, warmup_images=int(_WARMUP * options.images))
+        self.critic = None
+        if options.adversarial_weight:
+            network = PatchCritic().initialise(randomness.generator(objective.seed, "critic")).to(objective.device)
+            self.critic = CriticTraining(network, options, rate=rate)
+        groups = [Group(list(tokenizer.parameters()), weight_decay=0.0)]
+        self.trainer = _Trainer(
+            self.tokenizer,
+            critic=self.critic,
+            optimizer=adamw(groups, learning_rate=options.learning_rate, beta1=0.9, beta2=0.99),
+            loss=self.loss,
+            rate=rate,
+            ema_decays={"average": options.ema_decay},
+            clip_norm=_CLIP_NORM,
+            global_batch_size=options.batch_size,
+            micro_batch_size=options.micro_batch_size,
+        )
+
+    def run(self, folder: Path) -> tuple[KL, History]:
+        """The averaged weights and the logs; goes on from the newest checkpoint in `folder`."""
+        part = max(self.options.images // _PARTS, 1)
+        self.trainer.fit(
+            self.batches,
+            total_images=self.options.images,
+            folder=folder,
+            checkpoint_images=part,
+            validate=lambda: self.objective.held_out(self.trainer.average.module, self.held_out, self.options.batch_size),
+            validate_images=part,
+            title="tokenizer",
+        )
+        return self.trainer.average.module, self.trainer.history
+
+    def batches(self, positions: Iterator[int]) -> Iterator[np.ndarray]:
+        """The uint8 micro-batches that start at the given positions of the training."""
+        order = randomness.DataOrder(len(self.images), self.objective.seed)
+        for position in positions:
+            yield self.images.images(order.indices(position, self.options.micro_batch_size).numpy())
+
+    def loss(self, batch: np.ndarray, position: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Of one uint8 micro-batch, for the trainer; the critic learns on the way."""
+        images = self.objective.signed(batch)
+        terms = self.objective.terms(self.tokenizer, images, "training", position)
+        if self.critic is None:
+            return terms.loss, terms.figures
+        adversarial, figures = self.critic(
+            images, terms.decoded, terms.reconstruction, self.tokenizer.last_layer, position
+        )
+        return terms.loss + adversarial, terms.figures | figures
+
+
+class _Trainer(Trainer):
+    """A trainer whose steps and checkpoints are the critic's, too."""
+
+    def __init__(self, module: KL, *, critic: CriticTraining | None, **options):
+        super().__init__(module, **options)
+        self.critic = critic
+
+    def step(self, micro_batches: Iterator) -> None:
+        begun = self.images
+        super().step(micro_batches)
+        if self.critic:
+            self.critic.step(begun)
+
+    def state(self) -> dict[str, torch.Tensor]:
+        return super().state() | (self.critic.state() if self.critic else {})
+
+    def restore(self, tensors: dict[str, torch.Tensor]) -> None:
+        super().restore(tensors)
+        if self.critic:
+            self.critic.restore(tensors)

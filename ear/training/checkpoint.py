@@ -1,0 +1,72 @@
+"""Training state on disk: weights, their average, optimiser and progress, in safetensors (nothing is unpickled)."""
+
+import re
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from ear.errors import UserError
+from ear.files.tensors import read_description, write_tensors
+from ear.files.weights import load_weights
+
+_KEPT = 2  # the newest, and one to fall back on
+
+
+def pack(modules: dict[str, nn.Module], optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    """All tensors of a training state by name: MODULE.* of each module; of the first one, optimizer.KEY.PARAMETER."""
+    tensors = {}
+    for prefix, module in modules.items():
+        tensors |= {f"{prefix}.{name}": tensor for name, tensor in module.state_dict().items()}
+    for name, parameter in _trained(modules).named_parameters():
+        for key, value in optimizer.state.get(parameter, {}).items():
+            tensors[f"optimizer.{key}.{name}"] = value
+    return tensors
+
+
+def unpack(tensors: dict[str, torch.Tensor], modules: dict[str, nn.Module], optimizer: torch.optim.Optimizer) -> None:
+    """The inverse of `pack`, in place; raises ValueError naming a tensor that is missing, extra or of another shape."""
+    for prefix, module in modules.items():
+        load_weights(module, _under(tensors, f"{prefix}."))
+    moments = _under(tensors, "optimizer.")
+    for name, parameter in _trained(modules).named_parameters():
+        state = _of_parameter(moments, name)
+        if state:
+            optimizer.state[parameter] = {k: v.to(parameter.device).clone() for k, v in state.items()}
+
+
+def _trained(modules: dict[str, nn.Module]) -> nn.Module:
+    return next(iter(modules.values()))
+
+
+def _under(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+def _of_parameter(moments: dict[str, torch.Tensor], parameter: str) -> dict[str, torch.Tensor]:
+    keys = {name.partition(".")[0] for name in moments}
+    return {key: moments[f"{key}.{parameter}"] for key in sorted(keys) if f"{key}.{parameter}" in moments}
+
+
+def save(folder: Path, images: int, tensors: dict[str, torch.Tensor], description: dict) -> None:
+    """Write the state after `images` images, whole or not at all, and keep only the newest ones."""
+    write_tensors(folder / f"checkpoint-{images:012d}.safetensors", tensors, description)
+    for path in _by_progress(folder)[:-_KEPT]:
+        path.unlink()
+
+
+def newest(folder: Path) -> Path | None:
+    """The newest readable checkpoint, for `read_tensors`, or None; an unreadable one is passed over aloud."""
+    for path in reversed(_by_progress(folder)):
+        try:
+            read_description(path)
+        except UserError as error:
+            print(f"{error} Falling back to the checkpoint before it.", flush=True)
+        else:
+            return path
+    return None
+
+
+def _by_progress(folder: Path) -> list[Path]:
+    numbered = ((re.fullmatch(r"checkpoint-(\d+)\.safetensors", path.name), path) for path in folder.glob("*"))
+    return [path for _, path in sorted((int(match[1]), path) for match, path in numbered if match)]

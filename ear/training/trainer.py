@@ -1,0 +1,258 @@
+"""One training loop for every network of the pipeline: the loss, the data and the model are handed in.
+
+Progress is counted in images. A run that is killed and started again continues from its newest checkpoint and ends in
+the same bytes: data order, masks and noise are functions of (seed, images seen). Processes share the micro-batches of a
+step, which are the same for any number of them; every process holds the same weights, averages and moments.
+"""
+
+import contextlib
+import itertools
+import signal
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ear.display.progress import Progress
+from ear.errors import UserError
+from ear.files.tensors import read_tensors
+from ear.runtime import distributed
+from ear.training import checkpoint
+from ear.training.ema import Average, decay_at
+from ear.training.gradients import SharedGradients
+from ear.training.means import Means
+from ear.training.optimizer import set_rate
+
+_LOG_STEPS = 25  # steps between readings of the loss; each reading waits for the device
+
+
+@dataclass
+class History:
+    """Rows of the training and validation logs, in the order of images seen."""
+
+    training: list[dict] = field(default_factory=list)
+    validation: list[dict] = field(default_factory=list)
+
+
+class Trainer:
+    """A module with its averages, its optimiser, its progress and its log.
+
+    loss(micro_batch, position) gives the mean loss of a micro-batch that starts at image `position`, and further means
+    to log; `rate` maps images seen to a factor of the base rates. `average` is the first of `averages`.
+
+    Raises ValueError where the processes cannot share the micro-batches of a step evenly.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        *,
+        optimizer: torch.optim.Optimizer,
+        loss: Callable[[object, int], tuple[Tensor, dict[str, Tensor]]],
+        rate: Callable[[int], float],
+        ema_decays: Mapping[str, float],  # name of an average => its decay per step
+        clip_norm: float,
+        global_batch_size: int,  # images per optimiser step
+        micro_batch_size: int,  # images per forward pass
+        earlier_images: int = 0,  # seen in earlier phases; the averages' warm-up counts them
+    ):
+        check_shares(global_batch_size, micro_batch_size, distributed.size())
+        self.module, self.optimizer, self.loss, self.rate = module, optimizer, loss, rate
+        self.ema_decays, self.clip_norm = dict(ema_decays), clip_norm
+        self.global_batch_size, self.micro_batch_size = global_batch_size, micro_batch_size
+        self.averages = {name: Average(module) for name in ema_decays}
+        self.earlier_images = earlier_images
+        self.images = 0
+        self.history = History()
+        self._means = Means()
+        self._gradients = SharedGradients(module.parameters())
+        device = next(module.parameters()).device
+        # The fused optimiser skips its update where this flag is 1: the device decides, without waiting for the host.
+        self._broken = torch.zeros((), device=device)
+        self._broken_at = torch.full((), -1, dtype=torch.int64, device=device)
+
+    @property
+    def average(self) -> Average:
+        """The first average, which is what a training publishes."""
+        return next(iter(self.averages.values()))
+
+    def fit(
+        self,
+        batches: Callable[[Iterator[int]], Iterable],  # endless positions => the micro-batches that start there
+        *,
+        total_images: int,
+        folder: Path,  # for checkpoints
+        checkpoint_images: int,
+        validate: Callable[[], dict[str, float]]
+        | None = None,  # figures of the present weights, alike in all processes
+        validate_images: int = 0,
+        title: str = "training",
+    ) -> None:
+        """Train until `total_images` (rounded up to whole steps) have been seen, from the newest checkpoint on.
+
+        Raises ValueError, before any harm to the weights, where a loss or a gradient is not finite; InterruptedError,
+        after a checkpoint, where SIGTERM asks any of the processes to end.
+        """
+        self.resume(folder)
+        with _termination() as asked, Progress(title, total_images, start=self.images) as progress:
+            stream = iter(batches(self._positions()))
+            while self.images < total_images:
+                before = self.images
+                self.step(stream)
+                last = self.images >= total_images
+                if last or self._means.steps == _LOG_STEPS:
+                    self.log()
+                if validate and (last or _crossed(before, self.images, validate_images)):
+                    self.history.validation.append({"images": self.images, **validate()})
+                stop = asked()
+                if last or stop or _crossed(before, self.images, checkpoint_images):
+                    self.save(folder)
+                progress.advance(self.images - before, note=self._note())
+                if stop and not last:
+                    raise InterruptedError(
+                        f"SIGTERM ended {title} after {self.images} images, with a checkpoint; start it again to go on."
+                    )
+
+    def _own(self, start: int) -> range:
+        """Where this process's micro-batches start in the step that begins at image `start`."""
+        return distributed.own_slice(range(start, start + self.global_batch_size, self.micro_batch_size))
+
+    def _positions(self) -> Iterator[int]:
+        for start in itertools.count(self.images, self.global_batch_size):
+            yield from self._own(start)
+
+    def step(self, micro_batches: Iterator) -> None:
+        """One optimiser step on a global batch, of which this process takes its micro-batches from the iterator."""
+        self.module.train()
+        self._gradients.clear()
+        set_rate(self.optimizer, self.rate(self.images))
+        *earlier, last = self._own(self.images)
+        for position in earlier:
+            self._backward(next(micro_batches), position)
+        with self._gradients.summed():
+            self._backward(next(micro_batches), last)
+        norm = nn.utils.clip_grad_norm_(self.module.parameters(), self.clip_norm, foreach=True)
+        self._means.add({"gradient_norm": norm}, 1.0 / distributed.size())
+        self._means.steps += 1
+        self._guard(norm)
+        self.optimizer.step()
+        steps = (self.earlier_images + self.images) // self.global_batch_size
+        for name, average in self.averages.items():
+            average.update(self.module, decay_at(steps, self.ema_decays[name]))
+        self.images += self.global_batch_size
+
+    def _backward(self, micro_batch, position: int) -> None:
+        """Add the gradients of one micro-batch, weighted by its share of the global batch."""
+        share = self.micro_batch_size / self.global_batch_size
+        loss, figures = self.loss(micro_batch, position)
+        (loss * share).backward()
+        self._means.add({"loss": loss, **figures}, share)
+
+    def _guard(self, norm: Tensor) -> None:
+        """Have the optimiser skip a non-finite update, and remember where the first one was.
+
+        The norm is that of the summed gradients: all processes decide alike.
+        """
+        broken = ~torch.isfinite(norm)
+        first = broken & (self._broken_at < 0)
+        self._broken_at = torch.where(first, torch.full_like(self._broken_at, self.images), self._broken_at)
+        self._broken = torch.maximum(self._broken, broken.float())
+        self.optimizer.found_inf = self._broken
+        self.optimizer.grad_scale = None
+
+    def _check_finite(self) -> None:
+        at = int(self._broken_at)
+        if at >= 0:
+            raise UserError(
+                f"the loss or its gradient became infinite or NaN in the step from image {at}, and no update was made "
+                "since; lower the learning rate or look at the data, the last checkpoint is intact."
+            )
+
+    def log(self) -> None:
+        """Read the means since the last reading; raises ValueError where an update was not finite."""
+        self._check_finite()
+        rate = self.optimizer.param_groups[0]["lr"]
+        self.history.training.append({"images": self.images, **self._means.read(), "rate": rate})
+
+    def _note(self) -> str:
+        return f"loss {self.history.training[-1]['loss']:.4f}" if self.history.training else ""
+
+    def _modules(self) -> dict[str, nn.Module]:
+        return {"weights": self.module} | {name: average.module for name, average in self.averages.items()}
+
+    def state(self) -> dict[str, Tensor]:
+        """The tensors from which training goes on, by name."""
+        return checkpoint.pack(self._modules(), self.optimizer)
+
+    def restore(self, tensors: dict[str, Tensor]) -> None:
+        """Take up what `state` gave; raises ValueError where it belongs to another model."""
+        checkpoint.unpack(tensors, self._modules(), self.optimizer)
+
+    def save(self, folder: Path) -> None:
+        """Write a checkpoint, which any number of processes can read."""
+        self._check_finite()
+        sums, means = self._means.state()
+        description = {
+            "images": self.images,
+            "training": self.history.training,
+            "validation": self.history.validation,
+            "means": means,
+        }
+        if distributed.is_main():
+            checkpoint.save(folder, self.images, {**self.state(), "sums": sums}, description)
+
+    def resume(self, folder: Path) -> None:
+        """Continue from the newest checkpoint in `folder`, if there is one."""
+        path = distributed.from_main(lambda: checkpoint.newest(folder))
+        if path is not None:
+            tensors, description = read_tensors(path)
+            self.restore(tensors)
+            self._means.restore(tensors["sums"].to(self._broken.device), description["means"])
+            self.images = description["images"]
+            self.history = History(description["training"], description["validation"])
+            if distributed.is_main():
+                print(f"continuing after {self.images} images", flush=True)
+        for module in self._modules().values():  # other machines may have drawn other last bits
+            distributed.copy_from_main(module.state_dict().values())
+
+
+def check_shares(global_batch_size: int, micro_batch_size: int, processes: int) -> None:
+    """Raise ValueError, with the remedy, where processes cannot share the micro-batches of a global batch evenly."""
+    each, rest = divmod(global_batch_size, processes)
+    if rest:
+        raise UserError(
+            f"the global batch of {global_batch_size} images cannot be shared by {processes} processes; make "
+            f"global_batch_size a multiple of {processes}, or use another number of processes."
+        )
+    if each % micro_batch_size:
+        fitting = max(size for size in range(1, min(micro_batch_size, each) + 1) if each % size == 0)
+        raise UserError(
+            f"micro_batch_size is {micro_batch_size} and does not divide {each}, the share of each of {processes} "
+            f"process(es) in a global batch of {global_batch_size}; set it to {fitting} or another divisor of {each}."
+        )
+
+
+@contextlib.contextmanager
+def _termination() -> Iterator[Callable[[], bool]]:
+    """Catch SIGTERM in the block; the function given says whether it has reached any process, and must run in all."""
+    came = False
+
+    def note(*_) -> None:
+        nonlocal came
+        came = True
+
+    if threading.current_thread() is not threading.main_thread():  # where Python cannot catch signals
+        yield lambda: False
+        return
+    before = signal.signal(signal.SIGTERM, note)
+    try:
+        yield lambda: distributed.any_of(came)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _crossed(before: int, after: int, interval: int) -> bool:
+    return interval > 0 and before // interval != after // interval

@@ -1,0 +1,153 @@
+"""Counts on tensors without data against torch's own on real ones, and against the published figures."""
+
+import dataclasses
+
+import pytest
+import torch
+from factories import tiny_model
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from ear.commands import costs
+from ear.config.compose import compose
+from ear.model.files import build_model
+from ear.sampling.sampler import sample
+from ear.tokenizer.autoencoder import kl_structure, new_kl
+from ear.tokenizer.critic import PatchCritic
+from ear.tokenizer.loss import AutoencoderLoss
+from ear.tokenizer.perceptual import Perceptual
+
+PATHS = ("data.path=/images", "tokenizer.weights=/kl16.ckpt")  # of nothing
+KINDS = [{"name": name} for name in ("energy", "kernel", "logarithmic", "categorical")]
+KINDS += [{"name": "hyvarinen", "sampling_steps": 3}, {"attention": "causal"}, {"name": "energy", "targets": 3}]
+
+
+def deeper(*, depth=3, dropout=0.1, **options):
+    """An initialised model in training mode in which every token is predicted, and its shape."""
+    shape = tiny_model(**options).shape
+    shape = dataclasses.replace(shape, model=shape.model | {"depth": depth, "dropout": dropout, "mask_ratio_min": 1.0})
+    return build_model(shape).initialise(torch.Generator()).train(), shape
+
+
+def loss(model, images):
+    generator = torch.Generator().manual_seed(0)
+    shape = (model.score.targets, images, *model.shape.latent)
+    latents, labels = torch.randn(shape, generator=generator).squeeze(0), torch.zeros(images).long()
+    return model.loss(latents, labels, temperature=1.0, generator=generator)
+
+
+def saved(model, images):
+    """Every tensor that autograd saves in a real forward pass, but for weights, by storage."""
+    weights, kept = {p.data_ptr() for p in (*model.parameters(), *model.buffers())}, {}
+
+    def keep(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        result = loss(model, images)
+    assert result.requires_grad
+    return {at: tensor for at, tensor in kept.items() if at not in weights}
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [("base", 205_608_720), ("large", 474_755_088), ("huge", 937_314_576)],
+)
+def test_parameters_of_the_published_models(name, parameters):
+    preset = compose([f"preset=imagenet256_{name}", *PATHS])
+    tokenizer = costs.build_tokenizer(preset)
+    assert sum(p.numel() for p in tokenizer.parameters()) == 66_456_019
+    counts = costs.count_parameters(costs.model_shape(preset, tokenizer, classes=1000))
+    assert counts["all"] == parameters
+    assert counts["transformer"] + counts["head"] + counts["embeddings"] == parameters
+
+
+def test_compute_of_the_published_base_model():
+    preset = compose(["preset=imagenet256_base", *PATHS])
+    shape = costs.model_shape(preset, costs.build_tokenizer(preset), classes=1000)
+    assert shape.latent == (16, 16, 16)
+    assert costs.mean_masked(shape) == pytest.approx(222.46, abs=1)  # of 256
+    training, sampling = costs.training_flops(shape), costs.sampling_flops(shape, preset.sample)
+    assert training["forward, transformer"] == pytest.approx(116.3e9, rel=1e-3)
+    assert training["forward, head"] == pytest.approx(4 * 222 * 68.8e6, rel=0.02)  # four samples per token
+    assert sampling["transformer"] == 64 * 2 * training["forward, transformer"]
+    assert sampling["head"] == pytest.approx(256 * 68.8e6, rel=0.06)
+
+
+@pytest.mark.parametrize("options", KINDS)
+def test_operations_are_those_of_the_real_model(options, one_thread):
+    model, shape = deeper(**options)
+    found = costs.training_flops(shape)
+    with FlopCounterMode(display=False) as forward:
+        result = loss(model, 1)
+    with FlopCounterMode(display=False) as backward:
+        result.backward()
+    assert found["forward, transformer"] + found["forward, head"] == forward.get_total_flops()
+    assert found["forward and backward"] == forward.get_total_flops() + backward.get_total_flops()
+
+    section = dataclasses.replace(compose([]).sample, steps=5, guidance=2.0)
+    with FlopCounterMode(display=False) as drawn:
+        sample(model.eval(), torch.zeros(1).long(), steps=5, guidance=2.0, source=torch.Generator())
+    assert sum(costs.sampling_flops(shape, section).values()) == drawn.get_total_flops()
+
+
+@pytest.mark.parametrize("options", KINDS)
+def test_activations_are_what_the_real_model_saves(options, one_thread):
+    model, shape = deeper(dropout=0.0, **options)
+    plain, _ = costs.activation_bytes(shape, images=5, precision="float32")
+    assert plain == sum(tensor.untyped_storage().nbytes() for tensor in saved(model, 5).values())
+
+
+def test_activations_of_the_autoencoder_are_what_the_real_one_saves(one_thread):
+    options = compose(["preset=digits", "tokenizer.micro_batch_size=4"]).tokenizer
+    structure = kl_structure(channels=4, block_channels=[8, 16], layers=1)
+    images = torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    for weight in (0.0, 0.5):
+        options = dataclasses.replace(options, perceptual_weight=weight, adversarial_weight=weight)
+        tokenizer = new_kl(seed=0, image_size=32, structure=structure).train()
+        perceptual, critic = Perceptual(), PatchCritic().requires_grad_(False)
+        weights = {p.data_ptr() for m in (tokenizer, perceptual, critic) for p in (*m.parameters(), *m.buffers())}
+        kept = {}
+
+        def keep(tensor, kept=kept):
+            kept[tensor.untyped_storage().data_ptr()] = tensor
+            return tensor
+
+        loss = AutoencoderLoss(options.kl_weight, perceptual if weight else None, weight)
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            terms = loss(tokenizer, images, torch.randn(4, 4, 16, 16))
+            judged = critic(terms.decoded) if weight else None
+        assert (judged is not None) == (weight > 0)
+        expected = sum(t.untyped_storage().nbytes() for at, t in kept.items() if at not in weights)
+        memory = costs.tokenizer_memory(tokenizer, options)
+        assert memory["activations"] == pytest.approx(expected, rel=0.01)
+        assert memory["weights"] == 4 * sum(p.numel() for p in tokenizer.parameters())
+
+
+def test_dropout_adds_its_masks_as_cuda_keeps_them():
+    """Tensors without data may lie on a device that is absent; attention's own mask is not kept by fused kernels."""
+    _, shape = deeper(depth=2)
+    masks = {}
+
+    def keep(tensor):
+        if tensor.dtype == torch.bool and tensor.dim() == 3 and tensor.shape[-1] > 1:
+            masks[tensor.untyped_storage()._cdata] = tensor
+        return tensor
+
+    with FakeTensorMode(), torch.device("cuda"), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        model = build_model(shape).train()
+        model.transformer(torch.empty(5, model.buffer + model.tokens, shape.model["width"]))
+    without = dataclasses.replace(shape, model=shape.model | {"dropout": 0.0})
+    with_, bare = (costs.activation_bytes(s, images=5, precision="float32")[0] for s in (shape, without))
+    assert with_ - bare == sum(tensor.numel() for tensor in masks.values()) > 0
+
+
+def test_activations_shrink_with_precision_and_checkpointing():
+    _, shape = deeper(depth=8)
+    plain, checkpointed = costs.activation_bytes(shape, images=16, precision="float32")
+    half, _ = costs.activation_bytes(shape, images=16, precision="bfloat16")
+    assert checkpointed < plain / 2
+    assert half < plain
+    twice, _ = costs.activation_bytes(shape, images=32, precision="float32")
+    assert twice == 2 * plain

@@ -1,0 +1,140 @@
+"""What `python -m ear.inspect` says about a path."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import small_imagenet as small
+from PIL import Image
+
+from ear.commands import configure, inspect
+from ear.data import sources
+from ear.data.manifest import Found
+
+ROOT = Path(__file__).parents[2]
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-m", "ear.inspect", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+
+
+def folders(root: Path, side: int, count: int = 8) -> Path:
+    for k in range(count):
+        path = root / "ab"[k % 2] / f"{k}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.full((side, side + 5, 3), k, np.uint8)).save(path)
+    return root
+
+
+def found(root: Path, seed: int = 0, count: int = 100) -> tuple[sources.Source, inspect.Sampled]:
+    source = sources.find(root, val_fraction=0.25)
+    return source, inspect.sample(source, count, seed)
+
+
+def test_archives_are_counted_against_the_whole(tmp_path):
+    root = small.write_archives(tmp_path / "imagenet")
+    done = run(str(root))
+    assert (done.returncode, done.stderr) == (0, "")
+    lines = {line[:13].strip(): line[14:] for line in done.stdout.splitlines()[2:]}
+    assert f"{root}: ImageNet, official archives" in done.stdout.splitlines()
+    assert lines["classes"].startswith("3 of 1,000: n01440764 (tench, Tinca tinca), n01443537 (goldfish,")
+    assert lines["training"] == "12 of 1,281,167 images"
+    assert lines["validation"] == "6 of 50,000 images"
+    assert lines["sample"] == "18 images, 0 unreadable; short side 9 to 9 pixels, median 9"
+    contents = [*small.val_images().values(), *(c for part in small.train_images().values() for c in part.values())]
+    size = sum(map(len, contents))
+    assert lines["size"] == f"{size / 1e6:.3f} MB"
+
+
+def test_unreadable_images_are_named(tmp_path):
+    root = folders(tmp_path, 70)
+    (root / "a/2.png").write_text("text")
+    (root / "b/1.png").write_bytes((root / "b/1.png").read_bytes()[:60])
+    source, sampled = found(root)
+    (root / "a/4.png").unlink()  # after it was listed
+    sampled = inspect.sample(source, 100, 0)
+    assert dict(sampled.unreadable).keys() == {"a/2.png", "a/4.png", "b/1.png"}
+    text = inspect.describe("PATH", source, sampled)
+    assert "8 images, 3 unreadable; short side 70 to 70 pixels, median 70" in text
+    assert "a/2.png: not an image of a known format" in text
+    assert "a/4.png: No such file or directory" in text
+
+
+def test_huge_images_are_named_unread(tmp_path):
+    root = folders(tmp_path, 70)
+    os.truncate(root / "a/2.png", 1 << 42)  # takes no room: its end is a hole
+    _, sampled = found(root)
+    assert sampled.unreadable == [("a/2.png", f"has {1 << 42} bytes, and {1 << 30} are allowed")]
+    assert len(sampled.short_sides) == 7
+
+
+def test_a_sample_is_small_and_its_seed_decides(tmp_path):
+    root = folders(tmp_path, 8)
+    for path in root.glob("*/*"):
+        path.write_text("text")  # so that every drawn image is named
+    drawn = [found(root, seed, 3)[1].unreadable for seed in (0, 0, 1)]
+    assert [len(part) for part in drawn] == [3, 3, 3]
+    assert drawn[0] == drawn[1] != drawn[2]
+    assert found(root, 0, 0)[1] == inspect.Sampled([], [], [])
+    assert "unknown" in inspect.describe("PATH", *found(root, 0, 0))
+
+
+def test_the_preset_that_fits_is_named(tmp_path):
+    assert inspect.fitting(*found(folders(tmp_path / "large", 64))) == ("folder64",)
+    assert inspect.fitting(*found(folders(tmp_path / "tiny", 8))) == ("digits",)
+    thousand = [Found("train", f"n{k:08d}", f"{k}", f"{k}") for k in range(1000)]
+    whole = sources.Source("", tmp_path, thousand)
+    presets = inspect.fitting(whole, inspect.Sampled([], [], []))
+    assert presets == ("imagenet256_base", "imagenet256_large", "imagenet256_huge")
+    assert {*presets, "folder64", "digits"} <= set(configure.presets())
+
+
+@pytest.mark.parametrize("side", [8, 64])
+def test_the_command_that_it_names_works(tmp_path, side):
+    root = folders(tmp_path / "images", side)
+    last = inspect.describe(str(root), *found(root)).splitlines()[-1]
+    title, command = last.split(maxsplit=1)
+    assert title == "next"
+    parameters = configure.compose(command.split()[3:])
+    assert (parameters.data.source, parameters.data.path) == ("folder", str(root))
+
+
+def test_the_command_for_imagenet_names_what_its_user_brings(tmp_path):
+    thousand = [Found("train", f"n{k:08d}", f"{k}", f"{k}") for k in range(1000)]
+    text = inspect.describe("PATH", sources.Source("", tmp_path, thousand), inspect.Sampled([], [], []))
+    command = text.splitlines()[-1].split(maxsplit=1)[1]
+    p = configure.compose(command.split()[3:])
+    named = (p.data.path, p.tokenizer.weights, p.reference.statistics)
+    assert named == ("PATH", "KL16_CHECKPOINT", "ADM_STATISTICS")
+
+
+def test_what_is_held_out_is_said(tmp_path):
+    source, sampled = found(folders(tmp_path / "images", 8))
+    assert not source.has_val
+    assert "held out of the training images as data.val_fraction says" in inspect.describe("PATH", source, sampled)
+    assert sources.find(small.write_tree(tmp_path / "tree"), val_fraction=0.1).has_val
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("nowhere",), "inspect: there is no folder nowhere; "),
+        (("pyproject.toml",), "inspect: pyproject.toml is a file; name the folder that it lies in."),
+        (("ear",), "inspect: there are no images "),
+    ],
+)
+def test_errors_are_one_line(arguments, message):
+    done = run(*arguments)
+    assert (done.returncode, done.stdout) == (1, "")
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(message)
+
+
+def test_help_and_options_explain_themselves():
+    assert "which preset fits it" in run("--help").stdout
+    assert "--sample and --seed must be at least 0" in run("ear", "--sample", "-1").stderr

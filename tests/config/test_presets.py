@@ -1,0 +1,101 @@
+"""Every preset composes, keeps the published recipe where it is one, and has a smoke form of the same structure."""
+
+from dataclasses import asdict
+
+import pytest
+
+from ear.commands.configure import compose, describe_preset, presets
+from ear.config.parameters import missing_files
+
+PUBLISHED = {  # depth, width, heads, head depth, head width
+    "imagenet256_base": (24, 768, 12, 6, 1024),
+    "imagenet256_large": (32, 1024, 16, 8, 1280),
+    "imagenet256_huge": (40, 1280, 16, 12, 1536),
+    "imagenet512_base": (24, 768, 12, 6, 1024),
+}
+FULL = ("digits", "folder64", *PUBLISHED)
+
+
+def composed(name: str, *overrides: str):
+    return compose([f"preset={name}", "data.path=/images", "tokenizer.weights=/kl16.ckpt", *overrides])
+
+
+def test_the_presets_and_their_smoke_forms():
+    assert sorted(presets()) == sorted([*FULL, *(f"{name}_smoke" for name in FULL)])
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_recipe(name):
+    p = composed(name)
+    model, train, finetune, sample = p.model, p.train, p.finetune, p.sample
+    assert (model.depth, model.width, model.heads, model.head_depth, model.head_width) == PUBLISHED[name]
+    assert (model.patch_size, model.mlp_ratio, model.buffer_size, model.mask_ratio_min) == (1, 4.0, 64, 0.7)
+    assert (model.dropout, model.label_dropout) == (0.1, 0.1)
+    assert (p.score.name, p.score.alpha, p.score.noise, p.score.noise_channels) == ("energy", 1.0, "uniform", 64)
+    steps = 625  # an epoch
+    assert train.global_batch_size == 2048
+    assert train.images == 750 * steps * 2048
+    assert train.warmup_images == 100 * steps * 2048
+    assert finetune.images == 50 * steps * 2048
+    assert (train.learning_rate, finetune.learning_rate) == pytest.approx((1e-4 * 2048 / 256, 7e-5 * 2048 / 256))
+    assert (train.schedule, finetune.schedule) == ("constant", "constant")
+    assert (train.temperature, finetune.temperature) == (1.0, 0.99)
+    assert (train.beta1, train.beta2, train.weight_decay, train.clip_norm) == (0.9, 0.95, 0.02, 3.0)
+    assert (train.head_rate, train.ema_decay) == (0.25, 0.9999)
+    assert (sample.count, sample.steps, sample.schedule, sample.temperature) == (50_000, 64, "linear", 0.7)
+    assert sample.guidance == (4.0 if "512" in name else 3.0)
+    assert p.data.mirror
+    assert (p.tokenizer.name, p.tokenizer.downsample, p.tokenizer.channels) == ("published", 16, 16)
+    assert (p.score.samples, p.score.pairs, p.score.targets) == (4, "disjoint", 1)
+    assert p.reference.extractor == "inception"
+
+
+@pytest.mark.parametrize("name", FULL)
+def test_smoke_forms_differ_in_size_not_in_structure(name):
+    full, smoke = composed(name), composed(f"{name}_smoke")
+    kept = {
+        "model": ("attention", "order", "patch_size", "mlp_ratio", "dropout", "label_dropout", "mask_ratio_min"),
+        "score": ("name", "samples", "pairs", "targets", "noise", "alpha"),
+        "train": ("schedule", "head_rate", "beta2", "weight_decay", "clip_norm", "temperature"),
+        "finetune": ("schedule", "temperature"),
+        "sample": ("guidance", "schedule", "temperature"),
+    }
+    for section, keys in kept.items():
+        values = [asdict(getattr(p, section)) for p in (full, smoke)]
+        assert {k: values[0][k] for k in keys} == {k: values[1][k] for k in keys}, section
+    assert (smoke.train.precision, smoke.runtime.compile, smoke.reference.extractor) == ("float32", False, "classifier")
+    assert smoke.train.images <= 10_000
+    assert smoke.model.depth * smoke.model.width**2 < 50_000
+
+
+@pytest.mark.parametrize("name", ["folder64", "folder64_smoke"])
+def test_a_preset_for_images_of_the_user_asks_for_their_path(name):
+    with pytest.raises(ValueError, match=r"data\.path is empty, but data\.source is \w+; name the folder"):
+        compose([f"preset={name}"])
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_published_presets_say_which_files_they_expect(name):
+    p = compose([f"preset={name}"])
+    assert (p.data.source, p.data.path) == ("imagenet", "imagenet")
+    expected = missing_files(p)
+    assert list(expected) == ["data.path", "tokenizer.weights", "reference.statistics"]
+    assert expected["tokenizer.weights"] == (
+        "tokenizer.weights is 'weights/kl16.ckpt', which does not exist; bring it, or set tokenizer.name to kl to "
+        "train an autoencoder."
+    )
+    assert not missing_files(compose([f"preset={name}_smoke"]))
+    trained = compose([f"preset={name}", "tokenizer.name=kl", "tokenizer.perceptual_folder=nowhere"])
+    assert list(missing_files(trained)) == ["data.path", "tokenizer.perceptual_folder", "reference.statistics"]
+    assert trained.tokenizer.block_channels == (128, 128, 256, 256, 512)
+
+
+def test_disjoint_pairs_need_an_even_number_of_samples():
+    with pytest.raises(ValueError, match=r"score\.samples is 3, but score\.pairs is disjoint"):
+        composed("imagenet256_base", "score.samples=3", "score.pairs=disjoint")
+
+
+def test_presets_describe_themselves():
+    for name in presets():
+        assert 20 < len(describe_preset(name)) < 90, name
+    assert describe_preset("imagenet256_huge") == "EAR-H, 937,314,576 parameters; otherwise imagenet256_base"

@@ -1,0 +1,601 @@
+"""The flows on a small real DVC repository, a real Prefect server on the loopback address and real processes."""
+
+import contextlib
+import csv
+import json
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import psutil
+import pytest
+
+from flows import command, experiments, overrides, repository
+from flows.pipeline import main, pipeline
+from flows.sweep import find, grid, sweep
+
+ROOT = Path(__file__).resolve().parents[2]
+
+DVC_YAML = """
+stages:
+  last:  # before what it needs, so that the order must come from the graph
+    cmd: python stage.py last out/middle out/last sample.guidance
+    deps: [out/middle, stage.py]
+    params: [sample.guidance]
+    outs: [out/last]
+  first:
+    cmd: python stage.py first source out/first sample.steps
+    deps: [source, stage.py]
+    params: [sample.steps]
+    outs:
+      - out/first:
+          persist: true
+  middle:
+    cmd: python stage.py middle out/first out/middle sample.temperature
+    deps: [out/first, stage.py]
+    params: [sample.temperature]
+    outs:
+      - out/middle:
+          persist: true
+    metrics:
+      - metrics.json:
+          cache: false
+"""
+STAGE = """
+import json, os, pathlib, subprocess, sys, time
+from ruamel.yaml import YAML
+name, source, target, key = sys.argv[1:]
+section, _, item = key.partition(".")
+value = YAML(typ="safe").load(open("params.yaml"))[section][item]
+print(f"{name} at {value}")
+if value == 13:
+    sys.exit(f"{name}: {key} is 13, which is unlucky; choose another.")
+if value == 99:  # works on until it is stopped, together with a child in the group and one in a session of its own
+    sleep = [sys.executable, "-c", "import time; time.sleep(600)"]
+    children = [subprocess.Popen(sleep), subprocess.Popen(sleep, start_new_session=True)]
+    text = json.dumps([os.getpid(), *(child.pid for child in children)])
+    pathlib.Path("work").mkdir(exist_ok=True)
+    pathlib.Path("work/partial").write_text(text)
+    os.rename("work/partial", "work/pids.json")
+    time.sleep(600)
+if value == 50:
+    time.sleep(3)
+pathlib.Path(target).parent.mkdir(exist_ok=True)
+pathlib.Path(target).write_text(open(source).read() + f"{name} {value}\\n")
+if name == "middle":
+    json.dump({"fid": value**2, "nested": {"count": 3}}, open("metrics.json", "w"))
+"""
+
+
+def run(*arguments: str, cwd: Path, **options) -> str:
+    done = subprocess.run(arguments, cwd=cwd, text=True, capture_output=True, env=environment(), **options)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def environment(**extra: str) -> dict[str, str]:
+    return {**repository.environment(), "PYTHONPATH": str(ROOT), "NO_COLOR": "1", "COLUMNS": "200", **extra}
+
+
+@pytest.fixture(scope="module")
+def template(tmp_path_factory) -> Path:
+    """A repository whose three stages are up to date and committed."""
+    folder = tmp_path_factory.mktemp("template")
+    shutil.copy(ROOT / "params.yaml", folder)
+    overrides.apply(folder / "params.yaml", {"sample.steps": 8, "sample.temperature": 1.0, "sample.guidance": 1.5})
+    (folder / "dvc.yaml").write_text(DVC_YAML)
+    (folder / "stage.py").write_text(STAGE)
+    (folder / "source").write_text("source\n")
+    (folder / ".gitignore").write_text("/out/\n/work/\n/.prefect/\n__pycache__/\n")
+    run("git", "init", "-q", cwd=folder)
+    run("git", "config", "user.email", "tests@localhost", cwd=folder)
+    run("git", "config", "user.name", "tests", cwd=folder)
+    run(*repository.DVC, "init", "-q", cwd=folder)
+    run(*repository.DVC, "config", "core.site_cache_dir", str(tmp_path_factory.mktemp("site")), cwd=folder)
+    run(*repository.DVC, "repro", "-q", cwd=folder)
+    run("git", "add", "-A", cwd=folder)
+    run("git", "commit", "-q", "-m", "all stages run", cwd=folder)
+    return folder
+
+
+@pytest.fixture
+def repo(template, tmp_path, monkeypatch) -> Path:
+    folder = tmp_path / "repo"
+    shutil.copytree(template, folder)
+    monkeypatch.chdir(folder)
+    return folder
+
+
+@contextlib.contextmanager
+def background(*arguments: str, cwd: Path, log: Path, env: dict[str, str]):
+    """A process that is gone, with all its descendants, at the end."""
+    with log.open("w") as file:
+        process = subprocess.Popen(arguments, cwd=cwd, stdout=file, stderr=file, env=env, start_new_session=True)
+    try:
+        yield process
+    finally:
+        family = [process, *psutil.Process(process.pid).children(recursive=True)] if process.poll() is None else []
+        for member in family:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                member.kill()
+        process.wait()
+
+
+def wait_for(condition, seconds: float = 300.0):
+    limit = time.monotonic() + seconds
+    while time.monotonic() < limit:
+        value = condition()
+        if value:
+            return value
+        time.sleep(0.1)
+    raise AssertionError(f"nothing within {seconds} s")
+
+
+def healthy(url: str) -> bool:
+    with contextlib.suppress(OSError), urllib.request.urlopen(f"{url}/health", timeout=1) as answer:
+        return answer.status == 200
+    return False
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory) -> dict[str, str]:
+    """The environment of clients of a running server."""
+    home = tmp_path_factory.mktemp("prefect")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    url = f"http://127.0.0.1:{port}/api"
+    settings = environment(PREFECT_HOME=str(home), PREFECT_SERVER_ANALYTICS_ENABLED="false", DO_NOT_TRACK="1")
+    start = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)]
+    with background(*start, cwd=home, log=home / "server.log", env=settings):
+        wait_for(lambda: healthy(url), 600)
+        yield {**settings, "PREFECT_API_URL": url}
+
+
+@pytest.fixture(scope="module")
+def client(server):
+    """Flows called in this process report to the server."""
+    from prefect.events.worker import EventsWorker
+    from prefect.logging.handlers import APILogWorker
+    from prefect.settings import PREFECT_API_URL, temporary_settings
+
+    with temporary_settings({PREFECT_API_URL: server["PREFECT_API_URL"]}):
+        yield
+        # Send what is queued while the server is there; at the exit of Python it would be tried again for a minute.
+        APILogWorker.instance().drain()
+        EventsWorker.drain_all()
+
+
+def table(key: str) -> list[dict]:
+    from prefect.artifacts import Artifact
+
+    return json.loads(Artifact.get(key).data)
+
+
+def results() -> dict[str, str]:
+    return {row["stage"]: row["result"] for row in table("stages")}
+
+
+def gone(pids: list[int]) -> bool:
+    return not any(psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE for pid in pids)
+
+
+def started_pids(repo: Path) -> list[int]:
+    path = repo / "work/pids.json"
+    wait_for(path.exists)
+    return json.loads(path.read_text())
+
+
+# --- the graph and what DVC says of it
+
+
+def test_the_order_comes_from_the_graph(repo):
+    assert list(repository.graph().items()) == [("first", set()), ("middle", {"first"}), ("last", {"middle"})]
+
+
+def test_the_order_of_the_project_is_that_of_its_own_dvc_yaml(monkeypatch):
+    from omegaconf import OmegaConf
+
+    monkeypatch.chdir(ROOT)
+    graph = repository.graph()
+    assert list(graph) == list(OmegaConf.load("dvc.yaml").stages)
+    assert graph["cache"] == {"prepare", "tokenizer"}
+    assert repository.with_upstream(graph, ["cache"]) == ["fetch", "prepare", "tokenizer", "cache"]
+
+
+def test_outside_a_repository(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"dvc\.yaml is not in .* run the flow from the repository's root"):
+        repository.graph()
+
+
+def test_an_unknown_stage_is_named_with_the_nearest():
+    with pytest.raises(ValueError, match=r"'evalute' is not a stage that would run; did you mean evaluate\?"):
+        repository.known(["evalute"], ["sample", "evaluate"])
+    with pytest.raises(ValueError, match=r"'last' is not a stage that would run; stages here: first, middle\."):
+        repository.known(["last"], ["first", "middle"])
+
+
+def test_reasons_name_parameters_code_inputs_and_outputs():
+    entries = [
+        {"changed deps": {"ear/ema.py": "modified", "data/raw": "deleted", "params.yaml": {"sample": "modified"}}},
+        {"changed outs": {"data/model": "deleted"}},
+        "changed command",
+    ]
+    assert repository.reason(entries) == (
+        "code: ear/ema.py modified; inputs: data/raw deleted; parameters: sample modified; "
+        "outputs: data/model deleted; changed command"
+    )
+
+
+def test_a_failure_is_the_last_line_of_the_stage():
+    ran = ["Running stage 'b':", "> python b.py", "step 1", "b: broken; mend it.", "(details: work/logs/b.log)"]
+    end = "ERROR: failed to reproduce 'b': failed to run: python b.py, exited with 1"
+    assert str(repository.failure([*ran, end])) == "b: broken; mend it."
+    assert str(repository.failure(["> python b.py", end])) == end.removeprefix("ERROR: ")
+    missing = "ERROR: failed to reproduce 'b': missing data 'source': a"
+    assert str(repository.failure(["noise", missing])) == "failed to reproduce 'b': missing data 'source': a"
+    busy = "ERROR: failed to reproduce 'b': '/r/a' is busy, it is being blocked by:"
+    assert isinstance(repository.failure([busy, "  (PID 7): dvc repro"]), repository.BusyError)
+    assert not isinstance(repository.failure([*ran, end]), repository.BusyError)
+
+
+# --- overrides
+
+
+def test_overrides_are_read_as_dvc_reads_yaml():
+    texts = ["a.b=1e-4", "a.c=yes", "a.d=[1, 2]", "a.e=", "a.f=x=y", "a.g=true"]
+    values = {"a.b": 1e-4, "a.c": "yes", "a.d": [1, 2], "a.e": None, "a.f": "x=y", "a.g": True}
+    assert overrides.parse(texts) == values
+    with pytest.raises(ValueError, match=r"'sample\.guidance' sets nothing; write SECTION.KEY=VALUE"):
+        overrides.parse(["sample.guidance"])
+
+
+def test_overrides_change_only_their_lines(tmp_path):
+    path = tmp_path / "params.yaml"
+    shutil.copy(ROOT / "params.yaml", path)
+    before = path.read_text().splitlines()
+    values = {
+        "sample.guidance": 2,
+        "data.source": "folder",
+        "data.path": "a b: c",
+        "tokenizer.block_channels": [8, 8],
+    }
+    overrides.apply(path, values)
+    changed = [(a, b) for a, b in zip(before, path.read_text().splitlines(), strict=True) if a != b]
+    assert [b.split("#")[0].strip() for _, b in changed] == [
+        'source: "folder"',
+        'path: "a b: c"',
+        "block_channels: [8, 8]",
+        "guidance: 2",
+    ]
+    assert all(a.partition("#")[2] == b.partition("#")[2] for a, b in changed)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"sample.guidnce": 2.0}, "sample.guidnce is not a known key; did you mean sample.guidance?"),
+        ({"guidance": 2.0}, "guidance is not a known key"),
+        ({"sample.guidance.x": 2.0}, "sample.guidance is a single value"),
+        ({"sample": 2.0}, "sample is 2.0; it must be a section of keys"),
+        ({"sample.guidance": "much"}, "sample.guidance is 'much'; it must be a number"),
+        ({"sample.steps": 4, "sample.guidance": -1}, "sample.guidance is -1.0; it must be at least 0"),
+    ],
+)
+def test_a_wrong_override_leaves_the_file_alone(tmp_path, values, message):
+    path = tmp_path / "params.yaml"
+    shutil.copy(ROOT / "params.yaml", path)
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match=message.replace("?", r"\?")):
+        overrides.apply(path, values)
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
+
+
+# --- one command
+
+
+def test_lines_arrive_while_the_command_runs():
+    program = "import time\nfor i in range(3): print(i, flush=True); time.sleep(0.4)"
+    seen = []
+    code = command.stream([sys.executable, "-c", program], line=lambda text: seen.append((text, time.monotonic())))
+    end = time.monotonic()
+    assert code == 0
+    assert [text for text, _ in seen] == ["0", "1", "2"]
+    assert [end - at > limit for (_, at), limit in zip(seen, (1.0, 0.7, 0.3), strict=True)] == [True] * 3
+
+
+def test_the_exit_code_and_stderr_come_back():
+    seen = []
+    assert command.stream([sys.executable, "-c", "import sys; sys.exit('no')"], line=seen.append) == 1
+    assert seen == ["no"]
+
+
+@pytest.mark.parametrize("deaf", [False, True])
+def test_stopping_leaves_no_process_behind(deaf):
+    """A command, its child and its grandchild in another session; deaf ones ignore SIGINT and get SIGKILL."""
+    quiet = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)" if deaf else "pass"
+    child = f"{quiet}; import os, time; os.write(1, b'%d\\n' % os.getpid()); time.sleep(600)"
+    program = (
+        f"{quiet}; import os, subprocess, sys, time; os.write(1, b'%d\\n' % os.getpid());"
+        f"subprocess.Popen([sys.executable, '-c', {child!r}]);"
+        f"subprocess.Popen([sys.executable, '-c', {child!r}], start_new_session=True); time.sleep(600)"
+    )
+    pids = []
+
+    def stop_at_three(text: str) -> None:
+        pids.append(int(text))
+        if len(pids) == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        command.stream([sys.executable, "-c", program], line=stop_at_three, grace=0.5)
+    assert len(pids) == 3
+    wait_for(lambda: gone(pids), 30)
+
+
+# --- the pipeline
+
+
+def test_an_unchanged_pipeline_runs_nothing(repo, client):
+    lock = Path("dvc.lock").read_bytes()
+    state = pipeline(return_state=True)
+    assert state.message == "up to date: first, middle, last"
+    assert results() == dict.fromkeys(["first", "middle", "last"], "up to date")
+    assert Path("dvc.lock").read_bytes() == lock
+    assert table("metrics") == [
+        {"file": "metrics.json", "metric": "fid", "value": 1.0},
+        {"file": "metrics.json", "metric": "nested.count", "value": 3},
+    ]
+
+
+def test_a_half_written_upstream_is_repaired_first(repo, client):
+    Path("out/first").unlink()  # as a stage that was killed leaves its output
+    Path("out/first").write_text("sou")
+    state = pipeline(("last",), force=("last",), return_state=True)
+    assert state.message == "ran: first, last; up to date: middle"
+    assert Path("out/first").read_text() == "source\nfirst 8\n"
+    assert [row["why"] for row in table("stages")] == [
+        "outputs: out/first modified",
+        "nothing that it depends on has changed",
+        "forced",
+    ]
+
+
+def test_a_failing_stage_fails_the_flow_in_one_line(repo, client):
+    state = pipeline(overrides={"sample.temperature": 13}, return_state=True)
+    assert state.is_failed()
+    assert state.message == (
+        "stage 'middle' failed: middle: sample.temperature is 13, which is unlucky; choose another."
+    )
+    assert results() == {"first": "up to date", "middle": "failed", "last": "not run"}
+    assert Path("out/middle").read_text() == "source\nfirst 8\nmiddle 1.0\n"
+
+
+@pytest.mark.parametrize(
+    ("parameters", "message"),
+    [
+        ({"overrides": {"sample.guidnce": 2.0}}, "overrides: sample.guidnce is not a known key"),
+        ({"stages": ("lst",)}, "'lst' is not a stage that would run; did you mean last?"),
+    ],
+)
+def test_a_mistake_is_said_before_a_stage_runs(repo, client, parameters, message):
+    Path("source").write_text("changed\n")
+    before = {path: path.read_bytes() for path in (Path("params.yaml"), Path("dvc.lock"), Path("out/first"))}
+    state = pipeline(**parameters, return_state=True)
+    assert state.is_failed()
+    assert state.message.startswith(message)
+    assert {path: path.read_bytes() for path in before} == before
+
+
+def test_a_busy_repository_is_waited_for(repo, client, server):
+    overrides.apply("params.yaml", {"sample.steps": 50})
+    with background(*repository.DVC, "repro", "first", cwd=repo, log=repo / "work.log", env=environment()) as other:
+        wait_for(lambda: (repo / "work.log").read_text().count("first at 50"))
+        with pytest.raises(repository.BusyError, match="is busy, it is being blocked by"):
+            repository.changes("first")
+        state = pipeline(("first",), return_state=True)
+        assert other.wait() == 0
+    assert state.message == "up to date: first"
+
+
+# --- as a program, stopped and deployed
+
+
+def test_the_program_runs_what_a_change_reaches(repo, server, client):
+    start = [sys.executable, "-m", "flows.pipeline", "--stages", "middle", "--set", "sample.temperature=0.5"]
+    done = subprocess.run(start, env=server, capture_output=True, text=True)
+    assert done.returncode == 0
+    assert done.stdout.startswith("pipeline: up to date: first; ran: middle (")
+    assert "Task run 'stage-middle' - middle is out of date: parameters: sample.temperature modified" in done.stderr
+    assert "Task run 'stage-middle' - middle at 0.5" in done.stderr
+    assert Path("out/middle").read_text() == "source\nfirst 8\nmiddle 0.5\n"
+    assert Path("out/last").read_text() == "source\nfirst 8\nmiddle 1.0\nlast 1.5\n"
+    assert table("stages")[1]["why"] == "parameters: sample.temperature modified"
+    assert table("metrics")[0]["value"] == 0.25
+
+
+def test_the_program_refuses_a_wrong_argument_in_one_line(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["pipeline", "--set", "sample.steps"])
+    assert main() == 1
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err == "pipeline: 'sample.steps' sets nothing; write SECTION.KEY=VALUE, such as sample.guidance=2.0.\n"
+
+
+def test_a_server_that_is_down_is_said_in_one_line(repo):
+    nowhere = environment(PREFECT_API_URL="http://127.0.0.1:1/api")
+    done = subprocess.run([sys.executable, "-m", "flows.pipeline"], env=nowhere, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr == (
+        "pipeline: no Prefect server answers at http://127.0.0.1:1/api, the PREFECT_API_URL; start it with `prefect "
+        "server start`, or unset PREFECT_API_URL to do without one.\n"
+    )
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])  # SIGHUP becomes SIGTERM
+def test_a_signal_stops_the_stage_and_its_children(repo, server, number):
+    overrides.apply("params.yaml", {"sample.steps": 99})
+    log = repo.parent / "log"
+    start = [sys.executable, "-m", "flows.pipeline", "--stages", "first"]
+    with background(*start, cwd=repo, log=log, env=server) as process:
+        pids = started_pids(repo)
+        assert not gone(pids)
+        process.send_signal(number)
+        assert process.wait(timeout=120) not in (None, 0)
+    assert gone(pids)
+    assert Path("out/first").read_text() == "source\nfirst 8\n"
+    assert "busy" not in run(*repository.DVC, "status", cwd=repo)
+
+
+def test_deployments_run_and_cancel(repo, server):
+    shutil.copytree(ROOT / "flows", repo / "flows", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "prefect.yaml", repo)
+    assert str(ROOT) not in (repo / "prefect.yaml").read_text()
+
+    def prefect(*arguments: str) -> subprocess.CompletedProcess:
+        return subprocess.run(
+            [sys.executable, "-m", "prefect", *arguments], cwd=repo, env=server, capture_output=True, text=True
+        )
+
+    worker = [sys.executable, "-m", "prefect", "worker", "start", "--pool", "ear", "--type", "process"]
+    log = repo.parent / "worker.log"
+    with background(*worker, cwd=repo, log=log, env=server):
+        wait_for(lambda: "started!" in log.read_text())  # it has created the pool
+        assert prefect("--no-prompt", "deploy", "--all").returncode == 0
+        run_options = ["-p", 'overrides={"sample.temperature": 0.5}', "-p", 'stages=["middle"]']
+        watched = prefect("deployment", "run", "pipeline/local", *run_options, "--watch")
+        assert watched.returncode == 0, watched.stdout + watched.stderr + log.read_text()
+        assert Path("out/middle").read_text() == "source\nfirst 8\nmiddle 0.5\n"
+        assert "middle at 0.5" in log.read_text()
+
+        started = prefect("deployment", "run", "pipeline/local", "-p", 'overrides={"sample.steps": 99}')
+        identifier = next(word for line in started.stdout.splitlines() if "UUID:" in line for word in line.split()[-1:])
+        pids = started_pids(repo)
+        assert prefect("flow-run", "cancel", identifier).returncode == 0
+        wait_for(lambda: gone(pids))
+
+
+@pytest.mark.slow
+def test_the_program_starts_its_own_server(repo):
+    own = {name: value for name, value in environment().items() if not name.startswith("PREFECT_")}
+    done = subprocess.run([sys.executable, "-m", "flows.pipeline"], env=own, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("pipeline: up to date: first, middle, last")
+    assert (repo / ".prefect/prefect.db").is_file()
+
+
+# --- experiments
+
+
+def test_what_is_up_to_date_follows_from_the_lock():
+    def stage(params: dict, deps: list[str], out: str) -> dict:
+        return {
+            "deps": [{"path": path} for path in deps],
+            "params": {"params.yaml": params},
+            "outs": [{"path": out}],
+        }
+
+    lock = {
+        "sample": stage({"sample": {"seed": 0}}, ["out/model/weights"], "out/samples"),
+        "train": stage({"train": {"rate": 0.1, "steps": 2}, "data.size": 8}, ["raw"], "out/model"),
+        "other": stage({"data.size": 8}, ["raw"], "out/modelled"),
+    }
+    parameters = {"data": {"size": 8, "path": ""}, "train": {"rate": 0.1, "steps": 2}, "sample": {"seed": 0}}
+    assert experiments.up_to_date(lock, parameters) == {"train", "other", "sample"}
+    assert experiments.up_to_date(lock, parameters | {"sample": {"seed": 1}}) == {"train", "other"}
+    assert experiments.up_to_date(lock, parameters | {"train": {"rate": 0.1}}) == {"other"}
+    assert experiments.up_to_date(lock, parameters | {"data": {"size": 9}}) == set()
+    assert experiments.up_to_date({}, parameters) == set()
+
+
+def test_an_experiment_starts_from_the_outputs_that_leave_it_least_to_do(repo):
+    """A half-finished copy, an edit, a new file in a new folder and a broken run before it change nothing of that."""
+    Path("notes/today").mkdir(parents=True)
+    Path("notes/today/new").write_text("new")
+    other, both = {"sample.temperature": 0.5}, {"sample.temperature": 0.5, "sample.guidance": 3.0}
+    assert not experiments.is_complete("other", other)
+    assert run_lines("other", other) == ["middle at 0.5", "last at 1.5"]
+    with pytest.raises(repository.RepositoryError, match="which is unlucky"):
+        experiments.run("broken", {"sample.steps": 9, "sample.temperature": 13}, line=print)
+    assert run_lines("mended", {"sample.steps": 9}) == ["middle at 1.0", "last at 1.5"]
+    overrides.apply("params.yaml", {"sample.seed": 5})
+    assert run_lines("both", both) == ["last at 3.0"]
+    assert experiments.is_complete("both", both)
+    assert not experiments.is_complete("both", other)
+    assert experiments.read("both", "metrics.json") == experiments.read("other", "metrics.json")
+    experiments.fetch("both", "out/last", Path("last"))
+    assert Path("last").read_text() == "source\nfirst 8\nmiddle 0.5\nlast 3.0\n"
+    assert (experiments.COPY / "notes/today/new").read_text() == "new"
+    assert Path("out/last").read_text() == "source\nfirst 8\nmiddle 1.0\nlast 1.5\n"
+
+
+def run_lines(name: str, values: dict) -> list[str]:
+    """What the stages of an experiment print."""
+    lines: list[str] = []
+    experiments.run(name, values, line=lines.append)
+    return [line for line in lines if line.split()[0] in ("first", "middle", "last")]
+
+
+def test_two_do_not_share_the_copy(repo):
+    with experiments._alone(), pytest.raises(repository.BusyError, match="another sweep or comparison is running"):
+        experiments.run("second", {"sample.temperature": 0.5}, line=print)
+
+
+# --- the sweep
+
+
+def test_the_grid_holds_every_combination_once():
+    assert grid({"sample.guidance": [1.0, 2.0, 1.0], "data.path": ["a b/c"]}) == {
+        "sweep-sample.guidance=1.0-data.path=a%20b%2Fc": {"sample.guidance": 1.0, "data.path": "a b/c"},
+        "sweep-sample.guidance=2.0-data.path=a%20b%2Fc": {"sample.guidance": 2.0, "data.path": "a b/c"},
+    }
+    with pytest.raises(ValueError, match=r"data\.path has no values to try"):
+        grid({"data.path": []})
+
+
+def test_a_metric_is_found_by_name_or_file():
+    files = {"a.json": {"fid": 3.0, "loss": 1.0}, "b.json": {"loss": 2.0}}
+    assert find("fid", files) == 3.0
+    assert find("b.json:loss", files) == 2.0
+    with pytest.raises(ValueError, match=r"'loss' is in several files; choose a\.json:loss or b\.json:loss"):
+        find("loss", files)
+    with pytest.raises(ValueError, match=r"'kid' is in no metrics file; there are: a\.json:fid"):
+        find("kid", files)
+
+
+def test_metrics_of_the_evaluation_come_first():
+    """As the pipeline has them: the reference has a fid, too."""
+    files = {str(path.relative_to(ROOT)): json.loads(path.read_text()) for path in ROOT.glob("data/*/metrics.json")}
+    evaluation, reference = (files[f"data/{stage}/metrics.json"] for stage in ("evaluation", "reference"))
+    assert find("fid", files) == evaluation["fid"] != reference["fid"]
+    assert find("data/reference/metrics.json:fid", files) == reference["fid"]
+    assert find("psnr", files) == files["data/tokenizer/metrics.json"]["psnr"]
+
+
+def test_a_sweep_marks_the_best_and_leaves_the_workspace(repo, client):
+    overrides.apply("params.yaml", {"sample.seed": 5})  # an edit that is not committed goes into the runs, and stays
+    before = {path: path.read_bytes() for path in map(Path, ("params.yaml", "dvc.lock", "out/last", "metrics.json"))}
+    status = run("git", "status", "--short", cwd=repo)
+    state = sweep({"sample.temperature": [13, 0.5], "sample.guidance": [1.0]}, return_state=True)
+    assert state.is_failed()
+    assert state.message == (
+        "1 of 2 runs failed (sweep-sample.temperature=13-sample.guidance=1.0: middle: sample.temperature is 13, which "
+        "is unlucky; choose another.); best fid 0.25: sweep-sample.temperature=0.5-sample.guidance=1.0"
+    )
+    assert {path: path.read_bytes() for path in before} == before
+    assert run("git", "status", "--short", cwd=repo) == status
+    with Path("work/sweep/table.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["sample.temperature"], row["fid"], row["best"]) for row in rows] == [
+        ("13", "", "False"),
+        ("0.5", "0.25", "True"),
+    ]
+    assert Path("work/sweep/plot.png").read_bytes().startswith(b"\x89PNG")
+    assert table("sweep")[1]["best"] is True

@@ -1,0 +1,197 @@
+"""From prepared images to latents: values, statistics, what is kept between runs, what is refused."""
+
+import dataclasses
+import shutil
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+import torch
+from prepared_sets import pixels, write_prepared
+from processes import together
+
+from ear.data.images import to_signed, to_uint8
+from ear.files.digests import sha256
+from ear.files.json_files import read_json
+from ear.latents import caching
+from ear.latents.store import LatentStore
+from ear.tokenizer.autoencoder import Identity, Tokenizer, kl_structure, new_kl, save_tokenizer
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+IMAGES, LENGTHS, VAL = pixels(16), (5, 5, 2), 4
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def base(tmp_path) -> Path:
+    write_prepared(tmp_path / "prepared", IMAGES, LENGTHS, VAL)
+    return tmp_path
+
+
+def tiny() -> Tokenizer:
+    structure = kl_structure(channels=3, block_channels=[8, 16], layers=1)
+    return new_kl(seed=0, image_size=8, structure=structure).eval().requires_grad_(False)
+
+
+def cache(base: Path, tokenizer: Tokenizer, *, fingerprint: str = "ab" * 32, batch_size: int = 3) -> Path:
+    encoder = caching.Encoder(tokenizer, fingerprint=fingerprint, batch_size=batch_size, device=CPU)
+    (base / "scratch").mkdir(exist_ok=True)
+    caching.cache(base / "prepared", base / "latents", encoder=encoder, scratch=base / "scratch")
+    return base / "latents"
+
+
+def contents(folder: Path) -> dict[str, str]:
+    return {path.name: sha256(path) for path in sorted(folder.iterdir())}
+
+
+def rows(folder: Path, split: str, mirrored: bool = False) -> np.ndarray:
+    store = LatentStore(folder, split)
+    return store.rows(range(len(store)), [mirrored] * len(store))[0]
+
+
+def test_latents_are_the_tokenizers_of_the_images_and_of_their_mirror_images(base):
+    tokenizer = tiny()
+    folder = cache(base, tokenizer)
+    parts = {"train": IMAGES[:-VAL], "val": IMAGES[-VAL:]}
+    for split, images in parts.items():
+        signed = to_signed(images)
+        for mirrored, view in ((False, signed), (True, signed.flip(-1))):
+            expected = tokenizer.encode(view).half().numpy()
+            np.testing.assert_allclose(rows(folder, split, mirrored), expected, atol=2e-3)
+    assert np.array_equal(LatentStore(folder, "train").labels, np.arange(12) % 3)
+    assert LatentStore(folder, "val").classes == ("a", "b", "c")
+
+
+def test_shards_are_plain_contiguous_hdf5(base):
+    folder = cache(base, tiny())
+    assert sorted(p.name for p in folder.iterdir()) == sorted(
+        [*(f"train-{k:05d}-of-00003.h5" for k in range(3)), "val-00000-of-00001.h5", "stats.json"]
+    )
+    with h5py.File(folder / "train-00001-of-00003.h5") as file:
+        assert file["moments"].shape == (5, 2, 6, 4, 4)
+        assert file["moments"].dtype == np.float16
+        assert file["moments"].chunks is None
+        assert file["labels"].dtype == np.int32
+        assert dict(file.attrs) == {"format": "ear-latents-1", "tokenizer": "ab" * 32}
+
+
+def test_statistics_are_numpys_over_sampled_training_latents(base):
+    folder = cache(base, tiny())
+    mean, log_variance = np.split(rows(folder, "train").astype(np.float64), 2, axis=1)
+    noise = np.random.default_rng(0).standard_normal((4000, *mean.shape))
+    sampled = mean + np.exp(0.5 * log_variance) * noise
+    statistics = LatentStore(folder, "train").statistics
+    assert statistics.mean == pytest.approx(sampled.mean(), abs=2e-3)
+    assert statistics.std == pytest.approx(sampled.std(), rel=2e-3)
+    np.testing.assert_allclose(statistics.channel_mean, sampled.mean(axis=(0, 1, 3, 4)), atol=5e-3)
+    np.testing.assert_allclose(statistics.channel_std, sampled.std(axis=(0, 1, 3, 4)), rtol=5e-3)
+    stats = read_json(folder / "stats.json")
+    assert stats["rows"] == {"train": 12, "val": 4}
+    assert stats["shape"] == [3, 4, 4]
+    for part in stats["shards"].values():
+        for entry in part:
+            assert entry["sha256"] == sha256(folder / entry["file"])
+
+
+def test_identity_latents_hold_every_pixel(base):
+    tokenizer = Identity(image_size=8, downsample=2)
+    folder = cache(base, tokenizer)
+    for mirrored, images in ((False, IMAGES[:-VAL]), (True, IMAGES[:-VAL, :, ::-1])):
+        mean = torch.from_numpy(rows(folder, "train", mirrored)[:, :12]).float()
+        assert np.array_equal(to_uint8(tokenizer.decode(mean)), images)
+
+
+def test_a_run_goes_on_with_missing_and_damaged_shards_and_ends_in_the_same_bytes(base, monkeypatch):
+    whole = contents(cache(base, tiny()))
+    shutil.rmtree(base / "latents")
+    shutil.rmtree(base / "scratch")
+    calls, encode = [], caching.Encoder.moments
+
+    def stopping(encoder, images):
+        calls.append(len(images))
+        if len(calls) == 4:  # in the middle of the second shard
+            raise KeyboardInterrupt
+        return encode(encoder, images)
+
+    monkeypatch.setattr(caching.Encoder, "moments", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        cache(base, tiny())
+    assert not (base / "latents").exists()
+    first = base / "scratch/train-00000-of-00003.h5"
+    inode = first.stat().st_ino
+    assert contents(cache(base, tiny())) == whole
+    assert (base / "latents" / first.name).stat().st_ino == inode  # not written again
+    assert sum(calls[4:]) == 16 - 5
+
+    first.unlink()  # a name of its own: the published file keeps its bytes
+    first.write_bytes(b"damaged")
+    assert contents(cache(base, tiny())) == whole
+
+
+def test_shards_without_images_have_no_latents(base):
+    """All of their images were rejected."""
+    tokenizer = Identity(image_size=8, downsample=2)
+    expected = rows(cache(base, tokenizer), "train")
+    shutil.rmtree(base)
+    write_prepared(base / "prepared", IMAGES, (0, 5, 0, 7, 0), VAL)
+    folder = cache(base, tokenizer)
+    assert sorted(path.name for path in folder.glob("train-*")) == [f"train-0000{k}-of-00005.h5" for k in (1, 3)]
+    assert np.array_equal(rows(folder, "train"), expected)
+    assert LatentStore(folder, "train").labels.tolist() == [k % 3 for k in range(12)]
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_many_processes_leave_the_bytes_of_one(base, processes):
+    """Four shards in all, of 5, 5, 2 and 4 images."""
+    whole = contents(cache(base, tiny()))
+    shutil.rmtree(base / "latents")
+    shutil.rmtree(base / "scratch")
+    together(lambda: cache(base, tiny()), processes)
+    assert contents(base / "latents") == whole
+
+
+class Exploding(Identity):
+    """An identity whose latents of one image are infinite."""
+
+    def __init__(self, bad: np.ndarray, value: float):
+        super().__init__(image_size=8, downsample=2)
+        self.bad, self.value = to_signed(bad), value
+
+    def encode(self, images):
+        moments = super().encode(images)
+        moments[(images == self.bad).all(dim=(1, 2, 3)), 0, 0, 0] = self.value
+        return moments
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("-inf"), 70_000.0])
+def test_latents_beyond_float16_are_refused_and_named(base, value):
+    before = contents(cache(base, Identity(image_size=8, downsample=2)))
+    shutil.rmtree(base / "scratch")
+    with pytest.raises(ValueError, match=r"latents of image 3 of train-00001-of-00003\.h5 are infinite or NaN"):
+        cache(base, Exploding(IMAGES[5 + 3], value))
+    assert contents(base / "latents") == before
+
+
+def test_images_of_another_size_are_refused(base):
+    with pytest.raises(ValueError, match="have 8 pixels a side, but the tokenizer was made for 16"):
+        cache(base, Identity(image_size=16, downsample=2))
+    assert not (base / "latents").exists()
+
+
+def test_a_cluster_gives_the_same_bytes(base, cluster):
+    tokenizer = tiny()
+    save_tokenizer(base / "tokenizer.safetensors", tokenizer)
+    fingerprint = sha256(base / "tokenizer.safetensors")
+    here = contents(cache(base, tokenizer, fingerprint=fingerprint))
+    encoder = caching.Encoder(tokenizer, fingerprint=fingerprint, batch_size=3, device=CPU)
+    workers = caching.Cluster(cluster, base / "tokenizer.safetensors", threads=1)
+    (base / "other").mkdir()
+    caching.cache(base / "prepared", base / "there", encoder=encoder, scratch=base / "other", cluster=workers)
+    assert contents(base / "there") == here
+
+    changed = dataclasses.replace(encoder, fingerprint="cd" * 32)
+    (base / "third").mkdir()
+    with pytest.raises(ValueError, match=r"tokenizer\.safetensors is another file on a worker of the cluster"):
+        caching.cache(base / "prepared", base / "there", encoder=changed, scratch=base / "third", cluster=workers)
+    assert contents(base / "there") == here

@@ -1,0 +1,93 @@
+"""One function over many shards: in this process, in several, on a Dask cluster of two workers."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from ear.runtime import executor as parallel
+
+ROOT = Path(__file__).parents[2]
+
+
+def halve(shard: int, folder: Path) -> int:
+    """Who worked at it is written down; a negative shard fails, shard 99 kills its process."""
+    if shard < 0:
+        raise ValueError(f"shard {shard} is negative")
+    if shard == 99:
+        os.kill(os.getpid(), signal.SIGKILL)
+    (folder / f"{shard}").write_text(str(os.getpid()))
+    return shard // 2
+
+
+def mapped(folder: Path, shards: list[int], **where) -> dict[int, int]:
+    return dict(parallel.map_shards(partial(halve, folder=folder), shards, **where))
+
+
+def workers(folder: Path) -> set[int]:
+    return {int(path.read_text()) for path in folder.iterdir()}
+
+
+def test_every_way_gives_the_same_results(tmp_path, cluster):
+    ways = {"here": {"workers": 1}, "processes": {"workers": 2}, "cluster": {"workers": 0, "cluster": cluster}}
+    for name, where in ways.items():
+        (tmp_path / name).mkdir()
+        assert mapped(tmp_path / name, list(range(8)), **where) == {k: k // 2 for k in range(8)}
+    assert workers(tmp_path / "here") == {os.getpid()}
+    assert os.getpid() not in workers(tmp_path / "processes") | workers(tmp_path / "cluster")
+    assert len(workers(tmp_path / "cluster")) == 2
+
+
+def test_an_error_in_a_shard_arrives_as_it_was_raised(tmp_path, cluster):
+    for where in ({"workers": 0}, {"workers": 2}, {"workers": 0, "cluster": cluster}):
+        with pytest.raises(ValueError, match="shard -3 is negative"):
+            mapped(tmp_path, [1, -3, 5], **where)
+
+
+def test_a_dying_process_is_one_sentence(tmp_path):
+    with pytest.raises(ChildProcessError, match=r"a worker process died, .* finished shards are kept"):
+        mapped(tmp_path, [1, 99], workers=2)
+
+
+@pytest.mark.parametrize("address", ["tcp://127.0.0.1:{}", "nonsense", "tcp://127.0.0.1"])
+def test_a_cluster_that_does_not_answer_is_named(tmp_path, address):
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))  # bound, but nobody listens
+        address = address.format(unused.getsockname()[1])
+        with pytest.raises(ValueError, match="no Dask scheduler answers at") as caught:
+            mapped(tmp_path, [1], workers=0, cluster=address)
+    assert repr(address) in str(caught.value)
+
+
+def test_workers_with_another_decoder_are_refused(tmp_path, cluster, monkeypatch):
+    with monkeypatch.context() as patch:
+        real = parallel.importlib.metadata.version
+        patch.setattr(parallel.importlib.metadata, "version", lambda name: "0.1" if name == "pillow" else real(name))
+        with pytest.raises(ValueError, match=r"worker tcp://.* has pillow \d+\S*, but this machine has 0\.1; install"):
+            mapped(tmp_path, [1], workers=0, cluster=cluster)
+    assert not list(tmp_path.iterdir())
+
+
+def test_work_for_this_machine_does_not_need_dask():
+    code = "; ".join(
+        (
+            "import sys",
+            "sys.modules['distributed'] = None",
+            "from ear.parallel import map_shards",
+            "print(list(map_shards(abs, [-1], workers=1)))",
+            "list(map_shards(abs, [1], workers=0, cluster='a'))",
+        )
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout == "[(-1, 1)]\n"
+    assert "ValueError: runtime.cluster is 'a', but Dask is not installed; install the extra `cluster`" in done.stderr

@@ -1,0 +1,125 @@
+"""From the files of the stages to images: `ear.load`, `ear.generate` and what they refuse."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from factories import tiny_model
+
+import ear
+from ear.files.digests import sha256
+from ear.latents.statistics import Statistics
+from ear.model.files import save_model
+from ear.sampling import generation
+from ear.sampling.generation import ImageSampler
+from ear.tokenizer.autoencoder import Identity, save_tokenizer
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+CLASSES = tuple("0123456789")
+DRAW = {"steps": 16, "guidance": 2.0, "temperature": 0.9, "seed": 0}
+
+
+def publish(data: Path, *, classes=CLASSES, **changes) -> Path:
+    """The files that the stages tokenizer and finetune leave: images of 8 pixels, tokens of 2 x 2 pixels."""
+    tokenizer = data / "tokenizer/tokenizer.safetensors"
+    save_tokenizer(tokenizer, Identity(image_size=8, downsample=2))
+    statistics = Statistics(0.1, 0.5, (0.1,) * 12, (0.5,) * 12)
+    description = {"statistics": statistics.as_dict(), "tokenizer": sha256(tokenizer), **changes}
+    save_model(data / "finetuned/model.safetensors", tiny_model(latent=(12, 4, 4), classes=classes), description)
+    return data
+
+
+@pytest.fixture
+def data(tmp_path) -> Path:
+    return publish(tmp_path / "data")
+
+
+def test_the_contract(data):
+    images = ear.generate(str(data), labels=[3, 7], **DRAW)
+    assert images.shape == (2, 8, 8, 3)
+    assert images.dtype == np.uint8
+    assert images.std() > 5
+    assert np.array_equal(images, ear.generate(data, labels=["3", "7"], **DRAW))
+    model = ear.load(data / "finetuned")
+    assert not model.training
+    assert model.shape.classes == CLASSES
+
+
+def test_image_k_depends_on_its_number_its_label_and_the_seed_alone(data):
+    images = ear.generate(data, labels=[3, 7, 3, 1, 1], **DRAW)
+    apart = ear.generate(data, labels=[3, 7, 3, 1, 1], batch_size=2, **DRAW)
+    # Another batch size changes last bits, which rounding to 256 levels may show.
+    assert np.abs(images.astype(int) - apart).max() <= 1
+    assert not np.array_equal(images[0], images[2])
+    other = ear.generate(data, labels=[3, 7, 3, 1, 0], **DRAW)
+    assert np.array_equal(images[:4], other[:4])
+    assert not np.array_equal(images[4], other[4])
+    assert not np.array_equal(images, ear.generate(data, labels=[3, 7, 3, 1, 1], **{**DRAW, "seed": 1}))
+
+
+def test_latents_are_denormalised_before_they_are_decoded(data):
+    """With the head at 0 every latent is the mean, 0.1, which is grey level 127.5 * 1.1."""
+    model = tiny_model(latent=(12, 4, 4), classes=CLASSES, trained=False)
+    statistics = Statistics(0.1, 0.5, (0.1,) * 12, (0.5,) * 12)
+    generator = ImageSampler(model, Identity(image_size=8, downsample=2), statistics)
+    assert generator.image_shape == (8, 8, 3)
+    images = generator.images([0, 1], first=0, schedule="linear", **DRAW)
+    assert np.unique(images).tolist() == [140]
+
+
+def test_class_names_are_told_from_class_numbers(tmp_path):
+    data = publish(tmp_path, classes=("cat", "dog"))
+    assert np.array_equal(ear.generate(data, labels=["dog", "cat"], **DRAW), ear.generate(data, labels=[1, 0], **DRAW))
+    for label in ("bird", 2, -1):
+        with pytest.raises(ValueError, match=f"label {label!r} is none of the model's 2 classes, 'cat' to 'dog'"):
+            ear.generate(data, labels=[label], **DRAW)
+
+
+@pytest.mark.parametrize("labels", [[], np.zeros(0, dtype=int)])
+def test_no_label_is_refused(data, labels):
+    with pytest.raises(ValueError, match=r"labels is empty; give one class per image\."):
+        ear.generate(data, labels, **DRAW)
+
+
+@pytest.mark.parametrize("steps", [0, -3])
+def test_no_step_is_refused(data, steps):
+    message = rf"^steps is {steps}; it must be at least 1\.$"
+    with pytest.raises(ValueError, match=message):
+        ear.generate(data, [1], **DRAW | {"steps": steps})
+    with pytest.raises(ValueError, match=message):
+        ear.inpaint(
+            np.zeros((1, 8, 8, 3), np.uint8), np.ones((1, 8, 8), bool), [1], data=data, **DRAW | {"steps": steps}
+        )
+
+
+def test_a_model_of_another_tokenizer_is_refused(tmp_path):
+    data = publish(tmp_path, tokenizer="0" * 64)
+    with pytest.raises(ValueError, match=r"was trained on latents of tokenizer 000000000000, but .* run the stages"):
+        ear.generate(data, labels=[0], **DRAW)
+
+
+def test_absent_models_are_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"finetuned/model\.safetensors does not exist; run the stage"):
+        ear.generate(tmp_path, labels=[0], **DRAW)
+
+
+def test_images_that_are_not_finite_are_named(data):
+    generator = ImageSampler.open(data / generation.MODEL, data / generation.TOKENIZER)
+    generator.model.class_embedding.weight.data[4] = torch.nan
+    with pytest.raises(ValueError, match="image 102 is not finite; the model diverged"):
+        generator.images([1, 2, 4], first=100, schedule="linear", **DRAW)
+
+
+def test_bfloat16_moves_images_a_little(data):
+    generator = ImageSampler.open(data / generation.MODEL, data / generation.TOKENIZER)
+    settings = {"first": 0, "schedule": "linear", **DRAW}
+    exact, rounded = (generator.images([1, 2], precision=p, **settings) for p in ("float32", "bfloat16"))
+    difference = np.abs(exact.astype(int) - rounded)
+    assert 0 < difference.mean() < 5
+
+
+def test_labels_are_balanced():
+    assert generation.balanced_labels(5, 2) == [0, 1, 0, 1, 0]
+    assert [list(part) for _, part in generation.batches([0, 1, 0, 1, 0], 2)] == [[0, 1], [0, 1], [0]]

@@ -1,0 +1,85 @@
+import pytest
+import torch
+from factories import tiny_model
+
+from ear.runtime.randomness import ImageStreams, generator
+from ear.sampling.guidance import scale_at
+from ear.sampling.sampler import network_evaluations, sample
+
+LABELS = torch.tensor([0, 1, 2, 0, 1])
+
+
+def draw(model, labels=LABELS, first=0, **options):
+    settings = {"steps": 5, "guidance": 2.0, "schedule": "linear", "temperature": 0.8}
+    source = ImageStreams(7, range(first, first + len(labels)))
+    return sample(model, labels, source=source, **{**settings, **options})
+
+
+def test_image_k_is_the_same_in_any_batch():
+    model = tiny_model()
+    together = draw(model)
+    apart = torch.cat([draw(model, LABELS[:2]), draw(model, LABELS[2:], first=2)])
+    torch.testing.assert_close(together, apart, atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(together[0], together[3])  # the same class, another stream
+
+
+def test_guidance_one_is_no_guidance():
+    model = tiny_model()
+    unguided = draw(model, guidance=1.0)
+    model.null_class.data += 1.0
+    torch.testing.assert_close(draw(model, guidance=1.0), unguided)
+    assert not torch.allclose(draw(model, guidance=2.0), unguided)
+
+
+@pytest.mark.parametrize("steps", [1, 4, 16, 40])
+def test_every_token_is_drawn_whatever_the_steps(steps):
+    latents = draw(tiny_model(), steps=steps)
+    assert latents.shape == (5, 3, 4, 4)
+    assert latents.isfinite().all()
+    assert (latents.abs() > 0).all()  # a token never revealed would have stayed 0
+
+
+@pytest.mark.parametrize("steps", [1, 4, 16, 40])
+@pytest.mark.parametrize("name", ["energy", "hyvarinen"])
+def test_network_evaluations_are_those_made(steps, name):
+    model = tiny_model(name=name, sampling_steps=3)
+    passes, rows = [], []
+    model.transformer.register_forward_hook(lambda *_: passes.append(1))
+    model.score.network.register_forward_hook(lambda _, inputs, __: rows.append(len(inputs[0])))
+    draw(model, steps=steps, guidance=1.0)
+    expected = {"transformer": len(passes), "head": sum(rows) // len(LABELS)}
+    assert network_evaluations(model, steps) == expected
+
+
+@pytest.mark.parametrize("patch", [1, 2])
+def test_patches(patch):
+    assert draw(tiny_model(patch_size=patch)).shape == (5, 3, 4, 4)
+
+
+def test_one_generator_serves_all_images():
+    model = tiny_model()
+    options = {"steps": 3, "guidance": 1.0}
+    first = sample(model, LABELS, source=generator(0), **options)
+    assert torch.equal(first, sample(model, LABELS, source=generator(0), **options))
+
+
+def test_guidance_schedules():
+    assert scale_at("constant", 3.0, tokens=256, masked=255) == 3.0
+    assert scale_at("linear", 3.0, tokens=256, masked=255) == pytest.approx(1 + 2 / 256)
+    assert scale_at("linear", 3.0, tokens=256, masked=0) == pytest.approx(1 + 2 * 255 / 256)
+    assert scale_at("linear", 1.0, tokens=256, masked=100) == 1.0
+
+
+def test_unknown_schedule_is_refused():
+    with pytest.raises(ValueError, match=r"^schedule is 'cosine'; it must be 'linear' or 'constant'\.$"):
+        draw(tiny_model(), schedule="cosine")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("attention", ["bidirectional", "causal"])
+@pytest.mark.parametrize("name", ["energy", "kernel", "logarithmic", "hyvarinen", "categorical"])
+def test_images_of_the_gpu_are_those_of_the_cpu(name, attention):
+    model = tiny_model(name=name, attention=attention)
+    expected = draw(model)
+    drawn = draw(model.to("cuda"), LABELS.to("cuda"))
+    torch.testing.assert_close(drawn.cpu(), expected, rtol=1e-2, atol=1e-3)

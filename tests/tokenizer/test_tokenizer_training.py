@@ -1,0 +1,58 @@
+"""Training of an autoencoder: what one step is made of."""
+
+import pytest
+import torch
+from prepared_sets import pixels, write_prepared
+
+from ear.data.prepared import PreparedImages
+from ear.runtime import randomness
+from ear.tokenizer.autoencoder import kl_structure, new_kl
+from ear.tokenizer.loss import AutoencoderLoss
+from ear.tokenizer.training import AutoencoderTraining, Objective
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+STRUCTURE = kl_structure(channels=3, block_channels=[8, 16], layers=1)
+
+
+def training(folder, *, size: int = 8, **options) -> AutoencoderTraining:
+    write_prepared(folder, pixels(20, size=size), (16,), 4)
+    return AutoencoderTraining(
+        new_kl(seed=0, image_size=size, structure=STRUCTURE),
+        images=PreparedImages(folder, "train"),
+        held_out=PreparedImages(folder, "val"),
+        objective=Objective(AutoencoderLoss(1e-6), seed=0, device=torch.device("cpu")),
+        learning_rate=1e-3,
+        ema_decay=0.9,
+        batch_size=8,
+        **options,
+    )
+
+
+def test_a_step_is_the_mean_over_its_micro_batches(tmp_path):
+    trained = training(tmp_path / "prepared", total_images=8, micro_batch_size=4)
+    tokenizer = new_kl(seed=0, image_size=8, structure=STRUCTURE)
+    rows = randomness.DataOrder(16, 0).indices(0, 8).numpy()
+    losses = [
+        trained.objective.terms(
+            tokenizer, trained.objective.signed(trained.images.images(rows[at : at + 4])), "training", at
+        ).loss
+        for at in (0, 4)
+    ]
+    sum(loss / 2 for loss in losses).backward()
+    norm = torch.stack([p.grad.norm() for p in tokenizer.parameters()]).norm()
+    _, history = trained.run(tmp_path / "checkpoints")
+    (step,) = history.training
+    assert step["loss"] == pytest.approx(sum(loss.item() for loss in losses) / 2, rel=1e-5)
+    assert step["gradient_norm"] == pytest.approx(float(norm), rel=1e-4)
+
+
+def test_a_critic_takes_one_step_for_all_micro_batches(tmp_path, monkeypatch):
+    options = {"adversarial_weight": 0.5, "adversarial_start": 8, "total_images": 24, "micro_batch_size": 4}
+    trained = training(tmp_path / "prepared", size=24, **options)
+    steps, step = [], trained.critic.step
+    monkeypatch.setattr(trained.critic, "step", lambda position: (steps.append(position), step(position)))
+    _, history = trained.run(tmp_path / "checkpoints")
+    assert steps == [0, 8, 16]
+    counted = {int(state["step"]) for state in trained.critic.optimizer.state.values()}
+    assert counted == {2}  # it learns from image 4 on, and so from the second step on
+    assert history.training[-1]["adversarial_weight"] > 0

@@ -1,0 +1,356 @@
+import multiprocessing
+import os
+import signal
+import time
+
+import pytest
+import torch
+from processes import together
+from torch import nn
+
+from ear.files.tables import write_table
+from ear.files.tensors import read_tensors
+from ear.files.weights import load_weights
+from ear.runtime import distributed
+from ear.runtime.randomness import generator
+from ear.training import checkpoint
+from ear.training.ema import Average, decay_at
+from ear.training.gradients import SharedGradients
+from ear.training.means import Means
+from ear.training.optimizer import Group, adamw, schedule, set_rate
+from ear.training.trainer import Trainer, check_shares
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def trainer(*, micro=4, rate=lambda images: 1.0, target=0.0, **options) -> Trainer:
+    """A linear map trained towards `target` on noise that is a function of the position."""
+    module = nn.Linear(3, 2)
+    nn.init.normal_(module.weight, generator=generator(0, "weights"))
+    nn.init.zeros_(module.bias)
+
+    def loss(batch, position):
+        assert batch == position
+        rows = torch.cat([torch.randn(1, 3, generator=generator(1, "rows", position + i)) for i in range(micro)])
+        error = (module(rows) - target).square().mean()
+        return error, {"twice": 2 * error.detach()}
+
+    optimizer = adamw([Group(list(module.parameters()), 0.0)], learning_rate=0.05, beta1=0.9, beta2=0.95)
+    settings = {"ema_decays": {"average": 0.9}, "clip_norm": 1e6, "global_batch_size": 8, "micro_batch_size": micro}
+    return Trainer(module, optimizer=optimizer, loss=loss, rate=rate, **{**settings, **options})
+
+
+def fit(t: Trainer, folder, total=400, **options):
+    """Train on batches that are their own positions."""
+    settings = {"total_images": total, "folder": folder, "checkpoint_images": 64}
+    t.fit(lambda positions: positions, **{**settings, **options})
+    return t
+
+
+def assert_same(a: Trainer, b: Trainer):
+    first, second = a.state(), b.state()
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert repr(a.history) == repr(b.history)  # the order of the columns, too
+
+
+def test_training_reduces_the_loss_and_logs_means(tmp_path):
+    t = fit(trainer(), tmp_path)
+    rows = t.history.training
+    assert rows[-1]["loss"] < 0.2 * rows[0]["loss"]
+    assert [row["images"] for row in rows] == [200, 400]
+    assert all(row["twice"] == pytest.approx(2 * row["loss"]) for row in rows)
+    assert rows[0].keys() == {"images", "loss", "twice", "gradient_norm", "rate"}
+
+
+def test_stopped_and_resumed_ends_in_the_same_state(tmp_path):
+    whole = fit(trainer(), tmp_path / "whole")
+    interrupted = trainer()
+    loss = interrupted.loss
+
+    def interrupt(batch, position):
+        if position == 212:  # between two checkpoints
+            raise KeyboardInterrupt
+        return loss(batch, position)
+
+    interrupted.loss = interrupt
+    with pytest.raises(KeyboardInterrupt):
+        fit(interrupted, tmp_path / "parts")
+    assert_same(whole, fit(trainer(), tmp_path / "parts"))
+
+
+def test_accumulation_equals_one_pass(tmp_path):
+    one, two = fit(trainer(micro=8), tmp_path / "a"), fit(trainer(micro=4), tmp_path / "b")
+    torch.testing.assert_close(one.module.weight, two.module.weight, atol=1e-5, rtol=1e-5)
+
+
+def test_damaged_newest_checkpoint_falls_back(tmp_path, capsys):
+    whole = fit(trainer(), tmp_path / "whole")
+    fit(trainer(), tmp_path / "parts", total=256)
+    newest = sorted((tmp_path / "parts").glob("*.safetensors"))[-1]
+    newest.write_bytes(newest.read_bytes()[:100])
+    assert_same(whole, fit(trainer(), tmp_path / "parts"))
+    assert "Falling back" in capsys.readouterr().out
+
+
+def test_only_two_checkpoints_are_kept(tmp_path):
+    fit(trainer(), tmp_path)
+    assert [p.name for p in sorted(tmp_path.iterdir())] == [
+        "checkpoint-000000000384.safetensors",
+        "checkpoint-000000000400.safetensors",
+    ]
+
+
+def test_nan_stops_before_the_weights_are_harmed(tmp_path):
+    t = trainer()
+    clean = t.loss
+
+    def poisoned(batch, position):
+        loss, figures = clean(batch, position)
+        return loss * (float("nan") if position == 84 else 1.0), figures
+
+    t.loss = poisoned
+    reference = fit(trainer(), tmp_path / "clean", total=80)
+    with pytest.raises(ValueError, match="in the step from image 80"):
+        fit(t, tmp_path / "poisoned")
+    assert torch.equal(t.module.weight, reference.module.weight)
+    tensors, description = read_tensors(checkpoint.newest(tmp_path / "poisoned"))
+    assert description["images"] == 64
+    assert all(tensor.isfinite().all() for tensor in tensors.values())
+
+
+def test_validation_runs_at_its_interval_and_at_the_end(tmp_path):
+    seen = []
+    t = trainer()
+    t2 = fit(t, tmp_path, validate=lambda: seen.append(t.images) or {"loss": float(t.images)}, validate_images=100)
+    assert seen == [104, 200, 304, 400]
+    assert t2.history.validation[-1] == {"images": 400, "loss": 400.0}
+
+
+def test_killed_process_resumes_to_the_same_bytes(tmp_path):
+    """SIGKILL in the middle, started again: the final checkpoint equals the uninterrupted one's bytes."""
+
+    def slow():
+        t = trainer()
+        loss = t.loss
+        t.loss = lambda batch, position: time.sleep(0.01) or loss(batch, position)
+        fit(t, tmp_path / "killed")
+
+    fit(trainer(), tmp_path / "whole")
+    child = multiprocessing.get_context("fork").Process(target=slow)
+    child.start()
+    while not list((tmp_path / "killed").glob("checkpoint-*.safetensors")):
+        assert child.is_alive()
+    child.kill()
+    child.join()
+    assert checkpoint.newest(tmp_path / "killed").name < "checkpoint-000000000400.safetensors"
+    fit(trainer(), tmp_path / "killed")
+    name = "checkpoint-000000000400.safetensors"
+    assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_checkpoint_of_another_model_is_named(tmp_path):
+    t, other = trainer(), nn.Linear(3, 5)
+    with pytest.raises(ValueError, match=r"weight with shape \[2, 3\], the model needs \[5, 3\]"):
+        load_weights(other, t.module.state_dict(), origin="file")
+    with pytest.raises(ValueError, match="file lacks bias"):
+        load_weights(other, {"weight": torch.zeros(5, 3)}, origin="file")
+    with pytest.raises(ValueError, match="file has extra, which the model lacks"):
+        load_weights(other, {**other.state_dict(), "extra": torch.zeros(1)}, origin="file")
+
+
+def test_average_warms_up_and_follows():
+    assert [decay_at(step, 0.9) for step in (0, 8, 1000)] == [0.1, 0.5, 0.9]
+    layer = nn.Linear(2, 2)
+    average = Average(layer)
+    with torch.no_grad():
+        layer.weight += 1.0
+    before = average.module.weight.clone()
+    average.update(layer, 0.75)
+    torch.testing.assert_close(average.module.weight, before + 0.25)
+    assert not any(p.requires_grad for p in average.parameters())
+
+
+def test_later_phase_goes_on_averaging_slowly(tmp_path):
+    late = trainer(earlier_images=8000)
+    start = late.average.module.weight.clone()
+    late.step(iter([0, 4]))
+    torch.testing.assert_close(late.average.module.weight, torch.lerp(start, late.module.weight, 0.1))
+
+
+def test_rates():
+    warm = schedule("constant", total_images=100, warmup_images=10)
+    assert [warm(i) for i in (0, 5, 10, 100)] == [0.0, 0.5, 1.0, 1.0]
+    cosine = schedule("cosine", total_images=110, warmup_images=10)
+    assert [cosine(i) for i in (5, 10, 60, 110)] == [0.5, 1.0, pytest.approx(0.5), 0.0]
+    with pytest.raises(ValueError, match="warmup_images is 200, more than the 100"):
+        schedule("constant", total_images=100, warmup_images=200)
+
+
+def test_groups_keep_their_relative_rates():
+    a, b = nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(2))
+    groups = [Group([a], 0.0), Group([b], 0.02, rate=0.25), Group([], 0.1)]
+    optimizer = adamw(groups, learning_rate=1.0, beta1=0.9, beta2=0.95)
+    set_rate(optimizer, 0.5)
+    assert [(g["lr"], g["weight_decay"]) for g in optimizer.param_groups] == [(0.5, 0.0), (0.125, 0.02)]
+
+
+def test_tables_are_tab_separated_with_a_header(tmp_path):
+    write_table(tmp_path / "t.tsv", [{"images": 8, "loss": 1 / 3}, {"images": 16, "loss": 2e-9}])
+    assert (tmp_path / "t.tsv").read_text() == "images\tloss\n8\t0.333333\n16\t2e-09\n"
+
+
+def test_processes_that_cannot_share_a_global_batch_are_told_the_remedy():
+    check_shares(64, 16, 4)
+    with pytest.raises(ValueError, match="make global_batch_size a multiple of 3"):
+        check_shares(64, 16, 3)
+    with pytest.raises(ValueError, match=r"does not divide 32, the share of each of 2 .* set it to 16 or"):
+        check_shares(64, 24, 2)
+    with pytest.raises(ValueError, match="set it to 32 or another divisor of 32"):
+        check_shares(64, 64, 2)
+
+
+def results(t: Trainer) -> tuple[dict, list]:
+    """State and logs as plain values, which travel between processes."""
+    return {name: tensor.tolist() for name, tensor in t.state().items()}, t.history.training
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_processes_see_the_batches_of_one(tmp_path, processes):
+    """Micro-batches of 2 images, 4 in a global batch: any number of processes ends within float error of one."""
+    state, rows = results(fit(trainer(micro=2), tmp_path / "one"))
+    all_results = together(lambda: results(fit(trainer(micro=2), tmp_path / "many")), processes)
+    assert all(result == all_results[0] for result in all_results), "the processes differ"
+    for name, values in all_results[0][0].items():
+        torch.testing.assert_close(torch.tensor(values), torch.tensor(state[name]), rtol=1e-4, atol=1e-6)
+    for row, expected in zip(all_results[0][1], rows, strict=True):
+        assert row == pytest.approx(expected, rel=1e-4)
+
+
+def test_each_position_is_seen_by_one_process(tmp_path):
+    def seen():
+        t, positions = trainer(micro=2), []
+        loss = t.loss
+        t.loss = lambda batch, position: positions.append(position) or loss(batch, position)
+        fit(t, tmp_path, total=24)
+        return positions
+
+    first, second = together(seen)
+    assert first == [0, 2, 8, 10, 16, 18]
+    assert second == [4, 6, 12, 14, 20, 22]
+
+
+def interrupt_at(t: Trainer, position: int, action) -> Trainer:
+    """Have `action()` happen in the forward pass at `position`."""
+    loss = t.loss
+
+    def interrupted(batch, at):
+        if at == position:
+            action()
+        return loss(batch, at)
+
+    t.loss = interrupted
+    return t
+
+
+def fail():
+    raise ValueError("image 212 is broken")
+
+
+@pytest.mark.parametrize("later", [3, 1])
+def test_checkpoint_of_three_processes_serves_any_number(tmp_path, later):
+    """Three stop and go on in the same bits; one process goes on from their checkpoint within float error."""
+    options = {"micro": 2, "global_batch_size": 12}
+    whole = together(lambda: results(fit(trainer(**options), tmp_path / "whole")), 3)[0]
+    stopped = together(lambda: fit(interrupt_at(trainer(**options), 212, fail), tmp_path / "parts"), 3)
+    assert sorted(type(error).__name__ for error in stopped) == ["FailedElsewhere", "FailedElsewhere", "ValueError"]
+    state, rows = together(lambda: results(fit(trainer(**options), tmp_path / "parts")), later)[0]
+    if later == 3:
+        assert (state, rows) == whole
+    for name, values in whole[0].items():
+        torch.testing.assert_close(torch.tensor(state[name]), torch.tensor(values), rtol=1e-4, atol=1e-6)
+    for row, expected in zip(rows, whole[1], strict=True):
+        assert row == pytest.approx(expected, rel=1e-4)
+
+
+def terminate():
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_sigterm_saves_and_the_rerun_ends_in_the_same_state(tmp_path):
+    whole = fit(trainer(), tmp_path / "whole")
+    with pytest.raises(InterruptedError, match="SIGTERM ended training after 216 images"):
+        fit(interrupt_at(trainer(), 212, terminate), tmp_path / "parts")
+    assert checkpoint.newest(tmp_path / "parts").name == "checkpoint-000000000216.safetensors"
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    assert_same(whole, fit(trainer(), tmp_path / "parts"))
+
+
+def test_sigterm_to_one_process_stops_all_after_the_same_step(tmp_path):
+    def work():
+        t = trainer()
+        try:
+            fit(interrupt_at(t, 212, terminate), tmp_path)  # a position of the second process
+        except InterruptedError:
+            return t.images
+        return None
+
+    assert together(work) == [216, 216]
+
+
+def test_nan_in_one_process_stops_all_before_harm(tmp_path):
+    def work():
+        t = trainer()
+        loss = t.loss
+        t.loss = lambda batch, at: (loss(batch, at)[0] * (float("nan") if at == 84 else 1.0), {})
+        try:
+            fit(t, tmp_path)
+        except ValueError as error:
+            return str(error), t.module.weight.tolist()
+        return None
+
+    (message, weight), other = together(work)
+    assert "in the step from image 80" in message
+    assert other == (message, weight)
+    assert torch.tensor(weight).isfinite().all()
+
+
+def test_gradients_are_summed_in_fixed_buckets():
+    """More buckets than one, an unused parameter, and earlier passes that are not summed."""
+
+    def work():
+        layers = nn.ModuleList(nn.Linear(4, 4) for _ in range(3))
+        for parameter in layers.parameters():
+            nn.init.constant_(parameter, 0.1)
+        gradients = SharedGradients(layers.parameters(), bucket_bytes=64)
+        for scale in (1.0, 10.0):  # the second step forgets the first
+            gradients.clear()
+            x = torch.full((1, 4), scale * (distributed.rank() + 1.0))
+            (layers[1](layers[0](x)).sum()).backward()
+            before = layers[0].bias.grad.tolist()
+            with gradients.summed():
+                (layers[1](layers[0](x)).sum()).backward()
+        return len(gradients.buckets), before, layers[0].weight.grad.tolist(), layers[2].weight.grad.abs().sum().item()
+
+    for buckets, before, weight, unused in together(work):
+        assert buckets > 2
+        assert before == pytest.approx([0.4] * 4)
+        assert weight == [pytest.approx([2 * 0.4 * (10 + 20)] * 4)] * 4
+        assert unused == 0.0
+
+
+def test_means_go_on_exactly():
+    whole, first, second = Means(), Means(), Means()
+    values = torch.rand(10, generator=generator(0, "values"))
+    for value in values:
+        whole.add({"loss": value}, 1.0)
+        whole.steps += 1
+    for value in values[:4]:
+        first.add({"loss": value}, 1.0)
+        first.steps += 1
+    second.restore(*first.state())
+    for value in values[4:]:
+        second.add({"loss": value}, 1.0)
+        second.steps += 1
+    assert second.read() == whole.read()
+    assert second.steps == 0
