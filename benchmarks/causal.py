@@ -6,33 +6,17 @@ The transformer of a preset with causal attention, untrained, without guidance; 
 both. Without the cache each token takes a pass over all slots before it; with it, over one slot.
 """
 
-from dataclasses import asdict
 
 import torch
 
 from benchmarks import measure
-from ear import scores
-from ear.config import Parameters
+from benchmarks.models import untrained
 from ear.config.compose import compose
 from ear.model.causal import CausalModel
-from ear.model.files import build_model
-from ear.model.shape import Shape
 from ear.model.tokens import pick
 from ear.runtime.randomness import generator
 
 _GRIDS = (4, 8, 16)  # tokens along a side
-
-
-def causal_model(parameters: Parameters, grid: int) -> CausalModel:
-    """An untrained model over grid x grid tokens."""
-    side = grid * parameters.model.patch_size
-    shape = Shape(
-        (parameters.tokenizer.channels, side, side),
-        tuple(map(str, range(10))),
-        asdict(parameters.model),
-        scores.chosen(asdict(parameters.score)),
-    )
-    return build_model(shape).initialise(generator(0, "weights")).eval()
 
 
 def cached(model: CausalModel, tokens, orders, labels):
@@ -59,7 +43,7 @@ def uncached(model: CausalModel, tokens, orders, labels):
 def compare(model: CausalModel, images: int, repeats: int) -> dict:
     """Seconds per image both ways, their ratio, and how far the hidden states are apart."""
     source = generator(0, "inputs")
-    tokens = torch.randn(images, model.tokens, model.token_embedding.in_features, generator=source)
+    tokens = torch.randn(images, model.tokens, model.shape.token_channels, generator=source)
     inputs = (model, tokens, model.draw_orders(images, source), torch.arange(images) % 10)
     seconds = {f.__name__: measure.median_seconds(lambda f=f: f(*inputs), repeats) / images for f in (cached, uncached)}
     difference = (cached(*inputs) - uncached(*inputs)).abs().max()
@@ -80,7 +64,7 @@ def main() -> None:
     arguments = parser.parse_args()
     parameters = compose([*arguments.overrides, "model.attention=causal"])
     torch.set_num_threads(parameters.compute.threads)
-    grids = [compare(causal_model(parameters, grid), arguments.images, arguments.repeats) for grid in _GRIDS]
+    grids = [compare(untrained(parameters, side=grid * parameters.model.patch_size), arguments.images, arguments.repeats) for grid in _GRIDS]
     sizes = {key: getattr(parameters.model, key) for key in ("width", "depth", "heads", "buffer_size")}
     measure.report("causal", {"model": sizes, "images": arguments.images, "grids": grids}, save=arguments.save)
 

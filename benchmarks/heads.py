@@ -6,11 +6,11 @@ Untrained heads at the size of the digits preset and of the published base model
 takes one evaluation per token, the diffusion loss `score.sampling_steps`.
 """
 
-from dataclasses import asdict
 
 import torch
 
 from benchmarks import measure
+from benchmarks.models import INPUTS
 from ear import scores
 from ear.config import Parameters
 from ear.config.compose import compose
@@ -19,23 +19,22 @@ from ear.scores import Score
 
 _NAMES = ("energy", "logarithmic", "hyvarinen")
 
-
 SIZES = {  # name: overrides, tokens drawn at once
     "digits": (["preset=digits"], 256),
-    "base": (["preset=imagenet256_base", "data.path=unread", "tokenizer.weights=unread"], 32),
+    "base": (["preset=imagenet256_base", *INPUTS], 32),
 }
 
 
 def head(name: str, parameters: Parameters) -> Score:
     """An untrained head of that score, in the size of a preset, in eval mode."""
     model = parameters.model
-    sizes = {
-        "hidden_width": model.width,
-        "token_channels": parameters.tokenizer.channels * model.patch_size**2,
-        "width": model.head_width,
-        "depth": model.head_depth,
-    }
-    return scores.build({**asdict(parameters.score), "name": name}, **sizes).eval()
+    size = scores.HeadSize(
+        hidden_width=model.width,
+        token_channels=parameters.tokenizer.channels * model.patch_size**2,
+        width=model.head_width,
+        depth=model.head_depth,
+    )
+    return scores.build(parameters.score.model_copy(update={"name": name}).chosen, size).eval()
 
 
 @torch.inference_mode()

@@ -8,55 +8,40 @@ Without --preset: digits and, where there is a CUDA device, the three published 
 """
 
 from collections.abc import Callable
-from dataclasses import asdict
 
 import torch
 from torch import Tensor
 
 from benchmarks import measure
-from ear import scores
-from ear.config import Parameters
+from benchmarks.models import INPUTS, PUBLISHED, untrained
 from ear.config.compose import compose
-from ear.model.autoregressive import AutoregressiveModel
-from ear.model.files import build_model
+from ear.model.masked import MaskedModel
 from ear.model.masking import masked_after, random_orders
-from ear.model.shape import Shape
 from ear.runtime.device import set_precision
-from ear.runtime.randomness import ImageStreams, Source, generator
-from ear.sampling import sampler as sampling
+from ear.runtime.randomness import ImageStreams, RandomSource
 from ear.sampling.guidance import scale_at
-
-PUBLISHED = ("imagenet256_base", "imagenet256_large", "imagenet256_huge")
-CLASSES = {"digits": 10}  # of the presets whose data have not 1000
-
-
-def untrained(preset: str, parameters: Parameters) -> AutoregressiveModel:
-    """The preset's model in eval mode; a head that is not 0 costs what a trained one does."""
-    side = parameters.data.image_size // parameters.tokenizer.downsample
-    classes = tuple(str(k) for k in range(CLASSES.get(preset, 1000)))
-    shape = Shape(
-        (parameters.tokenizer.channels, side, side),
-        classes,
-        asdict(parameters.model),
-        scores.chosen(asdict(parameters.score)),
-    )
-    return build_model(shape).initialise(generator(0, "weights")).eval()
+from ear.sampling.sampler import sample
+from ear.sampling.settings import SamplingSettings
 
 
 @torch.inference_mode()
-def naive(model: AutoregressiveModel, labels: Tensor, *, steps: int, guidance: float, temperature: float, source: Source) -> Tensor:
+def naive(model: MaskedModel, labels: Tensor, settings: SamplingSettings, source: RandomSource) -> Tensor:
     """Guided sampling that runs the head on all tokens in every step; tokens [B, L, D]."""
     images, length, device = len(labels), model.tokens, labels.device
     orders = random_orders(images, length, source, device)
     tokens = torch.zeros(images, length, model.token_embedding.in_features, device=device)
     mask = torch.ones(images, length, dtype=torch.bool, device=device)
     null, masked = torch.arange(2 * images, device=device) >= images, length
-    for left in masked_after(length, steps):
+    for left in masked_after(length, settings.steps):
         hidden = model.hidden(tokens.repeat(2, 1, 1), mask.repeat(2, 1), labels.repeat(2), null)
         conditional, unconditional = hidden.flatten(0, 1).chunk(2)
-        scale = scale_at("linear", guidance, tokens=length, masked=left)
+        scale = scale_at("linear", settings.guidance, tokens=length, masked=left)
         drawn = model.score.sample(
-            conditional, source=source, temperature=temperature, unconditional=unconditional, guidance=scale
+            conditional,
+            source=source,
+            temperature=settings.temperature,
+            unconditional=unconditional,
+            guidance=scale,
         )
         revealed = torch.zeros_like(mask).scatter_(1, orders[:, left:masked], True)
         tokens = torch.where(revealed[..., None], drawn.unflatten(0, (images, length)).float(), tokens)
@@ -65,33 +50,37 @@ def naive(model: AutoregressiveModel, labels: Tensor, *, steps: int, guidance: f
 
 
 @torch.inference_mode()
-def head_only(model: AutoregressiveModel, labels: Tensor, *, steps: int, temperature: float, source: Source) -> None:
+def head_only(model: MaskedModel, labels: Tensor, settings: SamplingSettings, source: RandomSource) -> None:
     """The calls of the head that one sampling makes, on hidden states of noise."""
     masked = model.tokens
-    for left in masked_after(model.tokens, steps):
+    for left in masked_after(model.tokens, settings.steps):
         rows = len(labels) * (masked - left)
-        hidden = torch.randn(2 * rows, model.shape.model["width"], device=labels.device)
+        hidden = torch.randn(2 * rows, model.shape.model.width, device=labels.device)
         model.score.sample(
-            hidden[:rows], source=source, temperature=temperature, unconditional=hidden[rows:], guidance=2.0
+            hidden[:rows],
+            source=source,
+            temperature=settings.temperature,
+            unconditional=hidden[rows:],
+            guidance=2.0,
         )
         masked = left
 
 
 def measured(preset: str, batch: int, device: torch.device, repeats: int) -> dict:
     """Images per second of one preset, the head's share, and the ratio to the baseline."""
-    parameters = compose([f"preset={preset}", "data.path=/images", "tokenizer.weights=/weights.ckpt"])  # not read
-    options, model = parameters.sample, untrained(preset, parameters).to(device)
+    parameters = compose([f"preset={preset}", *INPUTS])
+    options, model = parameters.sample, untrained(parameters).to(device)
+    settings = SamplingSettings.of(options)
     precision = options.precision if device.type == "cuda" else "float32"
     set_precision(precision, device, key="sample.precision")
     labels = (torch.arange(batch) % len(model.shape.classes)).to(device)
-    common = {"steps": options.steps, "temperature": options.temperature}
     ways = {
-        "sampling": lambda source: sampling.sample(model, labels, guidance=options.guidance, source=source, **common),
-        "baseline": lambda source: naive(model, labels, guidance=options.guidance, source=source, **common),
-        "head": lambda source: head_only(model, labels, source=source, **common),
+        "sampling": lambda source: sample(model, labels, settings, source=source),
+        "baseline": lambda source: naive(model, labels, settings, source),
+        "head": lambda source: head_only(model, labels, settings, source),
     }
 
-    def once(way: Callable[[Source], object]) -> None:
+    def once(way: Callable[[RandomSource], object]) -> None:
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
             way(ImageStreams(0, range(batch)))
         if device.type == "cuda":

@@ -19,48 +19,24 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import measure
-from benchmarks.sampling import PUBLISHED, untrained
+from benchmarks.models import INPUTS, PUBLISHED, Batch, Training, untrained
 from ear.commands import costs
 from ear.config import Parameters
 from ear.config.compose import compose
-from ear.model.autoregressive import AutoregressiveModel
+from ear.model.masked import MaskedModel
 from ear.model.masking import mask_first, masked_count, random_orders
 from ear.model.tokens import patchify
+from ear.model.training import parameter_groups
 from ear.runtime.device import compile_in_place, prepare_device
 from ear.runtime.randomness import generator, uniform
 from ear.scores.sample_based import pairwise_loss
-from ear.training import optimizer
 from ear.training.ema import Average
-from ear.training.trainer import Trainer
 
 _PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # bfloat16 without sparsity, from the data sheets
 _STEPS = {"cpu": 3, "cuda": 10}  # of one turn
 
 
-def latents_and_labels(model: AutoregressiveModel, images: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """A micro-batch of noise."""
-    latents = torch.randn((images, *model.shape.latent), generator=generator(0, "latents"))
-    return latents.to(device), (torch.arange(images) % len(model.shape.classes)).to(device)
-
-
-def trainer(model: AutoregressiveModel, parameters: Parameters, loss: Callable) -> Trainer:
-    """The trainer of the train stage."""
-    options = parameters.train
-    groups = model.parameter_groups(weight_decay=options.weight_decay, head_rate=options.head_rate)
-    rates = {"learning_rate": options.learning_rate, "beta1": options.beta1, "beta2": options.beta2}
-    return Trainer(
-        model,
-        optimizer=optimizer.adamw(groups, **rates),
-        loss=loss,
-        rate=lambda images: 1e-3,
-        ema_decays={"averaged": options.ema_decay, "averaged_long": options.ema_decay_long},
-        clip_norm=options.clip_norm,
-        global_batch_size=options.global_batch_size,
-        micro_batch_size=options.micro_batch_size,
-    )
-
-
-def plain_loss(model: AutoregressiveModel, latents: Tensor, labels: Tensor, source: torch.Generator) -> Tensor:
+def plain_loss(model: MaskedModel, latents: Tensor, labels: Tensor, source: torch.Generator) -> Tensor:
     """The loss of `AutoregressiveModel.loss` with the head on all tokens, once per noise sample."""
     tokens, rule = patchify(latents, model.patch), model.score
     orders = random_orders(len(tokens), model.tokens, source, tokens.device)
@@ -74,10 +50,12 @@ def plain_loss(model: AutoregressiveModel, latents: Tensor, labels: Tensor, sour
     return (per_token * mask.flatten()).sum() / mask.sum()
 
 
-def plain_loop(model: AutoregressiveModel, parameters: Parameters, batch: tuple[Tensor, Tensor], autocast: Callable) -> Callable:
-    """A step of training as one writes it first, on a global batch of equal micro-batches."""
+def plain_loop(model: MaskedModel, parameters: Parameters, batch: Batch, autocast: Callable) -> Callable:
+    """A training step as published code does it, on a global batch of equal micro-batches."""
     options, positions = parameters.train, itertools.count()
-    groups = model.parameter_groups(weight_decay=options.weight_decay, head_rate=options.head_rate)
+    moments, labels = batch
+    latents = moments.float().chunk(2, dim=1)[0]
+    groups = parameter_groups(model, weight_decay=options.weight_decay, head_rate=options.head_rate)
     declared = [{"params": g.parameters, "weight_decay": g.weight_decay} for g in groups]
     adamw = torch.optim.AdamW(declared, lr=1e-6, betas=(options.beta1, options.beta2), foreach=False)
     averages = [Average(model).module for _ in range(2)]
@@ -89,7 +67,7 @@ def plain_loop(model: AutoregressiveModel, parameters: Parameters, batch: tuple[
         position, total = next(positions), 0.0
         for part in range(parts):
             with autocast():
-                loss = plain_loss(model, *batch, generator(0, "loss", position, part)) / parts
+                loss = plain_loss(model, latents, labels, generator(0, "loss", position, part)) / parts
             loss.backward()
             total += loss.item()
         nn.utils.clip_grad_norm_(model.parameters(), options.clip_norm, foreach=False)
@@ -120,25 +98,19 @@ def turns(ways: dict[str, Callable[[], object]], *, rounds: int, steps: int, cud
 def measured(preset: str, device: torch.device, rounds: int) -> dict:
     """The figures of one preset."""
     cuda, fast = device.type == "cuda", {"train.precision=float32"} if device.type == "cpu" else set()
-    inputs = {"data.path=/images", "tokenizer.weights=/weights.ckpt"} if preset != "digits" else set()  # not read
-    parameters = compose([f"preset={preset}", *sorted(fast | inputs)])
+    parameters = compose([f"preset={preset}", *INPUTS, *sorted(fast)])
     options = parameters.train
-    ours = untrained(preset, parameters).to(device)
+    ours = untrained(parameters).to(device)
     if cuda and parameters.runtime.compile:
         compile_in_place(ours.transformer)
-    batch = latents_and_labels(ours, options.micro_batch_size, device)
+    training = Training(ours, parameters, device)
 
     def autocast():
         return torch.autocast(device.type, torch.bfloat16, enabled=options.precision == "bfloat16")
 
-    def loss(batch: tuple[Tensor, Tensor], position: int):
-        with autocast():
-            return ours.loss(*batch, temperature=1.0, generator=generator(0, "loss", position)), {}
-
-    training = trainer(ours, parameters, loss)
     ways = {
-        "training": lambda: training.step(itertools.repeat(batch)),
-        "plain loop": plain_loop(untrained(preset, parameters).to(device), parameters, batch, autocast),
+        "training": training.step,
+        "plain loop": plain_loop(untrained(parameters).to(device), parameters, training.batch, autocast),
     }
     seconds = turns(ways, rounds=rounds, steps=_STEPS[device.type], cuda=cuda)
     ratios = [theirs / own for own, theirs in zip(seconds["training"], seconds["plain loop"], strict=True)]
@@ -154,14 +126,14 @@ def measured(preset: str, device: torch.device, rounds: int) -> dict:
         "speedup_range": [min(ratios), max(ratios)],
     }
     ways.clear()  # the plain loop's memory is not the training's
-    return figures | (on_cuda(ours, training, batch, rate) if cuda else {})
+    return figures | (on_cuda(training, rate) if cuda else {})
 
 
-def on_cuda(model: AutoregressiveModel, training: Trainer, batch: tuple[Tensor, Tensor], rate: float) -> dict:
+def on_cuda(training: Training, rate: float) -> dict:
     """Peak memory of a step, and MFU where the device's peak is known."""
     torch.cuda.reset_peak_memory_stats()
-    training.step(itertools.repeat(batch))
-    flops = costs.training_flops(model.shape)["forward and backward"]
+    training.step()
+    flops = costs.training_flops(training.model.shape)["forward and backward"]
     peak = next((p for name, p in _PEAK_FLOPS.items() if name in torch.cuda.get_device_name()), None)
     return {
         "peak_memory_gb": torch.cuda.max_memory_allocated() / 1e9,

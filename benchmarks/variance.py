@@ -53,10 +53,12 @@ def trained_head(parameters: Parameters, m: int) -> tuple[EnergyScore, Tensor, T
     """(a head after some training, hidden states [N, W], targets [N, D]): the target is a noisy map of the state."""
     model, source = parameters.model, generator(0, "head", m)
     channels = parameters.tokenizer.channels
-    options = {**vars(parameters.score), "name": "energy", "samples": m}
-    sizes = {"hidden_width": model.width, "token_channels": channels}
+    options = parameters.score.model_copy(update={"name": "energy", "samples": m}).chosen
+    size = scores.HeadSize(
+        hidden_width=model.width, token_channels=channels, width=model.head_width, depth=model.head_depth
+    )
     torch.manual_seed(0)  # layers draw their first weights from the global state
-    score = scores.build(options, **sizes, width=model.head_width, depth=model.head_depth)
+    score = EnergyScore(options, size)
     score.initialise(source)
     mapping = torch.randn(model.width, channels, generator=source) / model.width**0.5
     optimizer = torch.optim.AdamW(score.parameters(), lr=1e-3)

@@ -1,1 +1,1 @@
-"""Hydra groups and presets, composed into params.yaml by `python -m ear.configure`."""
+"""Hydra groups and presets, composed into params.yaml by `ear configure`."""

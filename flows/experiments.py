@@ -6,7 +6,6 @@ that leaves it least to do. (DVC's run cache would do the latter, but it leaves 
 """
 
 import contextlib
-import fcntl
 import json
 import shutil
 import subprocess
@@ -14,7 +13,9 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
+from filelock import FileLock, Timeout
 from ruamel.yaml import YAML
 
 from ear.files.atomic import whole_file, whole_folder
@@ -23,6 +24,11 @@ from flows.repository import BusyError, RepositoryError
 
 COPY = Path("work/experiments")
 LOCK, PARAMETERS = "dvc.lock", "params.yaml"
+
+
+def experiment_name(values: Mapping[str, Any], prefix: str) -> str:
+    """A readable name that git accepts: sweep-score.name=kernel-sample.guidance=2.0; `prefix` for no change."""
+    return "-".join([prefix, *(f"{key}={quote(str(value), safe='')}" for key, value in values.items())])
 
 
 def run(name: str, values: Mapping[str, Any], *, line: Callable[[str], None]) -> None:
@@ -105,14 +111,13 @@ def metrics(name: str) -> dict[str, dict]:
 
 @contextlib.contextmanager
 def _alone() -> Iterator[None]:
-    """Hold the copy; raises BusyError where another process does."""
+    """Hold the lock of the copy; raises BusyError if another process holds it."""
     COPY.parent.mkdir(exist_ok=True)
-    with COPY.with_suffix(".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise BusyError(f"another sweep or comparison is running in {COPY}; wait for its end.") from error
-        yield
+    try:
+        with FileLock(COPY.with_suffix(".lock"), blocking=False):
+            yield
+    except Timeout as error:
+        raise BusyError(f"another sweep or comparison is running in {COPY}; wait until it ends.") from error
 
 
 def _bring_up(results: Mapping[str, str]) -> None:

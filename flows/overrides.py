@@ -14,6 +14,8 @@ from ear import config
 from ear.errors import UserError
 from ear.files.atomic import whole_file
 
+PARAMETERS = Path("params.yaml")
+
 
 def parse(texts: Iterable[str]) -> dict[str, Any]:
     """["section.key=value", ...] => {"section.key": value}, values read as DVC reads YAML. Raises ValueError."""

@@ -1,19 +1,19 @@
 """The pipeline as a Prefect flow: one task per DVC stage, in the order that dvc.yaml gives.
 
-As a plain script, with no server started by hand:
+As a program, without a server:
 
     python -m flows.pipeline
     python -m flows.pipeline --stages sample evaluate --set sample.guidance=2.0 --force sample
 
-With Prefect's server, which shows runs at http://127.0.0.1:4200 and starts them, each in a terminal of its own after
-`export PREFECT_API_URL=http://127.0.0.1:4200/api`:
+With Prefect's server, which starts runs and shows them at http://127.0.0.1:4200. Run each line in its own terminal,
+after `export PREFECT_API_URL=http://127.0.0.1:4200/api`:
 
     prefect server start --host 127.0.0.1
     prefect worker start --pool ear --type process
     prefect --no-prompt deploy --all && prefect deployment run pipeline/local --watch
 
-DVC decides what is out of date. Stages run one at a time and stop with the flow: Ctrl-C, a cancelled run and a
-terminated worker process leave no process behind. Overrides are written to params.yaml and stay there.
+DVC decides which stages are out of date. Stages run one at a time and stop with the flow: Ctrl-C, a cancelled run and a
+terminated worker leave no process behind. Overrides are written to params.yaml and stay there.
 """
 
 # isort: off
@@ -21,62 +21,34 @@ import flows.settings  # noqa: F401 - first: Prefect reads its settings when it 
 
 # isort: on
 import argparse
-import base64
-import signal
 import sys
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from prefect import State, flow, get_run_logger, task
 from prefect.artifacts import create_markdown_artifact, create_table_artifact
-from prefect.cache_policies import NO_CACHE
-from prefect.exceptions import TerminationSignal
-from prefect.settings import get_current_settings
 from prefect.states import Completed, Failed
 
 from ear.errors import UserError
 from flows import overrides as parameter_overrides
 from flows import repository
-from flows.repository import BusyError, RepositoryError
-
-PARAMETERS = Path("params.yaml")
-GRID = Path("data/samples/grid.png")
-# A larger picture would make the artifact, and the page that shows it, heavy.
-GRID_BYTES = 1 << 20
+from flows.artifacts import GRID, metric_rows, picture
+from flows.overrides import PARAMETERS
+from flows.program import report
+from flows.repository import RepositoryError
+from flows.states import OPTIONS, failed
 
 
 @dataclass
 class Outcome:
-    """What became of one stage."""
+    """What happened to one stage."""
 
     stage: str
     result: str  # ran, restored, up to date, failed, not run
     why: str
     seconds: float
-
-
-def _is_busy(task, run, state: State) -> bool:
-    """Whether another DVC process was in the way: the one failure that waiting mends."""
-    return state.name == "Busy"
-
-
-def failed(error: Exception) -> State:
-    """A failed state of one line, without a traceback."""
-    return Failed(name="Busy" if isinstance(error, BusyError) else "Failed", message=str(error))
-
-
-# DVC is the only cache, so Prefect keeps none; only a busy repository is tried again.
-OPTIONS: dict[str, Any] = {
-    "cache_policy": NO_CACHE,
-    "retries": 4,
-    "retry_delay_seconds": [2, 10, 60, 300],
-    "retry_condition_fn": _is_busy,
-}
 
 
 @task(task_run_name="check what changed", **OPTIONS)
@@ -93,11 +65,11 @@ def run_stage(name: str, why: str, upstream_ran: bool, force: bool) -> State:
     """Bring one stage up to date; the state's name says how, its message why."""
     log = get_run_logger()
     try:
-        if upstream_ran and not force:  # what ran may have changed its inputs, or given the same bytes again
+        if upstream_ran and not force:  # upstream stages may have changed its inputs, or written the same bytes again
             why = repository.changes(name).get(name, "")
         if not why:
             log.info("%s is up to date", name)
-            return Completed(name="up to date", message="nothing that it depends on has changed")
+            return Completed(name="up to date", message="none of its dependencies changed")
         log.info("%s is out of date: %s", name, why)
         return Completed(name=repository.reproduce(name, force=force, line=log.info), message=why)
     except RepositoryError as error:
@@ -113,9 +85,9 @@ def pipeline(
     """Bring stages up to date through DVC.
 
     Args:
-        stages: what to bring up to date, each with all that it needs; none means every stage.
-        overrides: {"section.key": value}, written to params.yaml once all of them are found to be valid.
-        force: stages to run though nothing has changed; true means those named in `stages`, or every stage.
+        stages: stages to bring up to date, each with all its upstream stages; none means every stage.
+        overrides: {"section.key": value}, written to params.yaml if all of them are valid.
+        force: stages to run even if nothing changed; true means those named in `stages`, or every stage.
     """
     try:
         graph = repository.graph()
@@ -136,16 +108,16 @@ def pipeline(
 def walk(graph: dict[str, set[str]], order: list[str], forced: list[str], changed: dict[str, str]) -> list[Outcome]:
     """Run the stages one after another, up to the first that fails."""
     outcomes: list[Outcome] = []
-    fresh: set[str] = set()  # what has new outputs
+    fresh: set[str] = set()  # stages with new outputs
     for name in order:
         if any(outcome.result == "failed" for outcome in outcomes):
             outcomes.append(Outcome(name, "not run", "an earlier stage failed", 0.0))
             continue
-        below = bool(fresh & graph[name])
+        upstream_ran = bool(fresh & graph[name])
         why = "; ".join(filter(None, ["forced" if name in forced else "", changed.get(name, "")]))
         start = time.monotonic()
-        state = run_stage(name, why, below, name in forced, return_state=True)
-        result = state.name if state.is_completed() else "failed"
+        state = run_stage(name, why, upstream_ran, name in forced, return_state=True)
+        result = str(state.name) if state.is_completed() else "failed"
         outcomes.append(Outcome(name, result, state.message or "", round(time.monotonic() - start, 1)))
         if result in ("ran", "restored"):
             fresh.add(name)
@@ -153,7 +125,7 @@ def walk(graph: dict[str, set[str]], order: list[str], forced: list[str], change
 
 
 def summary(outcomes: Iterable[Outcome]) -> State:
-    """The flow's last state: what failed, or what ran, in one line."""
+    """The flow's final state: which stage failed, or what each stage did, in one line."""
     stages: dict[str, list[str]] = {}
     for outcome in outcomes:
         if outcome.result == "failed":
@@ -163,7 +135,7 @@ def summary(outcomes: Iterable[Outcome]) -> State:
 
 
 def publish(outcomes: list[Outcome]) -> None:
-    """Artifacts for Prefect's pages: what ran and why; and, where nothing failed, the metrics and the sample grid."""
+    """Artifacts for Prefect's pages: what ran and why; if nothing failed, also the metrics and the sample grid."""
     create_table_artifact(
         key="stages", table=[asdict(outcome) for outcome in outcomes], description="What ran, and why"
     )
@@ -180,64 +152,6 @@ def publish(outcomes: list[Outcome]) -> None:
         create_markdown_artifact(key="sample-grid", markdown=picture(GRID), description="Generated images")
 
 
-def metric_rows(files: dict[str, dict]) -> list[dict]:
-    """One row per number: file, dotted name, value."""
-
-    def flat(prefix: str, values: dict) -> Iterable[tuple[str, Any]]:
-        for name, value in values.items():
-            if isinstance(value, dict):
-                yield from flat(f"{prefix}{name}.", value)
-            else:
-                yield prefix + name, value
-
-    return [
-        {"file": path, "metric": name, "value": value} for path, data in files.items() for name, value in flat("", data)
-    ]
-
-
-def picture(path: Path) -> str:
-    """Markdown that holds the picture itself where it is small, else its path."""
-    content = path.read_bytes()
-    if len(content) > GRID_BYTES:
-        return f"`{path}` is {len(content) / 1e6:.1f} MB; look at it there."
-    return f"![{path}](data:image/png;base64,{base64.b64encode(content).decode()})"
-
-
-def report(name: str, work) -> int:
-    """Run a flow as a program: `work()` gives its last state; prints one line, returns the exit code."""
-    # A closed terminal stops the stage too.
-    signal.signal(signal.SIGHUP, lambda *_: signal.raise_signal(signal.SIGTERM))
-    if not server_answers(url := get_current_settings().api.url):
-        mend = "start it with `prefect server start`, or unset PREFECT_API_URL to do without one."
-        print(f"{name}: no Prefect server answers at {url}, the PREFECT_API_URL; {mend}", file=sys.stderr)
-        return 1
-    start = time.monotonic()
-    try:
-        state = work()
-    except (KeyboardInterrupt, TerminationSignal):
-        print(f"{name}: stopped; the same command goes on from here", file=sys.stderr)
-        return 130
-    seconds = f"({time.monotonic() - start:.0f} s)"
-    if state.is_completed():
-        print(f"{name}: {state.message} {seconds}")
-        return 0
-    print(f"{name}: {state.message} {seconds}", file=sys.stderr)
-    return 1
-
-
-def server_answers(url: str | None) -> bool:
-    """Whether a server is at `url`; true without one, since Prefect then starts its own for the length of the run."""
-    if url is None:
-        return True
-    try:
-        urllib.request.urlopen(f"{url}/health", timeout=10).close()
-    except urllib.error.HTTPError:
-        return True  # it answers, if only to refuse
-    except OSError:
-        return False
-    return True
-
-
 def main() -> int:
     """The command line; returns the exit code."""
     parser = argparse.ArgumentParser(
@@ -248,7 +162,10 @@ def main() -> int:
         "--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="written to params.yaml"
     )
     parser.add_argument(
-        "--force", nargs="*", metavar="STAGE", help="run these though nothing changed; alone: those of --stages, or all"
+        "--force",
+        nargs="*",
+        metavar="STAGE",
+        help="run these even if nothing changed; without names: those of --stages, or all",
     )
     arguments = parser.parse_args()
     try:

@@ -7,7 +7,6 @@ brings one of them into it. The table is written anew after each, so a stopped s
 """
 
 # isort: off
-from ear.errors import UserError
 import flows.settings  # noqa: F401 - first: Prefect reads its settings when it is imported
 
 # isort: on
@@ -23,13 +22,17 @@ from prefect import State, flow, get_run_logger, task
 from prefect.artifacts import create_table_artifact
 from prefect.states import Completed, Failed
 
+from ear.errors import UserError
 from ear.files.atomic import whole_file
 from flows import experiments, overrides
-from flows.comparison import experiment_name
-from flows.pipeline import OPTIONS, PARAMETERS, failed, metric_rows, report
+from flows.artifacts import metric_rows
+from flows.experiments import experiment_name
+from flows.overrides import PARAMETERS
+from flows.program import report
 from flows.repository import RepositoryError
+from flows.states import OPTIONS, failed
 
-EVALUATION = "data/evaluation/metrics.json"  # where a metric is looked for first
+EVALUATION = "data/evaluation/metrics.json"  # a metric without a file is looked up here first
 
 
 @task(task_run_name="{name}", **OPTIONS)

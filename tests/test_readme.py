@@ -24,7 +24,7 @@ def test_links_lead_somewhere(page):
 
 def test_programs_exist():
     modules = set(re.findall(r"python -m ([\w.]+\w)", TEXT)) - {"benchmarks.NAME"}
-    assert {"ear.configure", "ear.inspect", "ear.describe", "flows.pipeline", "flows.sweep"} <= modules
+    assert {"ear configure", "ear.inspect", "ear.describe", "flows.pipeline", "flows.sweep"} <= modules
     for module in modules:
         assert importlib.util.find_spec(module), module
 

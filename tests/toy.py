@@ -4,7 +4,7 @@ import math
 from typing import NamedTuple
 
 import torch
-from factories import SCORE
+from factories import score_options
 
 from ear import scores
 from ear.runtime.randomness import generator
@@ -41,8 +41,9 @@ def _centre(condition: torch.Tensor) -> torch.Tensor:
 
 def head(name: str, *, token_channels=2, width=32, seed=0, **options) -> Score:
     """An untrained head for the toy problem."""
-    sizes = {"hidden_width": HIDDEN, "token_channels": token_channels, "width": width, "depth": 2}
-    score = scores.build({**SCORE, "noise_channels": 16, **options, "name": name}, **sizes)
+    size = scores.HeadSize(hidden_width=HIDDEN, token_channels=token_channels, width=width, depth=2)
+    # Copied without checks, so that tests can show what an excluded value would do.
+    score = scores.build(score_options(name).model_copy(update={"noise_channels": 16, **options}), size)
     source = generator(seed, "head")
     for module in score.modules():
         if isinstance(module, torch.nn.Linear):

@@ -1,6 +1,5 @@
 """The comparison of the scores: its plan, its page, its refusals; slowly, one of real models."""
 
-import dataclasses
 import json
 import shutil
 import subprocess
@@ -11,13 +10,14 @@ import pytest
 import torch
 from PIL import Image
 
+from benchmarks.comparison import page, plan
+from benchmarks.comparison.compare import check_committed, check_extractor, joined, planned
+from benchmarks.comparison.plan import ablation_runs, changes, default_run, rule_runs, run_name
 from benchmarks.scores import Candidate
 from ear import config
 from ear.config.compose import compose
 from ear.config.document import to_yaml
-from flows import comparison, comparison_page, overrides, repository
-from flows.compare import check_committed, check_extractor, joined, planned
-from flows.comparison import ablation_runs, changes, default_run, experiment_name, rule_runs
+from flows import overrides, repository
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -43,17 +43,17 @@ def test_equal_runs_have_one_name(parameters):
     rules, ablations = rule_runs(parameters, 640), ablation_runs(parameters, 640)
     energy = rules["energy"][parameters.sample.guidance]
     assert energy == default_run(parameters, 640) == {"train.images": 640}
-    assert experiment_name(energy) == "compare-train.images=640"
-    assert experiment_name(rules["logarithmic, full"][1.0]) == (
+    assert run_name(energy) == "compare-train.images=640"
+    assert run_name(rules["logarithmic, full"][1.0]) == (
         "compare-score.name=logarithmic-score.covariance=full-train.images=640-sample.guidance=1.0"
     )
-    plan = planned(parameters, {"rules": 640, "ablations": 640})
-    names = {experiment_name(values) for values in plan}
-    assert len(names) == len({json.dumps(values, sort_keys=True) for values in plan})
-    assert len(names) < len(plan)
-    assert planned(parameters, {"rules": 640}) + planned(parameters, {"ablations": 640}) == plan
+    all_runs = planned(parameters, {"rules": 640, "ablations": 640})
+    names = {run_name(values) for values in all_runs}
+    assert len(names) == len({json.dumps(values, sort_keys=True) for values in all_runs})
+    assert len(names) < len(all_runs)
+    assert planned(parameters, {"rules": 640}) + planned(parameters, {"ablations": 640}) == all_runs
     assert changes({"train.images": parameters.train.images, "score.alpha": 1.5}, parameters) == {"score.alpha": 1.5}
-    assert len(ablations) == len(comparison.ABLATIONS)
+    assert len(ablations) == len(plan.ABLATIONS)
 
 
 @pytest.mark.parametrize("guidance", [2.2, 1.7])
@@ -70,12 +70,12 @@ def test_every_run_is_valid(parameters, tmp_path):
     path.write_text(to_yaml(parameters, "test"))
     for values in planned(parameters, {"rules": 640, "ablations": 640}):
         overrides.check(path, values)
-    with pytest.raises(ValueError, match=r"train\.images is 0, but train\.weights is empty"):
+    with pytest.raises(ValueError, match=r"train\.images is 0 and train\.weights is empty"):
         overrides.check(path, default_run(parameters, 0))
 
 
 def test_rules_name_files():
-    names = [comparison.file_name(rule) for rule in comparison.RULES]
+    names = [plan.file_name(rule) for rule in plan.RULES]
     assert "logarithmic-full" in names
     assert len(set(names)) == len(names)
     assert not [name for name in names if set(name) & set(" ,/")]
@@ -94,7 +94,7 @@ def test_a_candidate_is_timed(one_thread):
     assert figures["evaluations_per_image"] == {"transformer": 2, "head": 16 * 5}
     assert figures["facts"]["strictly_proper"] is True
     assert figures["facts"]["guidance_extrapolates"] == "predicted noise"
-    assert candidate.trainer.images == 2 * 3 * parameters.train.global_batch_size
+    assert candidate._training.trainer.images == 2 * 3 * parameters.train.global_batch_size
     assert figures["sampling_images_per_second"] > 0
     assert figures["training_images_per_second"] > 0
 
@@ -125,9 +125,9 @@ def test_a_part_made_alone_joins_the_other_of_the_same_commit(tmp_path):
 
 def test_a_comparison_needs_a_classifier(parameters):
     check_extractor(parameters)
-    reference = dataclasses.replace(parameters.reference, extractor="inception")
+    reference = parameters.reference.model_copy(update={"extractor": "inception"})
     with pytest.raises(ValueError, match=r"^reference\.extractor is inception, but .* set it to classifier\.$"):
-        check_extractor(dataclasses.replace(parameters, reference=reference))
+        check_extractor(parameters.model_copy(update={"reference": reference}))
 
 
 # --- real runs
@@ -174,9 +174,9 @@ def test_a_comparison_of_two_rules_goes_on_and_writes_its_page(tmp_path):
     """Two runs at two scales; one experiment is taken away, as a kill would leave it, and made again alone."""
     folder = repository_of(tmp_path)
     program = (
-        "import sys; from flows import comparison, compare\n"
-        "comparison.GUIDANCE = (1.0, 1.5)\n"
-        "comparison.RULES = {name: comparison.RULES[name] for name in ('energy', 'logarithmic, full')}\n"
+        "import sys; from benchmarks.comparison import compare, plan\n"
+        "plan.GUIDANCE = (1.0, 1.5)\n"
+        "plan.RULES = {name: plan.RULES[name] for name in ('energy', 'logarithmic, full')}\n"
         "sys.exit(compare.main())"
     )
     command = [sys.executable, "-c", program, "--images", "128", "--only", "rules"]
@@ -188,7 +188,7 @@ def test_a_comparison_of_two_rules_goes_on_and_writes_its_page(tmp_path):
     assert [rule["rule"] for rule in results["rules"]] == ["energy", "logarithmic, full"]
     assert [run["guidance"] for run in results["rules"][0]["runs"]] == [1.0, 1.5]
     assert len({run["fid"] for rule in results["rules"] for run in rule["runs"]}) == 4
-    assert (folder / "docs/scores.md").read_text() == comparison_page.page(results)
+    assert (folder / "docs/scores.md").read_text() == page.page(results)
     assert Image.open(folder / "docs/scores/logarithmic-full.png").size > (100, 100)
     # Every stage before train ran once; each rule was trained once.
     assert [done.stderr.count(f"python -m stages.{stage}") for stage in ("cache", "train", "sample")] == [1, 2, 4]

@@ -12,6 +12,7 @@ from ear.commands import costs
 from ear.config.compose import compose
 from ear.model.files import build_model
 from ear.sampling.sampler import sample
+from ear.sampling.settings import SamplingSettings
 from ear.tokenizer.autoencoder import kl_structure, new_kl
 from ear.tokenizer.critic import PatchCritic
 from ear.tokenizer.loss import AutoencoderLoss
@@ -25,7 +26,8 @@ KINDS += [{"name": "hyvarinen", "sampling_steps": 3}, {"attention": "causal"}, {
 def deeper(*, depth=3, dropout=0.1, **options):
     """An initialised model in training mode in which every token is predicted, and its shape."""
     shape = tiny_model(**options).shape
-    shape = dataclasses.replace(shape, model=shape.model | {"depth": depth, "dropout": dropout, "mask_ratio_min": 1.0})
+    options = shape.model.model_copy(update={"depth": depth, "dropout": dropout, "mask_ratio_min": 1.0})
+    shape = dataclasses.replace(shape, model=options)
     return build_model(shape).initialise(torch.Generator()).train(), shape
 
 
@@ -67,8 +69,8 @@ def test_compute_of_the_published_base_model():
     preset = compose(["preset=imagenet256_base", *PATHS])
     shape = costs.model_shape(preset, costs.build_tokenizer(preset), classes=1000)
     assert shape.latent == (16, 16, 16)
-    assert costs.mean_masked(shape) == pytest.approx(222.46, abs=1)  # of 256
-    training, sampling = costs.training_flops(shape), costs.sampling_flops(shape, preset.sample)
+    assert costs.mean_predicted(shape) == pytest.approx(222.46, abs=1)  # of 256
+    training, sampling = costs.training_flops(shape), costs.sampling_flops(shape, SamplingSettings.of(preset.sample))
     assert training["forward, transformer"] == pytest.approx(116.3e9, rel=1e-3)
     assert training["forward, head"] == pytest.approx(4 * 222 * 68.8e6, rel=0.02)  # four samples per token
     assert sampling["transformer"] == 64 * 2 * training["forward, transformer"]
@@ -86,10 +88,10 @@ def test_operations_are_those_of_the_real_model(options, one_thread):
     assert found["forward, transformer"] + found["forward, head"] == forward.get_total_flops()
     assert found["forward and backward"] == forward.get_total_flops() + backward.get_total_flops()
 
-    section = dataclasses.replace(compose([]).sample, steps=5, guidance=2.0)
+    settings = SamplingSettings(steps=5, guidance=2.0)
     with FlopCounterMode(display=False) as drawn:
-        sample(model.eval(), torch.zeros(1).long(), steps=5, guidance=2.0, source=torch.Generator())
-    assert sum(costs.sampling_flops(shape, section).values()) == drawn.get_total_flops()
+        sample(model.eval(), torch.zeros(1).long(), settings, source=torch.Generator())
+    assert sum(costs.sampling_flops(shape, settings).values()) == drawn.get_total_flops()
 
 
 @pytest.mark.parametrize("options", KINDS)
@@ -104,7 +106,7 @@ def test_activations_of_the_autoencoder_are_what_the_real_one_saves(one_thread):
     structure = kl_structure(channels=4, block_channels=[8, 16], layers=1)
     images = torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
     for weight in (0.0, 0.5):
-        options = dataclasses.replace(options, perceptual_weight=weight, adversarial_weight=weight)
+        options = options.model_copy(update={"perceptual_weight": weight, "adversarial_weight": weight})
         tokenizer = new_kl(seed=0, image_size=32, structure=structure).train()
         perceptual, critic = Perceptual(), PatchCritic().requires_grad_(False)
         weights = {p.data_ptr() for m in (tokenizer, perceptual, critic) for p in (*m.parameters(), *m.buffers())}
@@ -137,8 +139,8 @@ def test_dropout_adds_its_masks_as_cuda_keeps_them():
 
     with FakeTensorMode(), torch.device("cuda"), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         model = build_model(shape).train()
-        model.transformer(torch.empty(5, model.buffer + model.tokens, shape.model["width"]))
-    without = dataclasses.replace(shape, model=shape.model | {"dropout": 0.0})
+        model.transformer(torch.empty(5, model.buffer + model.tokens, shape.model.width))
+    without = dataclasses.replace(shape, model=shape.model.model_copy(update={"dropout": 0.0}))
     with_, bare = (costs.activation_bytes(s, images=5, precision="float32")[0] for s in (shape, without))
     assert with_ - bare == sum(tensor.numel() for tensor in masks.values()) > 0
 

@@ -1,12 +1,12 @@
 """The description of a parameter file, as a user reads it."""
 
-import dataclasses
 import json
 import sys
 
 import pytest
 
 from ear.commands import describe
+from ear.commands.cli import main
 from ear.config.compose import compose
 from ear.config.document import to_yaml
 
@@ -20,8 +20,10 @@ def folder(tmp_path, monkeypatch):
 
 
 def run(monkeypatch, *arguments):
-    monkeypatch.setattr(sys, "argv", ["describe", *arguments])
-    describe.main()
+    monkeypatch.setattr(sys, "argv", ["ear", "describe", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    return ended.value.code
 
 
 def test_description_from_parameters_alone(folder, monkeypatch, capsys):
@@ -59,7 +61,7 @@ def test_classes_and_images_come_from_the_latents_or_from_options(folder, monkey
     assert describe.data_facts(data, classes=None, images=None) == (3, 37, "data/latents/stats.json")
     assert describe.data_facts(data, classes=5, images=None)[:2] == (5, 37)
     assert describe.data_facts(data, classes=5, images=6) == (5, 6, "as given")
-    larger = dataclasses.replace(data, image_size=128)
+    larger = data.model_copy(update={"image_size": 128})
     assert describe.data_facts(larger, classes=None, images=None)[:2] == (1000, 1_331_167)
     assert describe.data_facts(compose(["preset=digits"]).data, classes=None, images=None) == (10, 1797, "digits")
 
@@ -68,14 +70,12 @@ def test_classes_and_images_come_from_the_latents_or_from_options(folder, monkey
     ("arguments", "words"),
     [
         (["--params", "absent.yaml"], "absent.yaml does not exist"),
-        (["--classes", "0"], "--classes is 0; it must be above 0"),
-        (["--teraflops", "-1"], "--teraflops is -1.0; it must be above 0"),
+        (["--classes", "0"], "--classes is 0, but must be above 0"),
+        (["--teraflops", "-1"], "--teraflops is -1.0, but must be above 0"),
     ],
 )
 def test_mistakes_are_one_line(folder, monkeypatch, capsys, arguments, words):
-    with pytest.raises(SystemExit) as caught:
-        run(monkeypatch, *arguments)
-    assert caught.value.code == 1
+    assert run(monkeypatch, *arguments) == 1
     error = capsys.readouterr().err
     assert words in error
     assert error.count("\n") == 1

@@ -1,4 +1,4 @@
-"""What `python -m ear.inspect` says about a path."""
+"""What `ear inspect` says about a path."""
 
 import os
 import subprocess
@@ -10,7 +10,8 @@ import pytest
 import small_imagenet as small
 from PIL import Image
 
-from ear.commands import configure, inspect
+from ear.commands import inspect
+from ear.config.compose import compose, presets
 from ear.data import sources
 from ear.data.manifest import Found
 
@@ -19,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 
 def run(*arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run(
-        [sys.executable, "-m", "ear.inspect", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=60
+        [sys.executable, "-m", "ear", "inspect", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=60
     )
 
 
@@ -89,9 +90,9 @@ def test_the_preset_that_fits_is_named(tmp_path):
     assert inspect.fitting(*found(folders(tmp_path / "tiny", 8))) == ("digits",)
     thousand = [Found("train", f"n{k:08d}", f"{k}", f"{k}") for k in range(1000)]
     whole = sources.Source("", tmp_path, thousand)
-    presets = inspect.fitting(whole, inspect.Sampled([], [], []))
-    assert presets == ("imagenet256_base", "imagenet256_large", "imagenet256_huge")
-    assert {*presets, "folder64", "digits"} <= set(configure.presets())
+    fitting = inspect.fitting(whole, inspect.Sampled([], [], []))
+    assert fitting == ("imagenet256_base", "imagenet256_large", "imagenet256_huge")
+    assert {*fitting, "folder64", "digits"} <= set(presets())
 
 
 @pytest.mark.parametrize("side", [8, 64])
@@ -100,7 +101,7 @@ def test_the_command_that_it_names_works(tmp_path, side):
     last = inspect.describe(str(root), *found(root)).splitlines()[-1]
     title, command = last.split(maxsplit=1)
     assert title == "next"
-    parameters = configure.compose(command.split()[3:])
+    parameters = compose(command.split()[2:])
     assert (parameters.data.source, parameters.data.path) == ("folder", str(root))
 
 
@@ -108,7 +109,7 @@ def test_the_command_for_imagenet_names_what_its_user_brings(tmp_path):
     thousand = [Found("train", f"n{k:08d}", f"{k}", f"{k}") for k in range(1000)]
     text = inspect.describe("PATH", sources.Source("", tmp_path, thousand), inspect.Sampled([], [], []))
     command = text.splitlines()[-1].split(maxsplit=1)[1]
-    p = configure.compose(command.split()[3:])
+    p = compose(command.split()[2:])
     named = (p.data.path, p.tokenizer.weights, p.reference.statistics)
     assert named == ("PATH", "KL16_CHECKPOINT", "ADM_STATISTICS")
 
@@ -136,5 +137,5 @@ def test_errors_are_one_line(arguments, message):
 
 
 def test_help_and_options_explain_themselves():
-    assert "which preset fits it" in run("--help").stdout
-    assert "--sample and --seed must be at least 0" in run("ear", "--sample", "-1").stderr
+    assert "the preset that fits" in run("--help").stdout
+    assert "Invalid value for '--sample': -1" in run("ear", "--sample", "-1").stderr

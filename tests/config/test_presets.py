@@ -1,11 +1,9 @@
 """Every preset composes, keeps the published recipe where it is one, and has a smoke form of the same structure."""
 
-from dataclasses import asdict
-
 import pytest
 
-from ear.commands.configure import compose, describe_preset, presets
-from ear.config.parameters import missing_files
+from ear.config import missing_files
+from ear.config.compose import compose, describe_preset, presets
 
 PUBLISHED = {  # depth, width, heads, head depth, head width
     "imagenet256_base": (24, 768, 12, 6, 1024),
@@ -61,7 +59,7 @@ def test_smoke_forms_differ_in_size_not_in_structure(name):
         "sample": ("guidance", "schedule", "temperature"),
     }
     for section, keys in kept.items():
-        values = [asdict(getattr(p, section)) for p in (full, smoke)]
+        values = [getattr(p, section).model_dump() for p in (full, smoke)]
         assert {k: values[0][k] for k in keys} == {k: values[1][k] for k in keys}, section
     assert (smoke.train.precision, smoke.runtime.compile, smoke.reference.extractor) == ("float32", False, "classifier")
     assert smoke.train.images <= 10_000
@@ -81,7 +79,7 @@ def test_the_published_presets_say_which_files_they_expect(name):
     expected = missing_files(p)
     assert list(expected) == ["data.path", "tokenizer.weights", "reference.statistics"]
     assert expected["tokenizer.weights"] == (
-        "tokenizer.weights is 'weights/kl16.ckpt', which does not exist; bring it, or set tokenizer.name to kl to "
+        "tokenizer.weights is 'weights/kl16.ckpt', which does not exist; provide it, or set tokenizer.name to kl to "
         "train an autoencoder."
     )
     assert not missing_files(compose([f"preset={name}_smoke"]))

@@ -59,17 +59,16 @@ def listed(tree: Path) -> Manifest:
 def prepare(tree: Path, manifest: Manifest | None = None, **changes) -> Path:
     """List and prepare beside the tree; returns the target."""
     base = tree.parent
+    layout = {"image_size": 8, "shard_size": 4, "compression": "none"}
     options = {
         "scratch": base / "scratch",
         "target": base / "prepared",
         "rejected_list": base / "logs/rejected.csv",
-        "image_size": 8,
-        "shard_size": 4,
-        "compression": "none",
         "max_rejected": 0,
         "workers": 0,
+        **{key: value for key, value in changes.items() if key not in layout},
     }
-    options.update(changes)
+    options["layout"] = preparation.Layout(**{**layout, **{key: changes[key] for key in layout if key in changes}})
     options["scratch"].mkdir(exist_ok=True)
     preparation.prepare(manifest or listed(tree), **options)
     return options["target"]
@@ -199,7 +198,7 @@ def test_an_image_changed_since_it_was_listed_is_rejected(tree):
     manifest = listed(tree)
     picture(99, 20, 20).save(tree / "a/02.png")
     every = dataclasses.replace(manifest, rows=[row._replace(split="train") for row in manifest.rows])
-    shard = preparation.plan(every, "train", image_size=8, shard_size=99, compression="none")[0]
+    shard = preparation.plan(every, "train", preparation.Layout(8, 99, "none"))[0]
     summary = preparation.write_shard(shard, tree.parent)
     assert summary["rows"] == 19
     ((path, reason),) = summary["rejected"]

@@ -8,15 +8,18 @@ import numpy as np
 import pytest
 import torch
 import torch_fidelity
+from factories import section
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
 from ear.data.images import to_signed
-from ear.evaluation import features, metrics
+from ear.evaluation import extractors, metrics
 from ear.evaluation.classifier import Classifier, load_classifier, save_classifier, shifted
 from ear.evaluation.extraction import Batch, extract, gather
-from ear.evaluation.extractors import inception_weights, open_extractor, save_inception
+from ear.evaluation.extractors import open_extractor, save_inception
 from ear.evaluation.reference import Reference
 from ear.evaluation.statistics import Moments, class_accuracy
+from ear.files.digests import sha256
+from ear.files.tensors import write_tensors
 
 torch.set_num_threads(1)
 CPU = torch.device("cpu")
@@ -43,7 +46,7 @@ class InMemory:
         return self._images[rows.start : rows.stop]
 
 
-def extract(images: np.ndarray, extractor, batch_size: int, folder: Path) -> Batch:
+def features_of(images: np.ndarray, extractor, batch_size: int, folder: Path) -> Batch:
     source = InMemory(images)
     batches = extract(source, extractor=extractor, batch_size=batch_size, title="samples", folder=folder)
     return gather(batches, len(images))
@@ -146,7 +149,7 @@ def test_torch_fidelity_agrees_from_images_to_figures(extractor, tmp_path):
         cache=False,
         verbose=False,
     )
-    ours = extract(generated, extractor, 16, tmp_path / "passes")
+    ours = features_of(generated, extractor, 16, tmp_path / "passes")
     found, _ = extractor(real)
     moments = Moments()
     moments.add(found)
@@ -154,9 +157,7 @@ def test_torch_fidelity_agrees_from_images_to_figures(extractor, tmp_path):
         ours.features,
         ours.logits,
         Reference(moments.gaussian(), found, moments.gaussian(), {}),
-        kid_subset_size=20,
-        neighborhood=3,
-        seed=2020,
+        section("evaluate", kid_subset_size=20, neighborhood=3, seed=2020),
     )
     assert figures["fid"] == pytest.approx(theirs["frechet_inception_distance"], rel=1e-4)
     assert figures["inception_score"] == pytest.approx(theirs["inception_score_mean"], rel=1e-6)
@@ -166,7 +167,7 @@ def test_torch_fidelity_agrees_from_images_to_figures(extractor, tmp_path):
 
 def test_images_come_in_order_whatever_the_batch(extractor, tmp_path):
     images = pictures(10)
-    small, large = (extract(images, extractor, size, tmp_path / f"{size}") for size in (3, 10))
+    small, large = (features_of(images, extractor, size, tmp_path / f"{size}") for size in (3, 10))
     torch.testing.assert_close(small, large)
     torch.testing.assert_close(large.features, extractor(images)[0])
     assert small.labels.tolist() == [0, 1] * 5
@@ -181,42 +182,42 @@ def test_a_killed_pass_looks_at_the_missing_images_alone(extractor, tmp_path):
             raise KeyboardInterrupt
         return forward(batch)
 
-    whole = extract(images, extractor, 3, tmp_path / "whole")
+    whole = features_of(images, extractor, 3, tmp_path / "whole")
     extractor.module.forward = stopping
     with pytest.raises(KeyboardInterrupt):
-        extract(images, extractor, 3, tmp_path / "killed")
-    again = extract(images, extractor, 3, tmp_path / "killed")
+        features_of(images, extractor, 3, tmp_path / "killed")
+    again = features_of(images, extractor, 3, tmp_path / "killed")
     assert looked == [3, 3, 3, 3, 1]
     assert all(torch.equal(*parts) for parts in zip(again, whole, strict=True))
 
 
 def test_features_of_another_extractor_are_not_taken_for_its_own(extractor, tmp_path):
-    before = extract(pictures(4), extractor, 4, tmp_path)
+    before = features_of(pictures(4), extractor, 4, tmp_path)
     save_classifier(tmp_path / "other", Classifier(2, 8).initialise(generator(1)), classes=["a", "b"])
-    after = extract(pictures(4), open_extractor(tmp_path / "other", CPU), 4, tmp_path)
+    after = features_of(pictures(4), open_extractor(tmp_path / "other", CPU), 4, tmp_path)
     assert not torch.equal(before.features, after.features)
 
 
 def test_no_images_are_refused(extractor, tmp_path):
     with pytest.raises(ValueError, match="samples: there are no images"):
-        extract(pictures(0), extractor, 3, tmp_path)
+        features_of(pictures(0), extractor, 3, tmp_path)
 
 
 def test_non_finite_features_name_the_image(extractor, tmp_path):
     extractor.module.classifier.head.bias.fill_(float("nan"))
     with pytest.raises(ValueError, match="samples: the features of image 0 are infinite or NaN"):
-        extract(pictures(6), extractor, 4, tmp_path)
+        features_of(pictures(6), extractor, 4, tmp_path)
 
 
 def test_files_that_describe_no_extractor_are_refused(tmp_path):
     path = tmp_path / "other.safetensors"
-    features.records.write_tensors(path, {"a": torch.zeros(1)}, {"name": "other"})
+    write_tensors(path, {"a": torch.zeros(1)}, {"name": "other"})
     with pytest.raises(ValueError, match="describes no feature extractor"):
         open_extractor(path, CPU)
     with pytest.raises(ValueError, match="holds no classifier"):
         load_classifier(path)
     description = {"name": "ear-classifier", "classes": ["a"], "image_size": 8}
-    features.records.write_tensors(path, {"a": torch.zeros(1)}, description)
+    write_tensors(path, {"a": torch.zeros(1)}, description)
     with pytest.raises(ValueError, match="classifier of another structure"):
         load_classifier(path)
 
@@ -230,7 +231,7 @@ def test_failed_download_says_what_to_do(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")  # nothing listens there
     with pytest.raises(FileNotFoundError, match=r"cannot be downloaded \(.*name it in reference.weights"):
-        inception_weights("")
+        extractors.inception_weights("")
 
 
 class Harmful:
@@ -242,10 +243,10 @@ def test_weights_that_run_code_are_refused(tmp_path, capsys):
     path = tmp_path / "weights.pth"
     torch.save({"fc.weight": Harmful()}, path)
     with pytest.raises(ValueError, match=r"weights\.pth cannot be read as plain weights"):
-        inception_weights(str(path))
+        extractors.inception_weights(str(path))
     path.write_bytes(pickle.dumps(Harmful()))
     with pytest.raises(ValueError, match=r"weights\.pth cannot be read as plain weights"):
-        inception_weights(str(path))
+        extractors.inception_weights(str(path))
     assert "unpickled" not in capsys.readouterr().out
 
 
@@ -294,7 +295,7 @@ def test_inception_from_a_file(tmp_path, inception_weights):
     assert found.shape == (2, extractor.dimension) == (2, 2048)
     assert logits.shape == (2, 1008)
     assert found.isfinite().all()
-    assert extractor.sha256 == features.records.sha256(inception_weights)
+    assert extractor.sha256 == sha256(inception_weights)
     assert not extractor.published  # right form, other values
     content = torch.load(inception_weights, weights_only=True)
     torch.save({name: tensor + 1 for name, tensor in content.items()}, inception_weights)

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 import torch
+from factories import section
 
 from ear.evaluation import metrics
-from ear.evaluation.metrics import floor
 from ear.evaluation.reference import Reference, Summary, read_statistics, summarise
 from ear.evaluation.statistics import Gaussian, Moments, class_accuracy
 from ear.files.digests import sha256
@@ -143,8 +143,8 @@ def test_summary_keeps_all_of_a_small_set():
 
 def test_compare_gives_every_figure_and_repeats_itself():
     generated, real = cloud(100), cloud(120, seed=1)
-    settings = {"kid_subset_size": 50, "neighborhood": 3, "seed": 1}
-    figures = metrics.compare(generated, generated, reference(real), **settings)
+    settings = section("evaluate", kid_subset_size=50, neighborhood=3, seed=1)
+    figures = metrics.compare(generated, generated, reference(real), settings)
     assert figures["fid"] == metrics.frechet_distance(gaussian(generated), gaussian(real))
     assert list(figures) == [
         "fid",
@@ -155,13 +155,17 @@ def test_compare_gives_every_figure_and_repeats_itself():
         "precision",
         "recall",
     ]
-    assert figures == metrics.compare(generated, generated, reference(real), **settings)
+    assert figures == metrics.compare(generated, generated, reference(real), settings)
+
+
+def check(*, generated: int, real: int, **options) -> None:
+    metrics.check_counts(section("evaluate", **options), generated=generated, real=real)
 
 
 def test_floor_is_small_for_one_distribution_and_uses_subsets_that_fit():
     real, held_out = cloud(400), cloud(150, seed=1)
     summary = Summary(gaussian(held_out), held_out, 0.9)
-    floor = floor(reference(real), summary, seed=0)
+    floor = metrics.floor(reference(real), summary, seed=0)
     assert floor["kid_subset_size"] == 150
     assert 0 < floor["fid"] < 0.05 * metrics.frechet_distance(gaussian(real + 2), gaussian(held_out))
 
@@ -176,9 +180,9 @@ def test_floor_is_small_for_one_distribution_and_uses_subsets_that_fit():
 )
 def test_too_few_images_are_named(changes, message):
     counts = {"generated": 30, "real": 20, "kid_subset_size": 20, "neighborhood": 3}
-    metrics.check_counts(**counts)
+    check(**counts)
     with pytest.raises(ValueError, match=message):
-        metrics.check_counts(**(counts | changes))
+        check(**(counts | changes))
 
 
 def test_reference_survives_the_disk_byte_for_byte(tmp_path):

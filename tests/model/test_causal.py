@@ -11,6 +11,7 @@ from ear.model.masking import random_orders
 from ear.model.tokens import patchify, pick, unpatchify
 from ear.runtime.randomness import ImageStreams, generator
 from ear.sampling.sampler import network_evaluations, sample
+from ear.sampling.settings import SamplingSettings
 
 LABELS = torch.tensor([0, 1, 2, 0])
 KINDS = [("raster", False), ("raster", True), ("random", True)]
@@ -32,12 +33,12 @@ def inputs(model, seed=0):
 def test_a_token_changes_only_the_predictions_after_it(order, target_positions):
     model = causal_model(order, target_positions)
     tokens, orders = inputs(model)
-    hidden = model.hidden(tokens, orders, LABELS)
+    hidden = model.predict(tokens, orders, LABELS)
     for place in (0, 5, 14, 15):
         changed = tokens.scatter_add(
             1, orders[:, place, None, None].expand(-1, 1, 3), torch.full((len(LABELS), 1, 3), 3.0)
         )
-        differs = (model.hidden(changed, orders, LABELS) - hidden).abs().amax(dim=(0, 2)) > 1e-6
+        differs = (model.predict(changed, orders, LABELS) - hidden).abs().amax(dim=(0, 2)) > 1e-6
         assert differs.nonzero()[:, 0].tolist() == list(range(place + 1, model.tokens))
 
 
@@ -45,15 +46,15 @@ def test_a_token_changes_only_the_predictions_after_it(order, target_positions):
 def test_predictions_depend_on_class_order_and_target():
     model = causal_model()
     tokens, orders = inputs(model)
-    hidden = model.hidden(tokens, orders, LABELS)
-    assert not torch.allclose(hidden, model.hidden(tokens, orders, LABELS.flip(0)))
+    hidden = model.predict(tokens, orders, LABELS)
+    assert not torch.allclose(hidden, model.predict(tokens, orders, LABELS.flip(0)))
     null = torch.tensor([True, False, False, True])
-    without = model.hidden(tokens, orders, LABELS, null)
+    without = model.predict(tokens, orders, LABELS, null)
     assert torch.equal(without[1:3], hidden[1:3])
     assert not torch.allclose(without[0], hidden[0])
     swapped = orders.clone()  # the same tokens up to place 10, another target there
     swapped[:, [10, 15]] = orders[:, [15, 10]]
-    other = model.hidden(tokens, swapped, LABELS)
+    other = model.predict(tokens, swapped, LABELS)
     torch.testing.assert_close(other[:, :10], hidden[:, :10])
     assert not torch.allclose(other[:, 10], hidden[:, 10])
 
@@ -63,7 +64,7 @@ def test_predictions_depend_on_class_order_and_target():
 def test_cached_passes_equal_the_full_one(order, target_positions):
     model = causal_model(order, target_positions)
     tokens, orders = inputs(model)
-    full = model.hidden(tokens, orders, LABELS)
+    full = model.predict(tokens, orders, LABELS)
     caches = model.caches()
     rows = [model.transformer(model.start(LABELS, None, orders[:, :1]), caches)[:, -1:]]
     for i in range(model.tokens - 1):
@@ -79,7 +80,7 @@ def uncached(model, labels, orders, *, guidance, source):
     tokens = torch.zeros(len(labels), model.tokens, 3)
     null = torch.ones(len(labels), dtype=torch.bool)
     for i in range(model.tokens):
-        with_class, without = (model.hidden(tokens, orders, labels, n)[:, i] for n in (None, null))
+        with_class, without = (model.predict(tokens, orders, labels, n)[:, i] for n in (None, null))
         scale = 1 + (guidance - 1) * (model.tokens - max(model.tokens - i - 1, 1)) / model.tokens
         drawn = model.score.sample(with_class, source=source, unconditional=without, guidance=scale)
         tokens.scatter_(1, orders[:, i, None, None].expand(-1, 1, 3), drawn[:, None])
@@ -92,7 +93,9 @@ def test_generation_through_the_cache_equals_full_passes(order):
     model = causal_model(order)
     orders = model.draw_orders(len(LABELS), generator(3, "orders"))
     expected = uncached(model, LABELS, orders, guidance=2.5, source=ImageStreams(5, range(4)))
-    drawn = sample(model, LABELS, steps=1, guidance=2.5, source=ImageStreams(5, range(4)), orders=orders)
+    drawn = sample(
+        model, LABELS, SamplingSettings(steps=1, guidance=2.5), source=ImageStreams(5, range(4)), orders=orders
+    )
     torch.testing.assert_close(drawn, expected, atol=1e-5, rtol=1e-5)
     assert (drawn.abs() > 0).all()
 
@@ -101,7 +104,7 @@ def test_generation_takes_one_pass_per_token_whatever_the_steps():
     model = causal_model()
     widths = []
     model.transformer.register_forward_hook(lambda _, inputs, __: widths.append(inputs[0].shape[:2]))
-    a, b = (sample(model, LABELS, steps=s, source=ImageStreams(5, range(4))) for s in (1, 64))
+    a, b = (sample(model, LABELS, SamplingSettings(steps=s), source=ImageStreams(5, range(4))) for s in (1, 64))
     assert torch.equal(a, b)
     assert widths == 2 * [(4, model.buffer), *15 * [(4, 1)]]
     assert network_evaluations(model, 1)["transformer"] == 16
@@ -109,9 +112,9 @@ def test_generation_takes_one_pass_per_token_whatever_the_steps():
 
 def test_image_k_is_the_same_in_any_batch():
     model = causal_model()
-    options = {"steps": 1, "guidance": 2.0}
-    together = sample(model, LABELS, source=ImageStreams(5, range(4)), **options)
-    apart = sample(model, LABELS[2:], source=ImageStreams(5, [2, 3]), **options)
+    settings = SamplingSettings(steps=1, guidance=2.0)
+    together = sample(model, LABELS, settings, source=ImageStreams(5, range(4)))
+    apart = sample(model, LABELS[2:], settings, source=ImageStreams(5, [2, 3]))
     torch.testing.assert_close(together[2:], apart, atol=1e-5, rtol=1e-5)
     assert not torch.allclose(together[0], together[3])  # the same class, another stream
 
@@ -125,7 +128,7 @@ def test_every_score_trains_and_draws(name):
     loss.backward()
     assert loss.isfinite()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
-    drawn = sample(model.eval(), LABELS, steps=1, guidance=2.0, source=generator(2))
+    drawn = sample(model.eval(), LABELS, SamplingSettings(steps=1, guidance=2.0), source=generator(2))
     assert drawn.shape == (4, 3, 4, 4)
     assert drawn.isfinite().all()
 
@@ -133,9 +136,10 @@ def test_every_score_trains_and_draws(name):
 def test_all_tokens_are_predicted():
     model = causal_model()
     tokens, _ = inputs(model)
-    hidden, positions = model.predictions(tokens, LABELS, torch.zeros(4, dtype=torch.bool), generator(7))
+    positions = model.training_positions(4, generator(7))
+    hidden = model.predict(tokens, positions, LABELS)
     assert torch.equal(positions, random_orders(4, 16, generator(7)))
-    assert torch.equal(hidden, model.hidden(tokens, positions, LABELS))
+    assert hidden.shape == (4, 16, 32)
 
 
 def test_untrained_target_table_is_zero_and_raster_can_do_without():
@@ -151,10 +155,17 @@ def test_saved_model_loads_equal(tmp_path):
     loaded, _ = load_model(tmp_path / "model.safetensors")
     assert isinstance(loaded, CausalModel)
     tokens, orders = inputs(model)
-    assert torch.equal(model.hidden(tokens, orders, LABELS), loaded.hidden(tokens, orders, LABELS))
+    assert torch.equal(model.predict(tokens, orders, LABELS), loaded.predict(tokens, orders, LABELS))
 
 
 def test_known_tokens_are_refused():
     model = causal_model()
-    with pytest.raises(ValueError, match=r"model\.attention is causal"):
-        sample(model, LABELS, steps=1, source=generator(0), known=torch.zeros(4, 3, 4, 4))
+    with pytest.raises(ValueError, match=r"model\.attention is 'causal'"):
+        sample(
+            model,
+            LABELS,
+            SamplingSettings(steps=1),
+            source=generator(0),
+            known=torch.zeros(4, 3, 4, 4),
+            mask=torch.ones(4, 16, dtype=torch.bool),
+        )

@@ -10,7 +10,9 @@ from safetensors.torch import load_file
 from ear.model import interop
 from ear.model.autoregressive import AutoregressiveModel
 from ear.model.tokens import patchify, unpatchify
+from ear.model.training import parameter_groups
 from ear.sampling.sampler import sample
+from ear.sampling.settings import SamplingSettings
 from ear.scores.energy import energy_loss
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -121,10 +123,12 @@ def test_sampling_traces(model, golden, index):
     latents = sample(
         model,
         golden["labels"],
-        steps=CONFIG["num_iter"],
-        guidance=trace["cfg"],
-        schedule=trace["schedule"],
-        temperature=trace["infer_temperature"],
+        SamplingSettings(
+            steps=CONFIG["num_iter"],
+            guidance=trace["cfg"],
+            schedule=trace["schedule"],
+            temperature=trace["infer_temperature"],
+        ),
         source=Replay(golden[prefix + "noise"]),
         orders=golden[prefix + "orders"],
     )
@@ -144,7 +148,7 @@ def test_published_sizes(size):
     parameters = dict(model.named_parameters())
     assert sum(p.numel() for p in parameters.values()) == golden["n_parameters"]
     named = {id(p): name for name, p in parameters.items()}
-    groups = model.parameter_groups(weight_decay=0.02, head_rate=0.25)
+    groups = parameter_groups(model, weight_decay=0.02, head_rate=0.25)
     ours = [{named[id(p)] for p in group.parameters} for group in groups]
     expected = [{interop.our_name(n) for n in golden["groups"][key]} for key in ("no_decay", "head", "decay")]
     assert ours == expected

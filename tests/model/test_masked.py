@@ -25,7 +25,7 @@ def test_patchify_round_trip_and_order(latent, patch):
 
 
 def test_patch_that_does_not_divide_is_refused():
-    with pytest.raises(ValueError, match=r"model\.patch_size is 3 .* 4 x 4"):
+    with pytest.raises(ValueError, match=r"model\.patch_size is 3, .* 4 x 4"):
         tiny_model(patch_size=3)
 
 
@@ -71,8 +71,8 @@ def test_several_draws_of_the_target_share_the_context_of_the_first(name):
     (a, labels), (b, _) = inputs(model), inputs(model, seed=1)
     loss = lambda latents: model.loss(latents, labels, temperature=1.0, generator=generator(4))  # noqa: E731
     of_a, of_both = loss(a), loss(torch.stack([a, b]))
-    context, predictions = patchify(a, 1), model.predictions
-    model.predictions = lambda _, *others: predictions(context, *others)
+    context, predict = patchify(a, 1), model.predict
+    model.predict = lambda _, *others: predict(context, *others)
     of_b = loss(b)
     assert abs(of_a - of_b) > 1e-3
     torch.testing.assert_close(of_both, (of_a + of_b) / 2)

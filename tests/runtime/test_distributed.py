@@ -120,7 +120,7 @@ def test_launched_processes_end_when_one_is_killed(tmp_path):
     (tmp_path / "killed.py").write_text(
         textwrap.dedent("""
             import os, pathlib, sys
-            from ear import distributed
+            from ear.runtime import distributed
 
             if not distributed.launched():
                 sys.exit(distributed.launch("killed", ["argument"], 2))

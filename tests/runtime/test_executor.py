@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from ear.runtime import executor as parallel
+from ear.runtime import executor
 
 ROOT = Path(__file__).parents[2]
 
@@ -26,7 +26,7 @@ def halve(shard: int, folder: Path) -> int:
 
 
 def mapped(folder: Path, shards: list[int], **where) -> dict[int, int]:
-    return dict(parallel.map_shards(partial(halve, folder=folder), shards, **where))
+    return dict(executor.map_shards(partial(halve, folder=folder), shards, **where))
 
 
 def workers(folder: Path) -> set[int]:
@@ -66,8 +66,8 @@ def test_a_cluster_that_does_not_answer_is_named(tmp_path, address):
 
 def test_workers_with_another_decoder_are_refused(tmp_path, cluster, monkeypatch):
     with monkeypatch.context() as patch:
-        real = parallel.importlib.metadata.version
-        patch.setattr(parallel.importlib.metadata, "version", lambda name: "0.1" if name == "pillow" else real(name))
+        real = executor.importlib.metadata.version
+        patch.setattr(executor.importlib.metadata, "version", lambda name: "0.1" if name == "pillow" else real(name))
         with pytest.raises(ValueError, match=r"worker tcp://.* has pillow \d+\S*, but this machine has 0\.1; install"):
             mapped(tmp_path, [1], workers=0, cluster=cluster)
     assert not list(tmp_path.iterdir())
@@ -78,7 +78,7 @@ def test_work_for_this_machine_does_not_need_dask():
         (
             "import sys",
             "sys.modules['distributed'] = None",
-            "from ear.parallel import map_shards",
+            "from ear.runtime.executor import map_shards",
             "print(list(map_shards(abs, [-1], workers=1)))",
             "list(map_shards(abs, [1], workers=0, cluster='a'))",
         )
@@ -90,4 +90,4 @@ def test_work_for_this_machine_does_not_need_dask():
         text=True,
     )
     assert done.stdout == "[(-1, 1)]\n"
-    assert "ValueError: runtime.cluster is 'a', but Dask is not installed; install the extra `cluster`" in done.stderr
+    assert "UserError: runtime.cluster is 'a', but Dask is not installed; install the extra `cluster`" in done.stderr

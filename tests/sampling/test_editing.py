@@ -14,6 +14,7 @@ from ear.model.tokens import patchify
 from ear.runtime.randomness import ImageStreams, generator
 from ear.sampling.editing import masked_tokens
 from ear.sampling.sampler import sample
+from ear.sampling.settings import SamplingSettings
 from ear.tokenizer.autoencoder import Identity, save_tokenizer
 
 OPTIONS = {"steps": 3, "guidance": 2.0, "seed": 4}
@@ -94,17 +95,19 @@ def test_sampling_keeps_known_tokens(steps):
     known = torch.randn(3, 3, 4, 4, generator=generator(0))
     mask = torch.zeros(3, 16, dtype=torch.bool)
     mask.scatter_(1, random_orders(3, 16, generator(1))[:, :6], True)
-    drawn = sample(model, labels, steps=steps, guidance=2.0, source=generator(2), known=known, mask=mask)
+    drawn = sample(
+        model, labels, SamplingSettings(steps=steps, guidance=2.0), source=generator(2), known=known, mask=mask
+    )
     kept = (patchify(drawn, 1) == patchify(known, 1)).all(-1)
     assert torch.equal(kept, ~mask)
 
 
 def test_with_nothing_known_it_is_generation():
     model, labels = tiny_model(), torch.tensor([0, 1, 2])
-    options = {"steps": 4, "guidance": 2.0}
+    settings = SamplingSettings(steps=4, guidance=2.0)
     everything = {"known": torch.ones(3, 3, 4, 4), "mask": torch.ones(3, 16, dtype=torch.bool)}
-    generated = sample(model, labels, source=ImageStreams(3, range(3)), **options)
-    assert torch.equal(sample(model, labels, source=ImageStreams(3, range(3)), **everything, **options), generated)
+    generated = sample(model, labels, settings, source=ImageStreams(3, range(3)))
+    assert torch.equal(sample(model, labels, settings, source=ImageStreams(3, range(3)), **everything), generated)
 
 
 def test_orders_start_with_the_masked_tokens():
@@ -139,5 +142,5 @@ def test_mistakes_are_one_sentence(data, change, words):
 
 def test_a_causal_model_cannot_edit(tmp_path):
     images, mask = inputs()
-    with pytest.raises(ValueError, match=r"model\.attention is causal"):
+    with pytest.raises(ValueError, match=r"model\.attention is 'causal'"):
         ear.inpaint(images, mask, [0, 1, 2, 0], data=write_pipeline(tmp_path, attention="causal"))

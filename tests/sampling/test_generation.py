@@ -13,6 +13,7 @@ from ear.latents.statistics import Statistics
 from ear.model.files import save_model
 from ear.sampling import generation
 from ear.sampling.generation import ImageSampler
+from ear.sampling.settings import SamplingSettings
 from ear.tokenizer.autoencoder import Identity, save_tokenizer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -63,9 +64,9 @@ def test_latents_are_denormalised_before_they_are_decoded(data):
     """With the head at 0 every latent is the mean, 0.1, which is grey level 127.5 * 1.1."""
     model = tiny_model(latent=(12, 4, 4), classes=CLASSES, trained=False)
     statistics = Statistics(0.1, 0.5, (0.1,) * 12, (0.5,) * 12)
-    generator = ImageSampler(model, Identity(image_size=8, downsample=2), statistics)
-    assert generator.image_shape == (8, 8, 3)
-    images = generator.images([0, 1], first=0, schedule="linear", **DRAW)
+    sampler = ImageSampler(model, Identity(image_size=8, downsample=2), statistics)
+    assert sampler.image_shape == (8, 8, 3)
+    images = sampler.images([0, 1], SamplingSettings(**DRAW), first=0)
     assert np.unique(images).tolist() == [140]
 
 
@@ -85,7 +86,7 @@ def test_no_label_is_refused(data, labels):
 
 @pytest.mark.parametrize("steps", [0, -3])
 def test_no_step_is_refused(data, steps):
-    message = rf"^steps is {steps}; it must be at least 1\.$"
+    message = rf"^steps is {steps}, but must be at least 1\.$"
     with pytest.raises(ValueError, match=message):
         ear.generate(data, [1], **DRAW | {"steps": steps})
     with pytest.raises(ValueError, match=message):
@@ -106,16 +107,17 @@ def test_absent_models_are_named(tmp_path):
 
 
 def test_images_that_are_not_finite_are_named(data):
-    generator = ImageSampler.open(data / generation.MODEL, data / generation.TOKENIZER)
-    generator.model.class_embedding.weight.data[4] = torch.nan
+    sampler = ImageSampler.open(data / generation.MODEL, data / generation.TOKENIZER)
+    sampler.model.class_embedding.weight.data[4] = torch.nan
     with pytest.raises(ValueError, match="image 102 is not finite; the model diverged"):
-        generator.images([1, 2, 4], first=100, schedule="linear", **DRAW)
+        sampler.images([1, 2, 4], SamplingSettings(**DRAW), first=100)
 
 
 def test_bfloat16_moves_images_a_little(data):
-    generator = ImageSampler.open(data / generation.MODEL, data / generation.TOKENIZER)
-    settings = {"first": 0, "schedule": "linear", **DRAW}
-    exact, rounded = (generator.images([1, 2], precision=p, **settings) for p in ("float32", "bfloat16"))
+    sampler = ImageSampler.open(data / generation.MODEL, data / generation.TOKENIZER)
+    exact, rounded = (
+        sampler.images([1, 2], SamplingSettings(**DRAW, precision=p), first=0) for p in ("float32", "bfloat16")
+    )
     difference = np.abs(exact.astype(int) - rounded)
     assert 0 < difference.mean() < 5
 

@@ -5,6 +5,7 @@ from factories import tiny_model
 from ear.runtime.randomness import ImageStreams, generator
 from ear.sampling.guidance import scale_at
 from ear.sampling.sampler import network_evaluations, sample
+from ear.sampling.settings import SamplingSettings
 
 LABELS = torch.tensor([0, 1, 2, 0, 1])
 
@@ -12,7 +13,7 @@ LABELS = torch.tensor([0, 1, 2, 0, 1])
 def draw(model, labels=LABELS, first=0, **options):
     settings = {"steps": 5, "guidance": 2.0, "schedule": "linear", "temperature": 0.8}
     source = ImageStreams(7, range(first, first + len(labels)))
-    return sample(model, labels, source=source, **{**settings, **options})
+    return sample(model, labels, SamplingSettings(**{**settings, **options}), source=source)
 
 
 def test_image_k_is_the_same_in_any_batch():
@@ -58,9 +59,9 @@ def test_patches(patch):
 
 def test_one_generator_serves_all_images():
     model = tiny_model()
-    options = {"steps": 3, "guidance": 1.0}
-    first = sample(model, LABELS, source=generator(0), **options)
-    assert torch.equal(first, sample(model, LABELS, source=generator(0), **options))
+    settings = SamplingSettings(steps=3, guidance=1.0)
+    first = sample(model, LABELS, settings, source=generator(0))
+    assert torch.equal(first, sample(model, LABELS, settings, source=generator(0)))
 
 
 def test_guidance_schedules():

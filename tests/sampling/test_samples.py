@@ -62,7 +62,7 @@ def test_a_full_disk_is_noticed_before_anything_is_drawn(tmp_path):
     """In a process whose files may not grow beyond 2 MB, which stands for a small disk."""
     program = (
         "import resource\n"
-        "from ear import samples\n"
+        "from ear.sampling import samples\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (2_000_000, 2_000_000))\n"
         "options = {'labels': [0] * 1000, 'image_shape': (32, 32, 3), 'sampling': {'seed': 0}}\n"
         "try:\n"

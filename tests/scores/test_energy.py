@@ -6,9 +6,11 @@ import math
 import pytest
 import torch
 import toy
+from factories import score_options
 
 from ear.runtime.randomness import generator
 from ear.scores.energy import EnergyScore, distance, energy_loss
+from ear.scores.score import HeadSize
 
 DOUBLE = torch.float64
 
@@ -177,21 +179,11 @@ def test_distances_are_float32_under_autocast():
     assert abs(loss.item()) < 1e-5  # |far - near| - |near - far|, exact only in float32
 
 
-def head(**options) -> EnergyScore:
-    settings = {
-        "hidden_width": 8,
-        "token_channels": 2,
-        "width": 32,
-        "depth": 2,
-        "alpha": 1.0,
-        "samples": 2,
-        "pairs": "all",
-        "targets": 1,
-        "smoothing": 1e-6,
-        "noise": "uniform",
-        "noise_channels": 16,
-    }
-    score = EnergyScore(**{**settings, **options})
+def head(*, token_channels: int = 2, **options) -> EnergyScore:
+    """An untrained head; options are not checked, so that alpha can be 2."""
+    changed = score_options("energy").model_copy(update={"noise_channels": 16, **options})
+    size = HeadSize(hidden_width=8, token_channels=token_channels, width=32, depth=2)
+    score = EnergyScore(changed, size)
     for module in score.modules():
         if isinstance(module, torch.nn.Linear):
             torch.nn.init.xavier_uniform_(module.weight, generator=generator(0, "head"))

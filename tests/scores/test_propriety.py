@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import toy
-from factories import SCORE
+from factories import score_options
 
 from ear import scores
 from ear.runtime.randomness import generator
@@ -44,8 +44,8 @@ def scaled(scale: float) -> torch.Tensor:
 
 
 def build(name: str, **options) -> scores.Score:
-    sizes = {"hidden_width": 4, "token_channels": 2, "width": 8, "depth": 1}
-    return scores.build({**SCORE, **options, "name": name}, **sizes)
+    size = scores.HeadSize(hidden_width=4, token_channels=2, width=8, depth=1)
+    return scores.build(score_options(name).model_copy(update=options), size)  # unchecked: alpha can be 2
 
 
 def pairwise(score: SampleBasedScore, forecast: torch.Tensor, truth: torch.Tensor) -> float:
@@ -94,8 +94,8 @@ class ExactNoise(hyvarinen.HyvarinenScore):
 
 def denoising_loss(forecast: torch.Tensor, truth: torch.Tensor, count=8000, kind=ExactNoise) -> float:
     channels = len(truth)
-    sizes = {"hidden_width": 4, "token_channels": channels, "width": 8, "depth": 1}
-    score = kind(**sizes, samples=1, sampling_steps=10, denoised_limit=0.0)
+    size = scores.HeadSize(hidden_width=4, token_channels=channels, width=8, depth=1)
+    score = kind(score_options("hyvarinen", samples=1, sampling_steps=10, denoised_limit=0.0), size)
     score.covariance = forecast
     y = torch.randn(count, channels, generator=generator(0, "y"), dtype=DOUBLE) @ torch.linalg.cholesky(truth).T
     return float(score.loss(torch.zeros(count, 4), y.float(), temperature=1.0, generator=generator(1)).mean())

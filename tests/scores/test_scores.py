@@ -1,7 +1,9 @@
 """Every score behind the one interface: propriety, closed forms, and a head that learns a conditional mixture."""
 
 import math
+from typing import get_args
 
+import factories
 import pytest
 import torch
 import toy
@@ -9,14 +11,19 @@ from factories import tiny_model
 from toy import head
 
 from ear import scores
+from ear.config import Score
+from ear.config.compose import compose
+from ear.config.scores import OPTIONS, score_options
+from ear.errors import UserError
 from ear.runtime.randomness import ImageStreams, generator
 from ear.sampling.sampler import sample
+from ear.sampling.settings import SamplingSettings
 from ear.scores import hyvarinen
 from ear.scores.kernel import KernelScore
 from ear.scores.logarithmic import Mixture, guided
 
 DOUBLE = torch.float64
-TOY = {  # options beside those of factories.SCORE
+TOY = {  # options beside those of factories.score_options
     "kernel": {"samples": 4},
     "logarithmic": {"components": 4},
     "hyvarinen": {"samples": 4, "denoised_limit": 3.0},
@@ -51,9 +58,9 @@ def test_every_score_serves_model_and_sampler(name):
     loss.backward()
     assert loss.isfinite()
     assert sum(p.grad.abs().sum() for p in model.score.parameters() if p.grad is not None) > 0
-    options = {"steps": 3, "guidance": 2.0, "temperature": 0.9}
-    together = sample(model, labels[:4], source=ImageStreams(3, range(4)), **options)
-    apart = sample(model, labels[2:4], source=ImageStreams(3, [2, 3]), **options)
+    settings = SamplingSettings(steps=3, guidance=2.0, temperature=0.9)
+    together = sample(model, labels[:4], settings, source=ImageStreams(3, range(4)))
+    apart = sample(model, labels[2:4], settings, source=ImageStreams(3, [2, 3]))
     torch.testing.assert_close(together[2:], apart, atol=1e-4, rtol=1e-4)
 
 
@@ -78,13 +85,22 @@ def test_facts_for_whoever_compares_scores(name):
     assert score.targets == (3 if name in ("energy", "kernel") else 1)
 
 
-def test_alpha_two_declares_that_it_is_not_strictly_proper():
-    assert not head("energy", alpha=2.0).strictly_proper
+def test_every_score_has_options_a_class_and_a_place_in_the_flat_section():
+    """What to touch for a new score: its class and entry (ear.scores), its options and the section's bases and name
+    (ear.config.scores), its defaults (conf/config.yaml). Then `ear configure` writes params.yaml anew."""
+    names = list(scores.SCORES)
+    assert list(OPTIONS) == names, "ear.config.scores.OPTIONS and ear.scores.SCORES must have the same names"
+    choices = get_args(Score.model_fields["name"].annotation)
+    assert list(choices) == names, "the `name` of ear.config.scores.Score must list every score"
+    for name, kind in OPTIONS.items():
+        absent = kind.model_fields.keys() - Score.model_fields.keys()
+        assert not absent, f"make {kind.__name__} a base of ear.config.scores.Score: it lacks {absent}"
+        assert isinstance(compose([f"score.name={name}"]).score.chosen, kind), "give its defaults in conf/config.yaml"
 
 
 def test_unknown_score_lists_the_known_ones():
-    with pytest.raises(ValueError, match="energy, kernel, logarithmic, hyvarinen, categorical"):
-        head("brier")
+    with pytest.raises(UserError, match="'brier', but must be one of energy, kernel, logarithmic, hyvarinen, categor"):
+        score_options({"name": "brier"})
 
 
 # Kernel score
@@ -272,8 +288,9 @@ class ExactGaussian(hyvarinen.HyvarinenScore):
 
 
 def test_ancestral_sampler_with_the_exact_score_and_variance():
-    sizes = {"hidden_width": 4, "token_channels": 1, "width": 8, "depth": 1}
-    sampler = ExactGaussian(**sizes, samples=2, sampling_steps=100, denoised_limit=0.0)
+    size = scores.HeadSize(hidden_width=4, token_channels=1, width=8, depth=1)
+    options = factories.score_options("hyvarinen", samples=2, sampling_steps=100, denoised_limit=0.0)
+    sampler = ExactGaussian(options, size)
     drawn = sampler.sample(torch.zeros(100_000, 4), source=generator(0))
     assert abs(drawn.mean() - 0.7) < 0.014
     assert abs(drawn.std() / 0.4 - 1) < 0.02
@@ -287,8 +304,9 @@ class ConstantNoise(hyvarinen.HyvarinenScore):
 
 
 def test_diffusion_guidance_extrapolates_the_predicted_noise_and_temperature_scales_the_added():
-    sizes = {"hidden_width": 4, "token_channels": 2, "width": 8, "depth": 1}
-    sampler = ConstantNoise(**sizes, samples=1, sampling_steps=10, denoised_limit=0.0)
+    size = scores.HeadSize(hidden_width=4, token_channels=2, width=8, depth=1)
+    options = factories.score_options("hyvarinen", samples=1, sampling_steps=10, denoised_limit=0.0)
+    sampler = ConstantNoise(options, size)
     one, two, four = (torch.full((5, 4), value) for value in (1.0, 2.0, 4.0))
     guided_by_hand = sampler.sample(four, source=generator(0))
     drawn = sampler.sample(two, source=generator(0), unconditional=one, guidance=3.0)  # 1 + 3 (2 - 1) = 4

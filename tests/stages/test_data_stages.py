@@ -121,7 +121,7 @@ def test_fetch_says_which_file_a_later_stage_will_miss(repository):
     code, errors = repository.run("fetch")
     assert code == 1
     assert one_line(errors, "fetch") == (
-        "fetch: reference.statistics is 'weights/adm.npz', which does not exist; bring it, or set it to '' to use the "
+        "fetch: reference.statistics is 'weights/adm.npz', which does not exist; provide it, or set it to '' to use the "
         "training images."
     )
     assert not (repository.path / "data/raw").exists()

@@ -13,9 +13,9 @@ import torch
 from processes import together
 from safetensors.numpy import load_file
 
-from ear.evaluation import features
 from ear.evaluation.classifier import Classifier, save_classifier
 from ear.evaluation.extractors import Extractor, open_extractor
+from ear.files.digests import sha256
 
 ROOT = Path(__file__).parents[2]
 SHORT = {"reference.images": 16_000, "reference.batch_size": 32, "reference.learning_rate": 5e-3}
@@ -182,10 +182,10 @@ def test_protocol_names_what_the_figures_depend_on(repository):
     assert protocol["images_per_class"] == {"least": counts.min(), "most": counts.max()}
     assert protocol["sampling"]["model_sha256"] == "ab" * 32
     assert protocol["extractor"]["name"] == "ear-classifier"
-    assert protocol["extractor"]["sha256"] == features.records.sha256("data/reference/extractor.safetensors")
+    assert protocol["extractor"]["sha256"] == sha256("data/reference/extractor.safetensors")
     assert protocol["extractor"]["features"] == 64
     assert protocol["reference"]["images"] == 1438
-    assert protocol["reference"]["sha256"] == features.records.sha256("data/reference/features.safetensors")
+    assert protocol["reference"]["sha256"] == sha256("data/reference/features.safetensors")
 
 
 def test_two_processes_leave_the_bytes_of_one(repository):

@@ -82,8 +82,8 @@ def test_all_stages_on_real_pictures(repository, tmp_path, one_thread):
     images = write_class_folders(tmp_path / "images", each=16, classes=3, least_side=20)
     parameters = write_parameters(images, **TINY)
     for stage in ORDER:
-        visible = program.visible(parameters, program.declared(stage).get("params", []))
-        importlib.import_module(f"stages.{stage}").work(visible)
+        module = importlib.import_module(f"stages.{stage}")
+        module.work(program.visible(parameters, module.Parameters))
 
     assert read("data/prepared/classes.json")["classes"] == sorted(list(PHOTOGRAPHS)[:3])
     latents = read("data/latents/stats.json")
@@ -92,7 +92,7 @@ def test_all_stages_on_real_pictures(repository, tmp_path, one_thread):
     metrics = read("data/evaluation/metrics.json")
     assert metrics["protocol"]["images_per_class"] == {"least": 4, "most": 4}
     assert np.isfinite([metrics[name] for name in ("fid", "kid", "precision", "recall", "class_accuracy")]).all()
-    counted = costs.of_pipeline(parameters, classes=3, images=48)
+    counted = costs.pipeline_costs(parameters, classes=3, images=48)
     assert read("data/model/metrics.json")["parameters"] == counted.parameters["all"]
     assert read("data/tokenizer/metrics.json")["parameters"] == counted.parameters["tokenizer"]
     for folder in ("data/prepared", "data/latents"):

@@ -1,6 +1,5 @@
 """Published weights through the stages: from a checkpoint file to images, without training."""
 
-from dataclasses import asdict
 from pathlib import Path
 
 import h5py
@@ -11,7 +10,6 @@ import torch
 from prepared_sets import pixels, write_prepared
 
 import ear
-from ear import scores
 from ear.files.digests import sha256
 from ear.files.json_files import read_json
 from ear.latents.store import LatentStore
@@ -53,7 +51,7 @@ def run(stage: str, **changes) -> None:
 def untrained(**changes) -> AutoregressiveModel:
     """A model of the parameters' shape, whose head is not 0."""
     parameters, store = one_stage.parameters({**TINY, **changes}), LatentStore("data/latents", "train")
-    shape = Shape(store.shape, store.classes, asdict(parameters.model), scores.chosen(asdict(parameters.score)))
+    shape = Shape(store.shape, store.classes, parameters.model, parameters.score.chosen)
     model = build_model(shape).initialise(generator(5, "weights"))
     for parameter in model.score.parameters():
         parameter.data += 0.3 * torch.randn(parameter.shape, generator=generator(5, "head"))
@@ -111,5 +109,5 @@ def test_a_checkpoint_of_another_shape_leaves_the_earlier_model(checkpoint):
 
 
 def test_no_training_needs_weights():
-    with pytest.raises(ValueError, match=r"train\.images is 0, but train\.weights is empty"):
+    with pytest.raises(ValueError, match=r"train\.images is 0 and train\.weights is empty"):
         run("train", **{"train.weights": ""})

@@ -16,6 +16,7 @@ from ear.latents.statistics import Statistics
 from ear.model.files import save_model
 from ear.sampling.generation import ImageSampler
 from ear.sampling.sampler import network_evaluations
+from ear.sampling.settings import SamplingSettings
 from ear.tokenizer.autoencoder import Identity, save_tokenizer
 from stages import program
 
@@ -52,11 +53,11 @@ def test_the_file_tells_how_it_was_made():
         assert file["labels"][:].tolist() == [k % 3 for k in range(23)]
         assert file["seed"][()] == 5
         sampling = json.loads(file.attrs["sampling"])
-        generator = ImageSampler.open("data/finetuned/model.safetensors", "data/tokenizer/tokenizer.safetensors")
+        sampler = ImageSampler.open("data/finetuned/model.safetensors", "data/tokenizer/tokenizer.safetensors")
         settings = {name: sampling[name] for name in ("steps", "guidance", "schedule", "temperature", "seed")}
-        assert np.array_equal(file["images"][20:], generator.images([2, 0, 1], first=20, **settings))
+        assert np.array_equal(file["images"][20:], sampler.images([2, 0, 1], SamplingSettings(**settings), first=20))
     assert sampling["classes"] == list(CLASSES)
-    assert sampling["evaluations_per_image"] == network_evaluations(generator.model, settings["steps"])
+    assert sampling["evaluations_per_image"] == network_evaluations(sampler.model, settings["steps"])
     assert sampling["model_sha256"] == sha256("data/finetuned/model.safetensors")
     assert Image.open("data/samples/grid.png").size == (3 * 66 + 2, 8 * 66 + 2)  # a column for each class
 
@@ -85,11 +86,11 @@ def test_a_killed_run_goes_on_with_the_missing_batches(monkeypatch):
     program.shutil.rmtree("work")
     drawn, images = [], ImageSampler.images
 
-    def stopping(self, labels, *, first, **settings):
+    def stopping(self, labels, settings, *, first):
         drawn.append(first)
         if len(drawn) == 3:
             raise KeyboardInterrupt
-        return images(self, labels, first=first, **settings)
+        return images(self, labels, settings, first=first)
 
     monkeypatch.setattr(ImageSampler, "images", stopping)
     with pytest.raises(KeyboardInterrupt):
@@ -112,10 +113,10 @@ def test_other_parameters_start_afresh():
 def test_a_failure_of_one_process_leaves_the_earlier_samples(monkeypatch):
     before, images = run(), ImageSampler.images
 
-    def failing(self, labels, *, first, **settings):
+    def failing(self, labels, settings, *, first):
         if first == 5:
             raise ValueError("image 7 is not finite")
-        return images(self, labels, first=first, **settings)
+        return images(self, labels, settings, first=first)
 
     monkeypatch.setattr(ImageSampler, "images", failing)
     errors = together(lambda: run(seed=9))

@@ -67,8 +67,8 @@ def run(stage: str, **changes) -> None:
     """One stage in this process."""
     torch.set_num_threads(1)
     set_parameters(**changes)
-    parameters = program.visible(config.load("params.yaml"), program.declared(stage).get("params", []))
-    importlib.import_module(f"stages.{stage}").work(parameters)
+    module = importlib.import_module(f"stages.{stage}")
+    module.work(program.visible(config.load("params.yaml"), module.Parameters))
 
 
 def contents(folder: str) -> dict[str, str]:

@@ -21,8 +21,9 @@ from ear import config
 from ear.files.digests import sha256
 from ear.files.json_files import read_json
 from ear.files.tensors import read_description, read_tensors
+from ear.model.training import Phase
 from ear.runtime import distributed
-from stages import phase, program
+from stages import program
 
 ROOT = Path(__file__).parents[2]
 TINY = {
@@ -57,8 +58,8 @@ def run(stage: str, **changes) -> None:
         shutil.rmtree(program.SCRATCH / stage, ignore_errors=True)
         OmegaConf.save(content, "params.yaml")
     distributed.barrier()
-    parameters = program.visible(config.load("params.yaml"), program.declared(stage).get("params", []))
-    importlib.import_module(f"stages.{stage}").work(parameters)
+    module = importlib.import_module(f"stages.{stage}")
+    module.work(program.visible(config.load("params.yaml"), module.Parameters))
 
 
 @pytest.fixture
@@ -148,7 +149,7 @@ def test_low_precision_is_for_cuda(repository):
 
 def test_sigterm_to_training_and_its_readers_leaves_a_checkpoint(repository, monkeypatch):
     """As torchrun and Slurm send it: to every process of the group."""
-    loss = phase.Phase.loss
+    loss = Phase.loss
 
     def interrupted(self, batch, position):
         if position == 100:
@@ -157,7 +158,7 @@ def test_sigterm_to_training_and_its_readers_leaves_a_checkpoint(repository, mon
 
     def work():
         os.setpgrp()
-        monkeypatch.setattr(phase.Phase, "loss", interrupted)
+        monkeypatch.setattr(Phase, "loss", interrupted)
         run("train", **{"runtime.workers": 2, "train.checkpoint_images": 192})
 
     (error,) = together(work, 1)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from factories import section
 from torch import nn
 
 from ear.runtime.randomness import generator
@@ -13,8 +14,10 @@ START = 8
 
 def training(**changes) -> CriticTraining:
     network = PatchCritic().initialise(generator(0, "critic"))
-    options = {"weight": 0.5, "start": START, "batch_size": 2, "learning_rate": 1e-3, "rate": lambda images: 1.0}
-    return CriticTraining(network, **{**options, **changes})
+    sizes = {"batch_size": 2, "micro_batch_size": 1, "learning_rate": 1e-3}
+    loss = {"adversarial_weight": 0.5, "adversarial_start": START}
+    options = section("tokenizer", **{**sizes, **loss, **changes})
+    return CriticTraining(network, options, rate=lambda images: 1.0)
 
 
 def images(*names: object) -> torch.Tensor:
@@ -119,7 +122,7 @@ def test_diverged_critic_spoils_the_gradient_that_the_trainer_guards():
 
 
 def test_both_gradients_are_equally_strong_at_the_last_layer():
-    critic, decoder, real = training(weight=1.0, start=0), Decoder(), images(0)
+    critic, decoder, real = training(adversarial_weight=1.0, adversarial_start=0), Decoder(), images(0)
     decoded = decoder(real)
     reconstruction = (real - decoded).abs().mean()
     term, _ = critic(real, decoded, reconstruction, decoder.last.weight, 0)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from factories import section
 from prepared_sets import pixels, write_prepared
 
 from ear.data.prepared import PreparedImages
@@ -18,18 +19,15 @@ def training(folder, *, size: int = 8, **options) -> AutoencoderTraining:
     write_prepared(folder, pixels(20, size=size), (16,), 4)
     return AutoencoderTraining(
         new_kl(seed=0, image_size=size, structure=STRUCTURE),
+        section("tokenizer", learning_rate=1e-3, ema_decay=0.9, batch_size=8, **options),
         images=PreparedImages(folder, "train"),
         held_out=PreparedImages(folder, "val"),
         objective=Objective(AutoencoderLoss(1e-6), seed=0, device=torch.device("cpu")),
-        learning_rate=1e-3,
-        ema_decay=0.9,
-        batch_size=8,
-        **options,
     )
 
 
 def test_a_step_is_the_mean_over_its_micro_batches(tmp_path):
-    trained = training(tmp_path / "prepared", total_images=8, micro_batch_size=4)
+    trained = training(tmp_path / "prepared", images=8, micro_batch_size=4)
     tokenizer = new_kl(seed=0, image_size=8, structure=STRUCTURE)
     rows = randomness.DataOrder(16, 0).indices(0, 8).numpy()
     losses = [
@@ -47,7 +45,7 @@ def test_a_step_is_the_mean_over_its_micro_batches(tmp_path):
 
 
 def test_a_critic_takes_one_step_for_all_micro_batches(tmp_path, monkeypatch):
-    options = {"adversarial_weight": 0.5, "adversarial_start": 8, "total_images": 24, "micro_batch_size": 4}
+    options = {"adversarial_weight": 0.5, "adversarial_start": 8, "images": 24, "micro_batch_size": 4}
     trained = training(tmp_path / "prepared", size=24, **options)
     steps, step = [], trained.critic.step
     monkeypatch.setattr(trained.critic, "step", lambda position: (steps.append(position), step(position)))

@@ -1,4 +1,4 @@
-"""What is compared, as changes of params.yaml: every score at one budget, and what the paper ablates. No Prefect here.
+"""What is compared, as changes of params.yaml: every score at one budget, and what the paper ablates.
 
 Each rule is sampled at several guidance scales, since the best one differs; that costs no further training.
 """
@@ -6,9 +6,9 @@ Each rule is sampled at several guidance scales, since the best one differs; tha
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
-from urllib.parse import quote
 
 from ear import config
+from flows.experiments import experiment_name
 
 Values = Mapping[str, Any]  # {"section.key": value}
 
@@ -111,9 +111,9 @@ def changes(values: Values, parameters: config.Parameters) -> dict[str, Any]:
     return {key: value for key, value in values.items() if value != _value(parameters, key)}
 
 
-def experiment_name(values: Values, prefix: str = "compare") -> str:
-    """A readable name that git accepts: compare-score.name=kernel-sample.guidance=2.0; `compare` for no change."""
-    return "-".join([prefix, *(f"{key}={quote(str(value), safe='')}" for key, value in values.items())])
+def run_name(values: Values) -> str:
+    """The name of a run's DVC experiment."""
+    return experiment_name(values, prefix="compare")
 
 
 def file_name(rule: str) -> str:

@@ -1,7 +1,7 @@
 """Train every score on the same latents at the same budget, and write docs/scores.md.
 
-    python -m flows.compare
-    python -m flows.compare --images 128000 --only rules --output docs
+    python -m benchmarks.comparison
+    python -m benchmarks.comparison --images 128000 --only rules --output docs
 
 Each model is a DVC experiment on the current commit (see flows.experiments): the workspace stays as it is, what runs
 share is computed once, and a comparison that was stopped goes on where it was, until there is another commit. The page,
@@ -10,7 +10,6 @@ the end. A part that is made alone joins the other part on the page, if that is 
 """
 
 # isort: off
-from ear.errors import UserError
 import flows.settings  # noqa: F401 - first: Prefect reads its settings when it is imported
 
 # isort: on
@@ -18,7 +17,6 @@ import argparse
 import json
 import sys
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,13 +25,25 @@ from prefect.artifacts import create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
 from prefect.states import Completed, Failed
 
+from benchmarks.comparison import page, plan
+from benchmarks.comparison.plan import (
+    Values,
+    ablation_runs,
+    default_run,
+    file_name,
+    rule_runs,
+    run_name,
+)
 from ear import config
+from ear.errors import UserError
 from ear.files.atomic import whole_file
 from ear.files.json_files import read_json, write_json
-from flows import command, comparison, comparison_page, experiments, overrides, repository
-from flows.comparison import Values, ablation_runs, experiment_name, rule_runs
-from flows.pipeline import PARAMETERS, failed, report
+from flows import command, experiments, overrides, repository
+from flows.artifacts import GRID
+from flows.overrides import PARAMETERS
+from flows.program import report
 from flows.repository import RepositoryError
+from flows.states import failed
 from flows.sweep import EVALUATION, run_experiment
 
 Part = Literal["rules", "ablations"]
@@ -41,7 +51,6 @@ Part = Literal["rules", "ablations"]
 # A half and a sixth of what the digits preset trains on: all of it in about an hour on two cores.
 IMAGES: dict[Part, int] = {"rules": 64_000, "ablations": 22_400}
 REFERENCE = "data/reference/metrics.json"
-GRID = "data/samples/grid.png"
 BENCHMARKS = ("heads", "scores", "variance")  # names in benchmarks/results/; scores is measured here
 # What may differ from the commit that the page names: results.
 _RESULTS = ("dvc.lock", "data/", "docs/", "benchmarks/results/")
@@ -68,7 +77,7 @@ def compare(
         check_committed()
         parameters = config.load(PARAMETERS)
         check_extractor(parameters)
-        runs = {experiment_name(values): values for values in planned(parameters, budget)}
+        runs = {run_name(values): values for values in planned(parameters, budget)}
         for values in runs.values():
             overrides.check(PARAMETERS, values)
     except (UserError, RepositoryError) as error:
@@ -105,12 +114,13 @@ def check_extractor(parameters: config.Parameters) -> None:
 
 def planned(parameters: config.Parameters, budget: Mapping[Part, int]) -> list[Values]:
     """The changes of params.yaml of all runs of the parts in `budget`, those that train alike next to each other."""
-    plan: list[Values] = []
+    runs: list[Values] = []
     if "rules" in budget:
-        plan += [values for runs in rule_runs(parameters, budget["rules"]).values() for values in runs.values()]
+        runs += [values for scales in rule_runs(parameters, budget["rules"]).values() for values in scales.values()]
     if "ablations" in budget:
-        plan += [values for runs in ablation_runs(parameters, budget["ablations"]).values() for _, values in runs]
-    return plan
+        variants = ablation_runs(parameters, budget["ablations"]).values()
+        runs += [values for each in variants for _, values in each]
+    return runs
 
 
 def run_all(runs: Mapping[str, Values]) -> dict[str, str]:
@@ -130,7 +140,7 @@ def run_all(runs: Mapping[str, Values]) -> dict[str, str]:
 def measure_rates() -> State:
     """Time training and sampling of every rule, all in one run; the figures stay in benchmarks/results/."""
     lines: list[str] = []
-    program = [sys.executable, "-m", "benchmarks.scores", "--save", "--rules", *comparison.RULES]
+    program = [sys.executable, "-m", "benchmarks.scores", "--save", "--rules", *plan.RULES]
     if command.stream(program, line=lines.append, environment=repository.environment()):
         return failed(RepositoryError(f"benchmarks.scores failed: {lines[-1] if lines else 'it said nothing'}"))
     return Completed()
@@ -144,7 +154,7 @@ def collect(parameters: config.Parameters, budget: Mapping[Part, int]) -> dict[s
             "train_images": dict(budget),
             "finetune_images": parameters.finetune.images,
         },
-        "sampling": asdict(parameters.sample),
+        "sampling": parameters.sample.model_dump(),
         "benchmarks": {name: read_json(f"benchmarks/results/{name}.json") for name in BENCHMARKS},
     }
     if "rules" in budget:
@@ -153,14 +163,14 @@ def collect(parameters: config.Parameters, budget: Mapping[Part, int]) -> dict[s
             for rule, runs in rule_runs(parameters, budget["rules"]).items()
         ]
     if "ablations" in budget:
-        default = comparison.default_run(parameters, budget["ablations"])
+        default = default_run(parameters, budget["ablations"])
         results["ablations"] = {
             title: [
                 {"values": dict(variant), "default": values == default, **outcome(values)} for variant, values in runs
             ]
             for title, runs in ablation_runs(parameters, budget["ablations"]).items()
         }
-    real = json.loads(experiments.read(experiment_name(planned(parameters, budget)[0]), REFERENCE))
+    real = json.loads(experiments.read(run_name(planned(parameters, budget)[0]), REFERENCE))
     return results | {"floor": real["fid"], "held_out_accuracy": real["val_accuracy"]}
 
 
@@ -179,18 +189,18 @@ def joined(results: Mapping[str, Any], folder: Path) -> dict[str, Any]:
 
 def outcome(values: Values) -> dict[str, Any]:
     """The figures of one run, with the name of its experiment."""
-    name = experiment_name(values)
+    name = run_name(values)
     figures = json.loads(experiments.read(name, EVALUATION))
-    return {"experiment": name, **{key: figures[key] for key in comparison_page.FIGURES}}
+    return {"experiment": name, **{key: figures[key] for key in page.FIGURES}}
 
 
 def publish(results: Mapping[str, Any], folder: Path) -> None:
     """Write the page, the grids that it shows and the figures behind it."""
     for rule in results.get("rules", []):
-        target = folder / "scores" / f"{comparison.file_name(rule['rule'])}.png"
-        experiments.fetch(comparison_page.best(rule["runs"])["experiment"], GRID, target)
+        target = folder / "scores" / f"{file_name(rule['rule'])}.png"
+        experiments.fetch(page.best(rule["runs"])["experiment"], str(GRID), target)
     write_json(folder / "scores" / "results.json", results)
-    text = comparison_page.page(results)
+    text = page.page(results)
     with whole_file(folder / "scores.md") as partial:
         partial.write_text(text)
     create_markdown_artifact(key="scores", markdown=text, description="Scores side by side")
@@ -199,7 +209,7 @@ def publish(results: Mapping[str, Any], folder: Path) -> None:
 def main() -> int:
     """The command line; returns the exit code."""
     parser = argparse.ArgumentParser(
-        prog="python -m flows.compare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m benchmarks.comparison", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     for part, count in IMAGES.items():
         option = "--images" if part == "rules" else "--ablation-images"
@@ -209,6 +219,3 @@ def main() -> int:
     arguments = parser.parse_args()
     return report("compare", lambda: compare(**vars(arguments), return_state=True))
 
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,0 +1,164 @@
+"""docs/scores.md from the results of a comparison: tables are made here, the text around them is page.md.j2.
+
+`compare` collects the results: budget, floor, held_out_accuracy, sampling, benchmarks, rules, ablations; the last two are
+absent if they were not asked for.
+"""
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, StrictUndefined
+
+from benchmarks.comparison.plan import ABLATIONS, file_name
+
+FIGURES = ("fid", "class_accuracy", "precision", "recall")  # of one run
+_GRIDS_PER_ROW = 3
+
+
+def page(results: Mapping[str, Any]) -> str:
+    """The complete document."""
+    environment = Environment(undefined=StrictUndefined, keep_trailing_newline=True, trim_blocks=False)
+    template = environment.from_string((Path(__file__).parent / "page.md.j2").read_text())
+    benchmarks = results["benchmarks"]
+    return template.render(
+        budget={**results["budget"], "train_images": _budget(results["budget"])},
+        rules=_rules(results) if "rules" in results else None,
+        rates=_rates(benchmarks["scores"]),
+        heads=_heads(benchmarks["heads"]["figures"]),
+        ablations=_ablations(results) if "ablations" in results else None,
+        sampling=results["sampling"],
+        floor=results["floor"],
+        held_out_accuracy=results["held_out_accuracy"],
+    )
+
+
+def best(runs: Iterable[Mapping]) -> Mapping:
+    """The run with the lowest FID; the first one if several have it."""
+    return min(runs, key=lambda run: run["fid"])
+
+
+def _budget(budget: Mapping) -> str:
+    """Training images by part: 64,000 (scores) and 22,400 (ablations)."""
+    names = {"rules": "scores", "ablations": "ablations"}
+    return " and ".join(f"{count:,} ({names[part]})" for part, count in budget["train_images"].items())
+
+
+def _rules(results: Mapping) -> dict[str, Any]:
+    """The tables about all rules, and the cells of their grids."""
+    rules, measured = results["rules"], results["benchmarks"]["scores"]["figures"]["rules"]
+    return {
+        "best": _best_table(rules, results["floor"]),
+        "guidance": _guidance_table(rules),
+        "facts": _facts_table(measured),
+        "costs": _costs_table(measured),
+        "grids": _grids(rules),
+    }
+
+
+def _best_table(rules: list[Mapping], floor: float) -> str:
+    rows = []
+    for rule in rules:
+        run = best(rule["runs"])
+        rows.append([rule["rule"], f"{run['guidance']:g}", *_figures(run), f"{run['fid'] / floor:.2f}"])
+    return table(["score", "guidance", "FID", "class accuracy", "precision", "recall", "FID / floor"], rows)
+
+
+def _guidance_table(rules: list[Mapping]) -> str:
+    scales = [run["guidance"] for run in rules[0]["runs"]]
+    rows = [
+        [rule["rule"], *(f"{run['fid']:.4g} ({run['class_accuracy']:.3f})" for run in rule["runs"])] for rule in rules
+    ]
+    return table(["score", *(f"guidance {scale:g}" for scale in scales)], rows)
+
+
+def _facts_table(measured: Mapping) -> str:
+    rows = []
+    for rule, row in measured.items():
+        facts = row["facts"]
+        proper = "yes" if facts["strictly_proper"] else "no"
+        rows.append([rule, proper, facts["temperature_scales"], facts["guidance_extrapolates"]])
+    return table(["score", "strictly proper", "the inference temperature scales", "guidance extrapolates the"], rows)
+
+
+def _costs_table(measured: Mapping) -> str:
+    rows = [
+        [
+            rule,
+            f"{row['parameters']:,.0f}",
+            f"{row['training_images_per_second']:.0f}",
+            f"{row['sampling_images_per_second']:.0f}",
+            *(f"{row['evaluations_per_image'][network]:,.0f}" for network in ("transformer", "head")),
+        ]
+        for rule, row in measured.items()
+    ]
+    head = ["score", "parameters", "training images/s", "sampling images/s", "transformer passes", "head evaluations"]
+    return table(head, rows)
+
+
+def _rates(benchmark: Mapping) -> dict[str, Any]:
+    """Under which conditions the rates were measured."""
+    machine = benchmark["machine"]
+    load = "The machine had nothing else to do."
+    if machine["load"] > machine["cores"]:
+        load = (
+            f"Other work shared the machine (load {machine['load']:g} on {machine['cores']} cores): compare these rates "
+            "with each other only."
+        )
+    device = machine["gpu"] or f"{machine['cores']} cores of {machine['cpu']}"
+    return {**benchmark["figures"]["sampling"], "device": device, "load": load}
+
+
+def _heads(figures: Mapping) -> dict[str, Any]:
+    """The head of the energy score against that of the diffusion loss."""
+    steps = figures["digits"]["evaluations_per_token"]["hyvarinen"]
+    return {"steps": steps, **{size: f"{figures[size]['hyvarinen_over_energy']:.0f}" for size in ("digits", "base")}}
+
+
+def _grids(rules: list[Mapping]) -> list[list[dict[str, Any]]]:
+    cells = [
+        {"rule": rule["rule"], "file": file_name(rule["rule"]), "guidance": best(rule["runs"])["guidance"]}
+        for rule in rules
+    ]
+    return [cells[i : i + _GRIDS_PER_ROW] for i in range(0, len(cells), _GRIDS_PER_ROW)]
+
+
+def _ablations(results: Mapping) -> list[dict[str, Any]]:
+    parts = []
+    for ablation in ABLATIONS:
+        runs = results["ablations"][ablation.title]
+        head = [ablation.title, "FID", "class accuracy", "precision", "recall"]
+        pairs = any("score.pairs" in run["values"] for run in runs)
+        parts.append(
+            {
+                "title": ablation.title,
+                "text": ablation.text,
+                "table": table(head, [_ablation_row(run) for run in runs]),
+                "variance": _variance_table(results["benchmarks"]["variance"]["figures"]) if pairs else "",
+            }
+        )
+    return parts
+
+
+def _variance_table(figures: Mapping) -> str:
+    rows = []
+    for name, measured in figures.items():
+        ratios = [*measured["perfect_forecast"]["ratio"].values(), measured["head_weights"]["ratio"]]
+        rows.append([name.removeprefix("m="), *(f"{ratio:.3f}" for ratio in ratios)])
+    names = [name.replace("_", " ") for name in next(iter(figures.values()))["perfect_forecast"]["ratio"]]
+    return table(["m", *names, "head weights"], rows)
+
+
+def _ablation_row(run: Mapping) -> list[str]:
+    name = ", ".join(f"`{key}` {value}" for key, value in run["values"].items())
+    return [f"**{name}**" if run["default"] else name, *_figures(run)]
+
+
+def _figures(run: Mapping) -> list[str]:
+    return [f"{run['fid']:.4g}", *(f"{run[name]:.3f}" for name in FIGURES[1:])]
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table: the first column left-aligned, the others right-aligned."""
+    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
