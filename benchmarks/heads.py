@@ -1,11 +1,10 @@
-"""What does it cost to draw a token in the head of each score?
+"""Cost of drawing a token in the head of each score.
 
     python -m benchmarks.heads [--save]
 
-Untrained heads at the size of the digits preset and of the published base model, without guidance: the energy score
+Untrained heads at the sizes of the digits preset and of the published base model, without guidance. The energy score
 takes one evaluation per token, the diffusion loss `score.sampling_steps`.
 """
-
 
 import torch
 
@@ -26,7 +25,7 @@ SIZES = {  # name: overrides, tokens drawn at once
 
 
 def head(name: str, parameters: Parameters) -> Score:
-    """An untrained head of that score, in the size of a preset, in eval mode."""
+    """An untrained head of that score in a preset's size, in eval mode."""
     model = parameters.model
     size = scores.HeadSize(
         hidden_width=model.width,
@@ -39,7 +38,7 @@ def head(name: str, parameters: Parameters) -> Score:
 
 @torch.inference_mode()
 def costs(overrides: list[str], tokens: int, steps: int, repeats: int) -> dict:
-    """Microseconds and evaluations per token of each score, and how much faster energy is than hyvarinen."""
+    """Microseconds and evaluations per token of each score, and the ratio of hyvarinen to energy."""
     parameters = compose([*overrides, f"score.sampling_steps={steps}"])
     hidden = torch.randn(tokens, parameters.model.width, generator=generator(0, "hidden"))
     heads = {name: head(name, parameters) for name in _NAMES}

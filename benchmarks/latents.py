@@ -1,14 +1,14 @@
-"""Random rows per second of cached latents, against the two usual ways to store them.
+"""Random rows per second of cached latents, against two usual ways to store them.
 
     python -m benchmarks.latents --rows 4096 --save
 
-All three hold the same float16 moments of KL-16 at 256 pixels a side, plain and mirrored (32 KiB per image), and hand
-out the same random batches of 64 rows, every other one mirrored; the files were just written, so they are in memory
-where there is enough of it.
+All three hold the same float16 moments of KL-16 at 256 pixels a side, with mirror images (32 KiB per image), and return
+the same random batches of 64 rows, half of them mirrored. The files were just written, so they are in the page cache if
+memory suffices.
 
-    store   ear.latents: contiguous HDF5 shards of 1024 rows, mapped at their offset
+    store   ear.latents.store: contiguous HDF5 shards of 1024 rows, memory-mapped
     npz     a folder with one .npz file per image
-    h5py    one HDF5 file in chunks of 64 rows, h5py's list indexing (indices sorted, as it demands)
+    h5py    one HDF5 file in chunks of 64 rows, with h5py's list indexing (sorted indices, as it requires)
 """
 
 import tempfile
@@ -28,7 +28,7 @@ BATCHES = 8  # per timing
 
 
 def write(folder: Path, rows: int) -> None:
-    """The same random moments three times: store/, npz/, chunked.h5."""
+    """Write the same random moments three times: store/, npz/, chunked.h5."""
     source, entries = np.random.default_rng(0), []
     (folder / "store").mkdir()
     (folder / "npz").mkdir()
@@ -53,7 +53,7 @@ def write(folder: Path, rows: int) -> None:
 
 
 def shard(path: Path, moments: np.ndarray) -> dict:
-    """Write one shard; its entry in stats.json."""
+    """Write one shard => its entry in stats.json."""
     with h5py.File(path, "w") as file:
         file["moments"], file["labels"] = moments, np.zeros(len(moments), np.int32)
         file.attrs.update({"format": FORMAT, "tokenizer": ""})
@@ -61,7 +61,7 @@ def shard(path: Path, moments: np.ndarray) -> dict:
 
 
 def readers(folder: Path) -> dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]]:
-    """(rows [64], which of the two [64]) => float16 [64, 32, 16, 16], by name."""
+    """Readers by name: (rows [64], mirrored [64]) => float16 [64, 32, 16, 16]."""
     store, chunked = LatentStore(folder / "store", "train"), h5py.File(folder / "chunked.h5", "r")["moments"]
 
     def npz(rows: np.ndarray, mirrored: np.ndarray) -> np.ndarray:
@@ -78,7 +78,7 @@ def readers(folder: Path) -> dict[str, Callable[[np.ndarray, np.ndarray], np.nda
 
 
 def measure(folder: Path, rows: int) -> dict:
-    """Rows per second of each, and how often the others' rate the store's is."""
+    """Rows per second of each, and the ratio of the store's rate to each of the others."""
     source = np.random.default_rng(1)
     batches = [(source.choice(rows, BATCH, replace=False), np.arange(BATCH) % 2) for _ in range(BATCHES)]
     found = readers(folder)

@@ -1,8 +1,8 @@
-"""How long does it take to list ImageNet, and what comes after? python -m benchmarks.listing --files N [--save]
+"""Time to list ImageNet, and to plan its preparation: python -m benchmarks.listing --files N [--save]
 
-A tree of N empty files in a thousand class folders, and a training archive with as many empty members, are made in a
-temporary folder (TMPDIR says where). Timed are the steps of the fetch stage, and what prepare does with the list before
-it reads the first image. A spinning disk or a network file system answers far slower than what is measured here.
+Makes a tree of N empty files in a thousand class folders, and a training archive with as many empty members, in a
+temporary folder (TMPDIR). Times the steps of the fetch stage, and what prepare does before it reads the first image.
+Spinning disks and network file systems are far slower than what is measured here.
 """
 
 import functools
@@ -47,7 +47,7 @@ def write_archive(root: Path, files: int) -> None:
 
 
 def listed(root: Path, folder: Path) -> dict[str, dict[str, float]]:
-    """Seconds of every step, on the wall and of the processor: the second hardly suffers from a busy machine."""
+    """Wall and CPU seconds of every step; other work on the machine hardly affects the latter."""
     seconds = {}
 
     def step(name: str, function: Callable[[], object]) -> object:
@@ -78,7 +78,7 @@ def main() -> None:
             write(Path(folder, name), arguments.files)
             figures["seconds"][name] = listed(Path(folder, name), Path(folder, f"{name}-list"))
         figures["manifest_bytes_per_image"] = Path(folder, "archive-list/manifest.csv").stat().st_size / arguments.files
-    share = imagenet.TRAIN_IMAGES / arguments.files  # each step is linear in the number of files, but for a sort
+    share = imagenet.TRAIN_IMAGES / arguments.files  # each step is linear in the number of files, except a sort
     figures["seconds_for_imagenet"] = {
         name: {kind: share * sum(step[kind] for step in steps.values()) for kind in ("wall", "cpu")}
         for name, steps in figures["seconds"].items()

@@ -1,4 +1,4 @@
-"""What every benchmark shares: the median of repeated timings, the facts of the machine, the report."""
+"""Shared by all benchmarks: medians of timings, facts about the machine, reports."""
 
 import argparse
 import json
@@ -18,7 +18,7 @@ RESULTS = Path(__file__).parent / "results"
 def median_seconds(function: Callable[[], object], repeats: int = 5) -> float:
     """Median wall time of `repeats` calls, after one call that is not counted.
 
-    A function that starts work on a GPU must wait for its end (`torch.cuda.synchronize()`).
+    A function that starts work on a GPU must wait until it ends (`torch.cuda.synchronize()`).
     """
     function()
     seconds = []
@@ -30,7 +30,7 @@ def median_seconds(function: Callable[[], object], repeats: int = 5) -> float:
 
 
 def machine() -> dict:
-    """The facts that a timing depends on; `load` is the average number of processes that wanted a core just now."""
+    """Facts that timings depend on; `load` is the number of runnable processes, averaged over the last minute."""
     facts = {
         "cpu": _cpu(),
         "cores": os.cpu_count(),
@@ -39,7 +39,7 @@ def machine() -> dict:
         "system": platform.platform(terse=True),
         "python": platform.python_version(),
     }
-    if torch := sys.modules.get("torch"):  # not imported for a benchmark that has no use for it
+    if torch := sys.modules.get("torch"):  # only if the benchmark has imported it
         facts["torch"] = torch.__version__
         facts["gpu"] = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return facts
@@ -60,7 +60,7 @@ def arguments(description: str | None) -> argparse.ArgumentParser:
 
 
 def report(name: str, figures: dict, *, save: bool = False) -> None:
-    """Print the figures and the machine's facts as JSON; where `save`, write them to benchmarks/results/NAME.json."""
+    """Print figures and machine facts as JSON; if `save`, also write benchmarks/results/NAME.json."""
     content = {"benchmark": name, "figures": rounded(figures), "machine": machine()}
     print(json.dumps(content, indent=1))
     if save:

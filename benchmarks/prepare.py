@@ -1,9 +1,9 @@
-"""How fast are images prepared, against plain Pillow, and how large are they? python -m benchmarks.prepare [--save]
+"""Speed of preparing images against plain Pillow, and size of the result: python -m benchmarks.prepare [--save]
 
-Real photographs (those that scikit-image brings) at the size and the quality of ImageNet's, as JPEG files and in a tar
-archive. Plain Pillow is the loop that everybody writes: open, convert, crop, keep the array. All take the same images
-in turns, so that what else runs on the machine slows all. Speed per core is by CPU time, user and system. `decoded`
-does what plain Pillow does; `files` and `archive` also store the images: in HDF5, with a digest, safe on the disk.
+Uses real photographs (from scikit-image) in ImageNet's usual size and quality, as JPEG files and in a tar archive.
+Plain Pillow is the usual loop: open, convert, crop, keep the array. All ways take turns on the same images, so other
+work on the machine slows all of them. Speed per core is by CPU time (user and system). `decoded` does the same work as
+plain Pillow; `files` and `archive` also store the images in HDF5, with a digest, synced to disk.
 """
 
 import functools
@@ -29,7 +29,7 @@ PHOTOGRAPHS = ("astronaut", "chelsea", "coffee", "rocket")
 
 
 def pictures(count: int) -> list[bytes]:
-    """JPEG files of 500 x 375 pixels, every fourth upright, cut out of the photographs at random."""
+    """JPEG files of 500 x 375 pixels, every fourth in portrait format, cut at random from the photographs."""
     photographs = [Image.fromarray(getattr(data, name)()) for name in PHOTOGRAPHS]
     generator = np.random.default_rng(0)
     return [_picture(photographs[k % len(photographs)], k % 4 == 3, generator) for k in range(count)]
@@ -47,7 +47,7 @@ def _picture(photograph: Image.Image, upright: bool, generator: np.random.Genera
 
 
 def write(folder: Path, contents: list[bytes]) -> dict[str, Manifest]:
-    """The same images as files of their own and one after the other in an archive."""
+    """Write the same images as separate files and as members of an archive."""
     ends = np.cumsum([len(content) for content in contents])
     files, members = [], []
     for k, content in enumerate(contents):
@@ -62,7 +62,7 @@ def write(folder: Path, contents: list[bytes]) -> dict[str, Manifest]:
 
 
 def plain(paths: list[Path]) -> list[np.ndarray]:
-    """The published crop as everybody writes it."""
+    """The published crop in plain Pillow."""
     arrays = []
     for path in paths:
         image = Image.open(path).convert("RGB")
@@ -77,19 +77,22 @@ def plain(paths: list[Path]) -> list[np.ndarray]:
 
 
 def decode(shard: preparation.Shard) -> None:
-    """What `prepare` does before it stores a shard."""
+    """The work of `prepare` before it stores a shard."""
     list(preparation.images(shard.images, shard, []))
 
 
 def store(shard: preparation.Shard) -> None:
-    """What `prepare` does with one shard. The file goes at once, so that the next one finds memory in use, as in a run
-    that writes more than the memory holds: the first use of a virtual machine's memory costs more than writing."""
+    """The work of `prepare` for one shard.
+
+    The file is deleted at once, so the next one reuses memory, as in a run that writes more than memory holds: on a
+    virtual machine, the first use of memory costs more than writing.
+    """
     with tempfile.TemporaryDirectory(dir=shard.root) as folder:
         preparation.write_shard(shard, Path(folder))
 
 
 def cpu_seconds(function: Callable, argument: object) -> float:
-    """CPU time of one call in this process; its result is dropped, as arrays are not sent between processes."""
+    """CPU time of one call in this process; its result is dropped (prepare does not send arrays either)."""
     before = time.process_time()
     function(argument)
     return time.process_time() - before
@@ -107,7 +110,7 @@ def in_turns(pool: ProcessPoolExecutor, work: dict[str, tuple[Callable, list]], 
 
 
 def compared(times: dict[str, np.ndarray], count: int) -> dict:
-    """Medians over the turns; the ratio to plain Pillow is that of neighbours in time."""
+    """Medians over the turns; ratios to plain Pillow are taken between neighbouring turns."""
     return {
         name: {
             "images_per_second": count / np.median(part[:, 0]),

@@ -1,10 +1,10 @@
-"""How fast are images generated, how much of that is the head, and what does it gain over computing everything anew?
+"""Sampling speed, the share of the head, and the gain over recomputing everything.
 
     python -m benchmarks.sampling [--preset NAME ...] [--batch N] [--save]
 
-Untrained models of the presets' sizes, latents only (the tokenizer's decoder apart), with the presets' own steps and
-guidance. The baseline runs the head on all tokens in every step, as published code does, and throws most of it away.
-Without --preset: digits and, where there is a CUDA device, the three published ImageNet sizes.
+Untrained models of the presets' sizes draw latents (without decoder) with the presets' own steps and guidance. The
+baseline runs the head on all tokens in every step, as published code does, and discards most results. Without --preset:
+digits and, if there is a CUDA device, the three published ImageNet sizes.
 """
 
 from collections.abc import Callable
@@ -26,7 +26,7 @@ from ear.sampling.settings import SamplingSettings
 
 @torch.inference_mode()
 def naive(model: MaskedModel, labels: Tensor, settings: SamplingSettings, source: RandomSource) -> Tensor:
-    """Guided sampling that runs the head on all tokens in every step; tokens [B, L, D]."""
+    """Guided sampling that runs the head on all tokens in every step => tokens [B, L, D]."""
     images, length, device = len(labels), model.tokens, labels.device
     orders = random_orders(images, length, source, device)
     tokens = torch.zeros(images, length, model.token_embedding.in_features, device=device)
@@ -51,7 +51,7 @@ def naive(model: MaskedModel, labels: Tensor, settings: SamplingSettings, source
 
 @torch.inference_mode()
 def head_only(model: MaskedModel, labels: Tensor, settings: SamplingSettings, source: RandomSource) -> None:
-    """The calls of the head that one sampling makes, on hidden states of noise."""
+    """Only the head calls of one sampling, on random hidden states."""
     masked = model.tokens
     for left in masked_after(model.tokens, settings.steps):
         rows = len(labels) * (masked - left)

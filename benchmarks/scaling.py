@@ -1,11 +1,11 @@
-"""What does each stage cost per image at ImageNet's size, and what do ImageNet and a billion images come to?
+"""Cost of each stage per image at ImageNet's size, extrapolated to ImageNet and to a billion images.
 
     python -m benchmarks.scaling [--save] [--write docs/scaling.md]
 
-One small real run per stage, with the imagenet256_base preset's own sizes in float32 and untrained weights. Times are
-CPU seconds of one core (one thread), medians of --repeats runs: what else runs on the machine changes them little.
---write fills the document's tables from what --save, and benchmarks.listing before it, have put into
-benchmarks/results/; with --saved nothing is measured.
+Runs each stage's work once at a small scale, with the sizes of preset imagenet256_base in float32 and untrained
+weights. Times are CPU seconds of one core (one thread), medians of --repeats runs; other work on the machine hardly
+affects them. --write fills the document's tables from the results that --save, and benchmarks.listing before it, wrote
+to benchmarks/results/; with --saved nothing is measured.
 """
 
 import re
@@ -45,19 +45,19 @@ from ear.tokenizer.loss import AutoencoderLoss
 
 PRESET = "imagenet256_base"
 BILLION = 1_000_000_000
-GPUS, TERAFLOPS = 8, 200  # what the projections assume of a machine: how many, and what each sustains
+GPUS, TERAFLOPS = 8, 200  # assumed machine: number of GPUs, and what each sustains
 _CPU = torch.device("cpu")
 _PICTURES = 64  # decoded and stored in one run
-_STEPS = 2  # of sampling in one run; every step is one equal pass of the transformer
+_STEPS = 2  # sampling steps per run; every step is one transformer pass
 _INCEPTION_IMAGES = 8
-_ORDERED = 10_000_000  # rows of which one epoch's order is drawn
+_ORDERED = 10_000_000  # rows for which the order of an epoch is drawn
 _LISTED = 20_000  # images of a manifest that is read
 _FRECHET = 2048  # features
 _SETS = ("bytes per image", "ImageNet", "10^9 images")
 
 
 class Timer:
-    """Median CPU seconds of this process over repeated calls; the first, often slower, hardly ever counts."""
+    """Median CPU seconds of this process over repeated calls; the first call is not counted."""
 
     def __init__(self, repeats: int):
         self.repeats = repeats
@@ -82,7 +82,7 @@ def prepare_seconds(timer: Timer) -> float:
 
 
 def tokenizer_seconds(timer: Timer, tokenizer: KL) -> dict[str, float]:
-    """One image through KL-16: encoded with its mirror image, decoded, and a training step without optimiser."""
+    """KL-16 on one image: encode it and its mirror image, decode, and a training step without optimiser."""
     pixels = np.random.default_rng(0).integers(0, 256, (1, 256, 256, 3), dtype=np.uint8)
     encoder = Encoder(tokenizer.eval(), "", 1, _CPU)
     latents = torch.randn(1, tokenizer.latent_channels, 16, 16, generator=randomness.generator(0))
@@ -118,7 +118,7 @@ def model_seconds(timer: Timer, model: AutoregressiveModel, parameters: Paramete
 
 
 def untrained_inception() -> FeatureExtractorInceptionV3:
-    """The extractor of published figures with torch's initial weights."""
+    """The Inception extractor with torch's initial weights."""
 
     class Untrained(FeatureExtractorInceptionV3):
         def load_state_dict(self, *_):
@@ -131,7 +131,7 @@ def untrained_inception() -> FeatureExtractorInceptionV3:
 
 
 def evaluation_figures(timer: Timer) -> dict:
-    """Inception's features of one image, and the Frechet distance of two sets of them."""
+    """Inception's features of one image, and the Frechet distance between two sets."""
     pixels = np.random.default_rng(0).integers(0, 256, (_INCEPTION_IMAGES, 256, 256, 3), dtype=np.uint8)
     module = untrained_inception()
     extractor = Extractor(module, INCEPTION, "", tuple(module.features_list), _CPU)
@@ -146,12 +146,12 @@ def evaluation_figures(timer: Timer) -> dict:
 
 
 def order_seconds(timer: Timer) -> float:
-    """The order of one epoch, per million rows."""
+    """Seconds to draw the order of one epoch, per million rows."""
     return timer(lambda: randomness.DataOrder(_ORDERED, 0).indices(0, 1)) / (_ORDERED / 1e6)
 
 
 def manifest_row_bytes() -> float:
-    """Memory that one listed image takes in a stage that has read the manifest."""
+    """Memory per listed image in a stage that has read the manifest."""
     with tempfile.TemporaryDirectory() as folder:
         paths = [f"train/n{k % 1000:08d}/n{k % 1000:08d}_{k}.JPEG" for k in range(_LISTED)]
         found = [Found("train", path.split("/")[1], path, path, bytes=110_000) for path in paths]
@@ -164,7 +164,7 @@ def manifest_row_bytes() -> float:
 
 
 def measured(timer: Timer, parameters: Parameters) -> dict:
-    """CPU seconds, operations and bytes, each per unit of work (an image where nothing else is said)."""
+    """CPU seconds, operations and bytes per unit of work (an image unless stated otherwise)."""
     kl16 = kl_structure(channels=16, block_channels=parameters.tokenizer.block_channels, layers=2)
     tokenizer = new_kl(seed=0, image_size=256, structure=kl16)
     encode, decode = costs.tokenizer_flops(tokenizer)
@@ -201,14 +201,14 @@ def measured(timer: Timer, parameters: Parameters) -> dict:
 
 @dataclass(frozen=True)
 class Work:
-    """What one stage does over and over."""
+    """The repeated work of one stage."""
 
     stage: str
     unit: str
     seconds: float  # of one core, per unit
-    flop: float | None  # per unit; None where the work is none for a GPU
+    flop: float | None  # per unit; None if a GPU does not do this work
     units: tuple[int, int]  # for ImageNet, for a billion images
-    most_gpus: int | None = None  # that the stage can use; None for all there are
+    most_gpus: int | None = None  # that the stage can use; None: all
 
 
 def works(figures: dict, listing_seconds: float) -> list[Work]:
@@ -286,9 +286,9 @@ def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
 
 
 def fill(document: str, tables: dict[str, str]) -> str:
-    """The document with each table between the marks `<!-- NAME -->` and `<!-- end -->`.
+    """Put each table between the marks `<!-- NAME -->` and `<!-- end -->` of the document.
 
-    Raises ValueError for a table without marks.
+    Raises UserError for a table without marks.
     """
     for name, table in tables.items():
         pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -299,7 +299,7 @@ def fill(document: str, tables: dict[str, str]) -> str:
 
 
 def main() -> None:
-    """Measure, unless the figures are saved ones, and fill the document."""
+    """Measure, unless saved results are used, and fill the document."""
     parser = measure.arguments(__doc__)
     parser.add_argument("--write", type=Path, metavar="DOCUMENT", help="fill the tables of this document")
     parser.add_argument("--saved", action="store_true", help="do not measure; take what --save has kept")

@@ -1,10 +1,10 @@
-"""How fast is each score in training and in sampling, the whole model included?
+"""Training and sampling speed of each score, with the complete model.
 
     python -m benchmarks.scores [--save]
 
 Untrained models with the parameters of params.yaml on random latents. A training step is forward, backward, clipping,
-optimiser and average on one global batch; sampling draws latents with sample.steps and sample.guidance, without the
-tokenizer's decoder. Rules take turns, so that whatever else the machine does falls on all; the median turn counts.
+optimiser and EMA on one global batch; sampling draws latents with sample.steps and sample.guidance, without the
+decoder. Rules take turns, so other work on the machine affects all of them; the median turn counts.
 """
 
 import statistics
@@ -26,7 +26,7 @@ _STEPS = 3  # optimiser steps of one turn
 
 
 class Candidate:
-    """A rule with its model, its trainer and the seconds that its turns took."""
+    """A rule with its model, its trainer and the seconds of its turns."""
 
     def __init__(self, parameters: config.Parameters, device: torch.device):
         self.options, self.device = parameters, device
@@ -77,13 +77,11 @@ def main() -> None:
     arguments = parser.parse_args()
     parameters = config.load(arguments.params)
     device = prepare_device(parameters.runtime.device, parameters.compute.threads)
-    candidates = {
-        rule: Candidate(changed(arguments.params, plan.RULES[rule]), device) for rule in arguments.rules
-    }
+    candidates = {rule: Candidate(changed(arguments.params, plan.RULES[rule]), device) for rule in arguments.rules}
     for _ in range(1 + arguments.rounds):
         for candidate in candidates.values():
             candidate.turn()
-    for candidate in candidates.values():  # the first turn warms up
+    for candidate in candidates.values():  # the first turn is a warm-up
         del candidate.training[0], candidate.sampling[0]
     figures = {rule: candidate.figures() for rule, candidate in candidates.items()}
     options = {key: getattr(parameters.sample, key) for key in ("steps", "guidance", "batch_size")}

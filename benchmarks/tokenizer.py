@@ -1,9 +1,9 @@
-"""What KL-16 costs per image: encoding for the cache (plain and mirrored) and decoding after sampling.
+"""Cost of KL-16 per image: encoding for the cache (with mirror image), and decoding after sampling.
 
     python -m benchmarks.tokenizer --size 256 --save
 
-Structure as published, weights random; float32. Operations are counted without computing (a multiplication and an
-addition are two); CPU seconds hardly depend on what else the machine does, wall seconds do.
+Published structure, random weights, float32. Operations are counted without computing (a multiplication and an addition
+are two). CPU seconds hardly depend on other work on the machine; wall seconds do.
 """
 
 import resource

@@ -1,13 +1,13 @@
-"""How fast is a training step, and what does it gain over a plain loop?
+"""Speed of a training step, and the gain over a plain loop.
 
     python -m benchmarks.training [--preset NAME ...] [--rounds N] [--save]
 
-Untrained models of the presets' sizes on random latents; a step is forward, backward, clipping, optimiser and averages
-on one global batch. The plain loop does what published code does: the head on all tokens, one pass of the head per
-noise sample, optimiser and average parameter by parameter, the loss read at every step. The two take turns, so that
-whatever else the machine does falls on both; the median turn counts.
-Without --preset: digits and, where there is a CUDA device, the three published ImageNet sizes with their own precision
-and compilation; there, MFU is images per second times counted operations over the device's peak.
+Untrained models of the presets' sizes on random latents. A step is the posterior draw, forward, backward, clipping,
+optimiser and EMAs on one global batch. The plain loop works as published code: the head on all tokens, one pass of the
+head per noise sample, optimiser and EMA parameter by parameter, the loss read at every step. Both take turns, so other
+work on the machine affects both; the median turn counts. Without --preset: digits and, if there is a CUDA device, the
+three published ImageNet sizes with their own precision and compilation; MFU is images per second times operations over
+the device's peak.
 """
 
 import itertools
@@ -82,7 +82,7 @@ def plain_loop(model: MaskedModel, parameters: Parameters, batch: Batch, autocas
 
 
 def turns(ways: dict[str, Callable[[], object]], *, rounds: int, steps: int, cuda: bool) -> dict[str, list[float]]:
-    """Seconds per step of each way, turn by turn; the first turn of each is not counted."""
+    """Seconds per step of each way, turn by turn; the first turn is not counted."""
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(1 + rounds):
         for name, step in ways.items():
@@ -96,7 +96,7 @@ def turns(ways: dict[str, Callable[[], object]], *, rounds: int, steps: int, cud
 
 
 def measured(preset: str, device: torch.device, rounds: int) -> dict:
-    """The figures of one preset."""
+    """The results of one preset."""
     cuda, fast = device.type == "cuda", {"train.precision=float32"} if device.type == "cpu" else set()
     parameters = compose([f"preset={preset}", *INPUTS, *sorted(fast)])
     options = parameters.train
@@ -125,12 +125,12 @@ def measured(preset: str, device: torch.device, rounds: int) -> dict:
         "speedup": statistics.median(ratios),
         "speedup_range": [min(ratios), max(ratios)],
     }
-    ways.clear()  # the plain loop's memory is not the training's
+    ways.clear()  # free the plain loop's memory before measuring the training's
     return figures | (on_cuda(training, rate) if cuda else {})
 
 
 def on_cuda(training: Training, rate: float) -> dict:
-    """Peak memory of a step, and MFU where the device's peak is known."""
+    """Peak memory of a step, and MFU if the peak of the device is known."""
     torch.cuda.reset_peak_memory_stats()
     training.step()
     flops = costs.training_flops(training.model.shape)["forward and backward"]

@@ -1,10 +1,10 @@
-"""How much less noise do all pairs of m samples put into the gradient than disjoint pairs of the same samples?
+"""Variance of the gradient with all pairs of m samples, relative to disjoint pairs of the same samples.
 
     python -m benchmarks.variance [--save]
 
-Both are unbiased estimates of the energy score from the same head evaluations. Two settings: the gradient by location
-and by scale of a forecast that is the truth, N(0, I) in 16 dimensions, over draws of noise and target; and the gradient
-by all weights of a head of the digits preset, trained a little, for one batch and many draws of noise.
+Both are unbiased estimates of the energy score from the same head evaluations. Two settings: gradients with respect to
+location and scale of a perfect forecast, N(0, I) in 16 dimensions, over draws of noise and target; and gradients with
+respect to all weights of a briefly trained head of the digits preset, for one batch and many draws of noise.
 """
 
 from functools import partial
@@ -31,7 +31,7 @@ ESTIMATES = {f"{pairs}_pairs": partial(energy_loss, alpha=1.0, pairs=pairs) for 
 
 
 def of_location_and_scale(m: int) -> dict:
-    """Variance of a token's gradient by location (one coordinate) and by scale, for a perfect forecast."""
+    """Variance of a token's gradient with respect to location (one coordinate) and scale, for a perfect forecast."""
     source = generator(0, "analytic", m)
     target = torch.randn(1, _TARGETS, 1, _DIMENSIONS, generator=source, dtype=torch.float64)
     noise = torch.randn(m, _TARGETS, _DRAWS, _DIMENSIONS, generator=source, dtype=torch.float64)
@@ -50,14 +50,14 @@ def of_location_and_scale(m: int) -> dict:
 
 
 def trained_head(parameters: Parameters, m: int) -> tuple[EnergyScore, Tensor, Tensor]:
-    """(a head after some training, hidden states [N, W], targets [N, D]): the target is a noisy map of the state."""
+    """(a briefly trained head, hidden states [N, W], targets [N, D]); the target is a noisy linear map of the state."""
     model, source = parameters.model, generator(0, "head", m)
     channels = parameters.tokenizer.channels
     options = parameters.score.model_copy(update={"name": "energy", "samples": m}).chosen
     size = scores.HeadSize(
         hidden_width=model.width, token_channels=channels, width=model.head_width, depth=model.head_depth
     )
-    torch.manual_seed(0)  # layers draw their first weights from the global state
+    torch.manual_seed(0)  # layers draw initial weights from the global random state
     score = EnergyScore(options, size)
     score.initialise(source)
     mapping = torch.randn(model.width, channels, generator=source) / model.width**0.5
@@ -72,7 +72,7 @@ def trained_head(parameters: Parameters, m: int) -> tuple[EnergyScore, Tensor, T
 
 
 def of_weights(parameters: Parameters, m: int) -> dict:
-    """Total variance of the gradient of one batch's loss by all weights of the head, over draws of noise."""
+    """Total variance of the gradient with respect to all weights of the head, for one batch, over draws of noise."""
     score, hidden, target = trained_head(parameters, m)
     weights = list(score.parameters())
     sums = {name: [torch.zeros_like(w) for w in weights] for name in ESTIMATES}

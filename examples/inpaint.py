@@ -1,7 +1,7 @@
 """Draw docs/inpainting.png: python -m examples.inpaint
 
-Each row is one held-out image of data/prepared: as it is, with a hole, the hole drawn three times with its own class,
-and drawn with another class.
+Each row shows one held-out image of data/prepared: the image, its known part, three completions with its own class, and
+one with another class.
 """
 
 import argparse

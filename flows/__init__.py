@@ -1,4 +1,4 @@
 """Prefect flows over the DVC pipeline: `pipeline` runs its stages, `sweep` compares parameters.
 
-DVC alone decides what is out of date; without Prefect, `dvc repro` gives the same results.
+Only DVC decides what is out of date; without Prefect, `dvc repro` gives the same results.
 """

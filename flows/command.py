@@ -1,4 +1,4 @@
-"""Run one command as a process group of its own: live lines, and nothing left behind when it is stopped."""
+"""Run a command as its own process group: live output, and no process left behind when it is stopped."""
 
 import contextlib
 import os
@@ -20,11 +20,11 @@ def stream(
     folder: str | Path | None = None,
     grace: float = GRACE_SECONDS,
 ) -> int:
-    """Run `command` in `folder`, hand each line of its output to `line` at once, return its exit code.
+    """Run `command` in `folder`, pass each line of its output to `line` immediately, return its exit code.
 
-    Standard output and error come as one. Whatever interrupts the wait (Ctrl-C, a signal handler that raises, an error
-    in `line`) stops the command and all its descendants before it goes on: SIGINT to each, `grace` seconds to clean
-    up, then SIGKILL.
+    Standard output and error are merged. If the wait is interrupted (Ctrl-C, a signal handler that raises, an error in
+    `line`), the command and all its descendants are stopped first: SIGINT to each, `grace` seconds to clean up, then
+    SIGKILL.
     """
     process = subprocess.Popen(
         command,
@@ -35,9 +35,10 @@ def stream(
         bufsize=1,
         env=environment,
         cwd=folder,
-        # A group of its own: a signal meant for this process reaches the command in the one way that ends it cleanly.
+        # Its own group: signals to this process do not reach the command directly, only through `_stop`.
         start_new_session=True,
     )
+    assert process.stdout is not None
     with process.stdout:
         try:
             for text in process.stdout:
@@ -49,12 +50,12 @@ def stream(
 
 
 def _stop(process: subprocess.Popen, grace: float) -> None:
-    """End `process` and its descendants, also those that left its group (torchrun gives workers their own session)."""
+    """End `process` and its descendants, even outside its group (torchrun gives workers their own session)."""
     family = _family(process.pid)
     try:
         _signal(family, signal.SIGINT)
         psutil.wait_procs(family, timeout=grace)
-    finally:  # reached at once where a second Ctrl-C cuts the wait short
+    finally:  # reached at once if a second Ctrl-C interrupts the wait
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         _signal(family, signal.SIGKILL)

@@ -1,8 +1,8 @@
-"""DVC experiments in a copy of the workspace, which itself stays as it is.
+"""DVC experiments in a copy of the workspace, which itself is not changed.
 
-`dvc exp run --temp` makes a new copy each time and starts it from the workspace's outputs. Here one copy stays, in
-work/experiments: an experiment that was killed goes on inside its stage, and each starts from the outputs of the run
-that leaves it least to do. (DVC's run cache would do the latter, but it leaves out stages whose outputs persist.)
+`dvc exp run --temp` makes a new copy each time, starting from the workspace's outputs. Here one copy is kept in
+work/experiments: a killed experiment resumes inside its stage, and each experiment starts from the outputs of the run
+that leaves it the least to do. (DVC's run cache would do the latter, but excludes persisted outputs.)
 """
 
 import contextlib
@@ -27,16 +27,16 @@ LOCK, PARAMETERS = "dvc.lock", "params.yaml"
 
 
 def experiment_name(values: Mapping[str, Any], prefix: str) -> str:
-    """A readable name that git accepts: sweep-score.name=kernel-sample.guidance=2.0; `prefix` for no change."""
+    """A readable name that git accepts: sweep-score.name=kernel-sample.guidance=2.0; just `prefix` for no change."""
     return "-".join([prefix, *(f"{key}={quote(str(value), safe='')}" for key, value in values.items())])
 
 
 def run(name: str, values: Mapping[str, Any], *, line: Callable[[str], None]) -> None:
     """Run the pipeline as the DVC experiment `name` with {"section.key": value} changed.
 
-    The copy holds what git tracks, as edited here, and what is new and not ignored; outputs come from DVC's cache. An
-    experiment of this name on the same commit is replaced. Raises ValueError for a wrong value, RepositoryError,
-    BusyError.
+    The copy holds the files that git tracks, with uncommitted edits, and new files that it does not ignore; outputs
+    come from DVC's cache. An experiment of this name on the same commit is replaced. Raises UserError for a wrong
+    value, RepositoryError, BusyError.
     """
     parameters = overrides.check(PARAMETERS, values)
     with _alone():
@@ -49,9 +49,9 @@ def run(name: str, values: Mapping[str, Any], *, line: Callable[[str], None]) ->
 
 
 def nearest(parameters: Mapping) -> dict[str, str]:
-    """Of all outputs known, those that leave `parameters` the least to run, as far as git keeps them: path => text.
+    """The known outputs that leave the least to run for `parameters`, as far as git tracks them: path => text.
 
-    There are the workspace's own, what a killed experiment left in the copy, and the experiments of this commit.
+    Known are the outputs of the workspace, of a killed experiment in the copy, and of the experiments of this commit.
     """
     known = [_results_in(Path()), _results_in(COPY), *map(_results_of, _names())]
     return max(known, key=lambda files: len(up_to_date(_stages(files.get(LOCK, "")), parameters)))
@@ -66,7 +66,7 @@ def is_complete(name: str, values: Mapping[str, Any]) -> bool:
 
 
 def up_to_date(lock: Mapping[str, Mapping], parameters: Mapping) -> set[str]:
-    """The stages that would not run again: `lock` has stage => deps, params and outs, as dvc.lock records them."""
+    """Stages that would not run again; `lock` maps stages to deps, params and outs, as in dvc.lock."""
     stale = {name for name, stage in lock.items() if not _made_with(stage, parameters)}
     while True:
         changed = [output["path"] for name in stale for output in lock[name].get("outs", [])]
@@ -86,12 +86,12 @@ def _made_with(stage: Mapping, parameters: Mapping) -> bool:
 
 
 def _overlap(path: str, other: str) -> bool:
-    """Whether one path is the other or lies in it."""
+    """Whether one path equals the other or contains it."""
     return path == other or path.startswith(f"{other}/") or other.startswith(f"{path}/")
 
 
 def read(name: str, path: str) -> str:
-    """The text of a file that git keeps, in the experiment `name`. Raises RepositoryError."""
+    """The text of a file that git tracks, in the experiment `name`. Raises RepositoryError."""
     return _git("show", f"{_refs()}{name}:{path}")
 
 
@@ -101,7 +101,7 @@ def fetch(name: str, path: str, target: Path) -> None:
     with tempfile.TemporaryDirectory() as folder, whole_file(target) as partial:
         fetched = Path(folder) / "output"
         repository.ask("get", ".", path, "--rev", revision, "--out", str(fetched))
-        shutil.copyfile(fetched, partial)  # what DVC puts there may be a second name of the file in its cache
+        shutil.copyfile(fetched, partial)  # DVC may have hard-linked its cached file there
 
 
 def metrics(name: str) -> dict[str, dict]:
@@ -121,7 +121,7 @@ def _alone() -> Iterator[None]:
 
 
 def _bring_up(results: Mapping[str, str]) -> None:
-    """Bring the copy to the state of the workspace, but with these `results` of earlier stages."""
+    """Bring the copy to the state of the workspace, with these `results` of earlier stages."""
     if not COPY.is_dir():
         _create()
     _git("fetch", "--quiet", "--prune", str(Path.cwd()), "HEAD", f"+{_refs()}*:{_refs()}*", folder=COPY)
@@ -148,13 +148,13 @@ def _create() -> None:
 
 
 def edited() -> list[str]:
-    """Files that differ from the last commit, deleted ones included, and new ones that git does not ignore."""
+    """Files that differ from the last commit, deleted ones included, and new files that git does not ignore."""
     listed = _git("diff", "--name-only", "-z", "HEAD") + _git("ls-files", "-z", "--others", "--exclude-standard")
     return [path for path in listed.split("\0") if path]
 
 
 def _results_in(folder: Path) -> dict[str, str]:
-    """dvc.lock and the metrics files in `folder`: path => text; nothing where there is no dvc.lock."""
+    """dvc.lock and the metrics files in `folder`: path => text; empty without a dvc.lock."""
     if not (folder / LOCK).is_file():
         return {}
     listed = _git("ls-files", "-z", "--cached", "--others", "--exclude-standard", folder=folder).split("\0")
@@ -169,7 +169,7 @@ def _results_of(name: str) -> dict[str, str]:
 
 
 def _kept(lock: str, paths: Iterable[str]) -> list[str]:
-    """dvc.lock and those of `paths` that it lists as outputs; what git does not list, DVC's cache holds."""
+    """dvc.lock and those of `paths` that it lists as outputs; all other outputs are in DVC's cache."""
     outputs = {output["path"] for stage in _stages(lock).values() for output in stage.get("outs", [])}
     return [LOCK, *(path for path in paths if path in outputs)]
 
@@ -203,7 +203,7 @@ def _git(*arguments: str, folder: Path = Path()) -> str:
 
 
 def _value(parameters: Mapping, key: str) -> Any:
-    """The value of "section.key" or of a whole section; None where there is none."""
+    """The value of "section.key" or of a section; None if absent."""
     value: Any = parameters
     for part in key.split("."):
         value = value.get(part) if isinstance(value, Mapping) else None

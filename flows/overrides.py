@@ -1,4 +1,4 @@
-"""Change values in params.yaml: checked before the file is touched, comments kept, the file replaced whole."""
+"""Change values in params.yaml: checked before the file is touched, comments kept, the file replaced atomically."""
 
 import io
 from collections.abc import Iterable, Mapping
@@ -18,7 +18,7 @@ PARAMETERS = Path("params.yaml")
 
 
 def parse(texts: Iterable[str]) -> dict[str, Any]:
-    """["section.key=value", ...] => {"section.key": value}, values read as DVC reads YAML. Raises ValueError."""
+    """["section.key=value", ...] => {"section.key": value}, with values read as DVC reads YAML. Raises UserError."""
     values = {}
     for text in texts:
         key, equals, value = text.partition("=")
@@ -32,9 +32,9 @@ def parse(texts: Iterable[str]) -> dict[str, Any]:
 
 
 def apply(path: str | Path, values: Mapping[str, Any]) -> None:
-    """Set {"section.key": value} in the parameter file at `path`, after ear.config has accepted the whole.
+    """Set {"section.key": value} in the parameter file at `path`, if the result is valid.
 
-    Raises ValueError or FileNotFoundError with one sentence, and leaves the file as it was.
+    Raises UserError or MissingFileError with one sentence, and leaves the file unchanged.
     """
     before = config.load(path)
     content = check(path, values)
@@ -47,11 +47,11 @@ def apply(path: str | Path, values: Mapping[str, Any]) -> None:
 
 
 def check(path: str | Path, values: Mapping[str, Any]) -> CommentedMap:
-    """The content of the parameter file at `path` with {"section.key": value} set; the file is only read.
+    """The content of the parameter file at `path` with {"section.key": value} set; the file is not changed.
 
-    Raises ValueError or FileNotFoundError with one sentence.
+    Raises UserError or MissingFileError with one sentence.
     """
-    config.load(path)  # the file must be sound before anything is put on top
+    config.load(path)  # errors of the file itself come first
     content = _yaml().load(Path(path).read_text())
     for key, value in values.items():
         _set(content, key, value)
@@ -87,7 +87,7 @@ def _styled(value: Any) -> Any:
 
 
 def plain(node: Any) -> Any:
-    """ruamel's scalars and containers as the plain types they stand for."""
+    """Convert ruamel's scalars and containers to plain types."""
     if isinstance(node, Mapping):
         return {str(key): plain(value) for key, value in node.items()}
     if isinstance(node, list):

@@ -100,7 +100,8 @@ def pipeline(
     state = check(order, return_state=True)
     if not state.is_completed():
         return Failed(message=state.message)
-    outcomes = walk(graph, order, forced, state.result())
+    changed: Any = state.result()
+    outcomes = walk(graph, order, forced, changed)
     publish(outcomes)
     return summary(outcomes)
 

@@ -1,4 +1,4 @@
-"""What DVC knows and does: the graph of stages, what is out of date and why, runs, metrics. No Prefect here."""
+"""What DVC knows and does: the graph of stages, what is out of date and why, runs, metrics. Independent of Prefect."""
 
 import difflib
 import json
@@ -14,10 +14,10 @@ from pathlib import Path
 from ear.errors import MissingFileError, UserError
 from flows import command
 
-# --wait-for-lock: without it a stage that has finished is reported failed where another DVC process holds the lock.
+# Without --wait-for-lock, a stage that has finished is reported as failed if another DVC process holds the lock.
 DVC = [sys.executable, "-m", "dvc", "--wait-for-lock"]
 _LINES_KEPT = 200
-# What DVC says about git after every run; not news to the reader of a flow's log.
+# DVC's advice about git after every run; noise in a flow's log.
 _ADVICE = (
     "To track the changes with git",
     "\tgit add",
@@ -25,13 +25,13 @@ _ADVICE = (
     "\tdvc config core.autostage",
     "Use `dvc push`",
     "To apply the results of an experiment",
-    "WARNING: No file hash info found for",  # an output that was never made
+    "WARNING: No file hash info found for",  # an output that was never produced
     "\tdvc exp apply",
 )
 
 
 class RepositoryError(RuntimeError):
-    """DVC refused or failed; the message is its own last error line."""
+    """DVC refused or failed; the message is its last error line."""
 
 
 class BusyError(RepositoryError):
@@ -39,7 +39,7 @@ class BusyError(RepositoryError):
 
 
 def environment() -> dict[str, str]:
-    """The environment for DVC: its stages' `python` is this Python, and their lines come at once."""
+    """The environment for DVC: `python` in its stages is this Python, unbuffered."""
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
     return {**os.environ, "PATH": path, "PYTHONUNBUFFERED": "1", "DVC_NO_ANALYTICS": "1"}
 
@@ -53,7 +53,7 @@ def ask(*arguments: str, folder: Path = Path()) -> str:
 
 
 def act(*arguments: str, line: Callable[[str], None], folder: Path = Path()) -> None:
-    """Run a DVC command in `folder`, hand each line of its output to `line` at once.
+    """Run a DVC command in `folder` and pass each line of its output to `line` immediately.
 
     Raises RepositoryError, BusyError.
     """
@@ -69,7 +69,7 @@ def act(*arguments: str, line: Callable[[str], None], folder: Path = Path()) -> 
 
 
 def failure(lines: Iterable[str]) -> RepositoryError:
-    """The error that DVC's output tells of: the failed program's own last line where it ran, else DVC's."""
+    """The error behind DVC's output: the last line of the failed program if it ran, or else DVC's last error line."""
     lines = [text.strip() for text in lines if text.strip()]
     errors = [text.removeprefix("ERROR: ") for text in lines if text.startswith("ERROR: ")]
     said = errors[-1] if errors else (lines or ["DVC failed and said nothing"])[-1]
@@ -84,21 +84,21 @@ def failure(lines: Iterable[str]) -> RepositoryError:
 
 
 def graph() -> dict[str, set[str]]:
-    """Every stage of dvc.yaml => the stages it needs directly, in an order in which they can run.
+    """Every stage of dvc.yaml => the stages it directly needs, in an order in which they can run.
 
-    Raises FileNotFoundError outside the repository's root, RepositoryError where DVC cannot read dvc.yaml.
+    Raises MissingFileError outside the repository's root, RepositoryError if DVC cannot read dvc.yaml.
     """
     if not Path("dvc.yaml").is_file():
         raise MissingFileError(f"dvc.yaml is not in {Path.cwd()}; run the flow from the repository's root.")
     upstream: dict[str, set[str]] = {name: set() for name in ask("stage", "list", "--name-only").split()}
     for before, after in re.findall(r'"([^"]+)" -> "([^"]+)"', ask("dag", "--dot")):
-        if before in upstream and after in upstream:  # .dvc files are nodes too, but nothing to run
+        if before in upstream and after in upstream:  # .dvc files are nodes too, but not stages
             upstream[after].add(before)
     return {name: upstream[name] for name in TopologicalSorter(upstream).static_order()}
 
 
 def known(names: Iterable[str], stages: Iterable[str]) -> list[str]:
-    """`names`, if all of them are among `stages`; else raises ValueError naming the first that is not."""
+    """Return `names` if all are among `stages`; raises UserError naming the first that is not."""
     names, stages = list(names), list(stages)
     for name in names:
         if name not in stages:
@@ -109,7 +109,7 @@ def known(names: Iterable[str], stages: Iterable[str]) -> list[str]:
 
 
 def with_upstream(graph: dict[str, set[str]], names: Iterable[str]) -> list[str]:
-    """`names` and all that they need, in the order of `graph`."""
+    """`names` and all stages that they need, in the order of `graph`."""
     wanted: set[str] = set()
     pending = list(names)
     while pending:
@@ -121,12 +121,12 @@ def with_upstream(graph: dict[str, set[str]], names: Iterable[str]) -> list[str]
 
 
 def changes(*names: str) -> dict[str, str]:
-    """Stage => why it is out of date, for those that are; all stages, or only `names`. Raises as `ask` does."""
+    """Stage => why it is out of date, for those that are; of all stages, or only of `names`. Raises as `ask` does."""
     return {name: reason(entries) for name, entries in json.loads(ask("status", "--json", *names) or "{}").items()}
 
 
 def reason(entries: list) -> str:
-    """One phrase from DVC's status of a stage, such as `parameters: sample modified; code: ear/ema.py modified`."""
+    """One phrase from DVC's status of a stage, such as `parameters: sample modified; code: ear/training modified`."""
     said: dict[str, list[str]] = {}
     for entry in entries:
         if isinstance(entry, str):  # "changed command", "always changed"
@@ -150,9 +150,9 @@ def _change(kind: str, path: str, change: str | dict) -> tuple[str, str]:
 
 
 def reproduce(name: str, *, force: bool, line: Callable[[str], None]) -> str:
-    """Bring one stage up to date, its upstream unseen; returns `ran`, `restored` (run cache) or `up to date`.
+    """Bring one stage up to date without checking its upstream => `ran`, `restored` (run cache) or `up to date`.
 
-    Raises RepositoryError with the stage's own last error line, BusyError.
+    Raises RepositoryError with the stage's last error line, BusyError.
     """
     outcome = "up to date"
 
@@ -169,7 +169,7 @@ def reproduce(name: str, *, force: bool, line: Callable[[str], None]) -> str:
 
 
 def metrics() -> dict[str, dict]:
-    """File => its metrics, for the metrics files that exist. Raises RepositoryError."""
+    """Metrics file => its content, for the files that exist. Raises RepositoryError."""
     shown = json.loads(ask("metrics", "show", "--json") or "{}")
     files = shown.get("", {}).get("data", {})
     return {path: entry["data"] for path, entry in files.items() if isinstance(entry.get("data"), dict)}

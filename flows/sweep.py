@@ -1,9 +1,9 @@
-"""Compare parameters: every combination runs as a DVC experiment, and a table and a plot of one metric remain.
+"""Compare parameters: run every combination as a DVC experiment, then write a table and a plot of one metric.
 
     python -m flows.sweep --set sample.guidance=1.0,1.5,2.0 sample.temperature=0.7,1.0
 
-The experiments run one after another in a copy of the workspace, which itself stays as it is; `dvc exp apply NAME`
-brings one of them into it. The table is written anew after each, so a stopped sweep keeps what it has.
+Experiments run one after another in a copy of the workspace, which itself is not changed; `dvc exp apply NAME` brings
+one of them into it. The table is rewritten after each run, so a stopped sweep keeps its results so far.
 """
 
 # isort: off
@@ -72,7 +72,7 @@ def sweep(
 
 
 def grid(parameters: dict[str, list[Any]]) -> dict[str, dict[str, Any]]:
-    """Experiment name => {"section.key": value}, for every combination. Raises ValueError where there is none."""
+    """Experiment name => {"section.key": value}, for every combination. Raises UserError if there is none."""
     for key, values in parameters.items():
         if not values:
             raise UserError(f"{key} has no values to try; give at least one.")
@@ -85,9 +85,9 @@ def grid(parameters: dict[str, list[Any]]) -> dict[str, dict[str, Any]]:
 def compare(
     runs: dict[str, dict[str, Any]], metric: str, maximize: bool, save: Callable[[list[dict]], None]
 ) -> list[dict]:
-    """Run the experiments in turn; one row each: experiment, values, metric (None if it failed), best, error.
+    """Run the experiments in turn => one row each: experiment, values, metric (None if it failed), best, error.
 
-    `save` is called with the rows so far after each run. Raises ValueError where no metrics file has `metric`.
+    `save` is called with the rows so far after each run. Raises UserError if no metrics file has `metric`.
     """
     rows: list[dict] = []
     for name, values in runs.items():
@@ -101,9 +101,9 @@ def compare(
 
 
 def find(metric: str, files: dict[str, dict]) -> float:
-    """The value of `metric`, given as NAME or FILE:NAME: a name that the evaluation has is the evaluation's.
+    """The value of `metric`, given as NAME or FILE:NAME; a NAME is looked up in the evaluation first.
 
-    Raises ValueError where no file has it, or several others have.
+    Raises UserError if no file has it, or several others have.
     """
     named = {f"{row['file']}:{row['metric']}": row["value"] for row in metric_rows(files)}
     metric = f"{EVALUATION}:{metric}" if f"{EVALUATION}:{metric}" in named else metric
@@ -116,7 +116,7 @@ def find(metric: str, files: dict[str, dict]) -> float:
 
 
 def mark_best(rows: list[dict], metric: str, maximize: bool) -> None:
-    """Set `best` in the row with the best metric, the first of equals."""
+    """Set `best` in the row with the best metric; the first one if several have it."""
     measured = [row for row in rows if row[metric] is not None]
     best = (max if maximize else min)(measured, key=lambda row: row[metric], default=None)
     for row in rows:
@@ -124,7 +124,7 @@ def mark_best(rows: list[dict], metric: str, maximize: bool) -> None:
 
 
 def write(rows: list[dict], keys: list[str], metric: str, folder: Path) -> None:
-    """table.csv and plot.png in `folder`, each whole or not at all."""
+    """Write table.csv and plot.png into `folder`, each complete or not at all."""
     with whole_file(folder / "table.csv") as partial, partial.open("w", newline="") as file:
         table = csv.DictWriter(file, rows[0].keys(), lineterminator="\n")
         table.writeheader()
@@ -155,7 +155,7 @@ def draw(rows: list[dict], keys: list[str], metric: str):
 
 
 def heat_map(axes, rows: list[dict], keys: list[str], values: list[float]) -> None:
-    """The metric as colour and number; the first parameter downwards, the second to the right."""
+    """Show the metric as colour and number; rows are the first parameter, columns the second."""
     down, right = (list(dict.fromkeys(str(row[key]) for row in rows)) for key in keys)
     cells = [[float("nan")] * len(right) for _ in down]
     for row, value in zip(rows, values, strict=True):
@@ -171,7 +171,7 @@ def heat_map(axes, rows: list[dict], keys: list[str], values: list[float]) -> No
 
 
 def summary(rows: list[dict], metric: str, output: str) -> State:
-    """The flow's last state: the best run, or how many failed, in one line."""
+    """The flow's final state: the best run, or how many failed, in one line."""
     best = "".join(f"best {metric} {row[metric]:.6g}: {row['experiment']}" for row in rows if row["best"])
     errors = [f"{row['experiment']}: {row['error']}" for row in rows if row["error"]]
     if errors:

@@ -1,7 +1,7 @@
 """Encode every image and its mirror image into posterior moments.
 
 Reads data/prepared and data/tokenizer; writes data/latents: {train,val}-IIIII-of-NNNNN.h5 and stats.json. A killed run
-goes on with the shards that are missing and ends in the same bytes.
+resumes with the missing shards and ends in the same bytes.
 """
 
 from dataclasses import dataclass
@@ -28,7 +28,7 @@ class Parameters:
 
 
 def work(parameters: Parameters) -> None:
-    """Both splits."""
+    """Encode both splits."""
     device = prepare_device(parameters.runtime.device, parameters.compute.threads)
     encoder = caching.Encoder(
         load_tokenizer(TOKENIZER).to(device),

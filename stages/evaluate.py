@@ -93,7 +93,7 @@ def work(parameters: Parameters) -> None:
 def block_metrics(
     batches: Iterator[Batch], images: int, reference: Reference, options: config.Evaluate, labelled: bool
 ) -> dict[str, float]:
-    """All metrics of a block of generated images; with class accuracy if the extractor's logits are of their classes."""
+    """All metrics of a block of generated images, with class accuracy if the logits are those of its classes."""
     generated = gather(batches, images)
     figures = metrics.compare(generated.features, generated.logits, reference, options)
     if labelled:

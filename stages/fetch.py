@@ -1,10 +1,10 @@
 """Find the raw images, check them and list them.
 
-Reads data.path unless data.source is digits: a tree of class folders, or ImageNet unpacked, as Kaggle lays it out, or
-in its official archives, which are read in place. Never copies or changes what lies there. Writes data/raw:
-manifest.csv, source.json and, where data.source is digits, the digits themselves. DVC does not watch data.path: after a
-change there list it again with `dvc repro --single-item --force fetch`. A file that the parameters name for a later
-stage and that is not there is said before anything is done.
+Reads data.path, unless data.source is digits: a tree of class folders, or ImageNet (unpacked, in Kaggle's layout, or in
+its official archives, which are read in place). Nothing there is copied or changed. Writes data/raw: manifest.csv,
+source.json and, if data.source is digits, the digits. Files needed by later stages are checked first; a missing one is
+reported immediately. DVC does not watch data.path: after changing images, list them again with `dvc repro --single-item
+--force fetch`.
 """
 
 from collections import Counter
@@ -56,7 +56,7 @@ def work(data: Parameters) -> None:
 
 
 def check_files(parameters: config.Parameters) -> None:
-    """All later stages run again after this one, so their files must be there; data.path has its own sentences."""
+    """Raise MissingFileError for the first absent file that a later stage needs (`work` checks data.path)."""
     missing = config.missing_files(parameters)
     missing.pop("data.path", None)
     for sentence in missing.values():
@@ -64,7 +64,7 @@ def check_files(parameters: config.Parameters) -> None:
 
 
 def _check_apart(path: Path) -> None:
-    """Stages replace whole folders of data/: a user's images must not lie there."""
+    """Refuse a data.path inside data/, where stages replace folders."""
     if path.resolve().is_relative_to(Path("data").resolve()):
         raise UserError(
             f"data.path is {str(path)!r}, inside data/, where stages replace whole folders; move the images elsewhere."

@@ -1,7 +1,7 @@
 """Decode the listed images, cut out their centres and store them with their labels in HDF5 shards.
 
 Reads data/raw; writes data/prepared: {train,val}-IIIII-of-NNNNN.h5, classes.json, rejected.csv and index.json. A killed
-run goes on with the shards that are missing and ends in the same bytes.
+run resumes with the missing shards and ends in the same bytes.
 """
 
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ class Parameters:
 
 
 def work(parameters: Parameters) -> None:
-    """Every image of the manifest."""
+    """Prepare every image of the manifest."""
     options = parameters.prepare
     layout = preparation.Layout(parameters.image_size, options.shard_size, options.compression)
     # The key has neither max_rejected nor the manifest: shards finished before images were repaired, or before more

@@ -80,7 +80,8 @@ def identify(
 ) -> tuple[dict, Gaussian | None, LabelledImages]:
     """(description of the reference, its published statistics if given, the training images to extract)."""
     identity: dict = {"name": "training images", "images": len(train), "statistics_sha256": ""}
-    published, selected = None, train
+    published: Gaussian | None = None
+    selected: LabelledImages = train
     if options.statistics:  # which lack only the features of single images
         published, digest = read_statistics(options.statistics, dimension=extractor.dimension)
         identity = {"name": options.statistics, "images": None, "statistics_sha256": digest}

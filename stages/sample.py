@@ -1,7 +1,7 @@
 """Generate class-balanced images, one random stream per image, and a picture of them.
 
 Reads data/finetuned and data/tokenizer; writes data/samples/samples.h5 (images uint8 [N, H, W, 3], labels, seed) and
-data/samples/grid.png. A killed run goes on with the batches that are missing and ends in the same bytes.
+data/samples/grid.png. A killed run resumes with the missing batches and ends in the same bytes.
 """
 
 from dataclasses import dataclass
@@ -52,7 +52,7 @@ def work(parameters: Parameters) -> None:
 
 
 def begin(file: Path, sampler: ImageSampler, labels: list[int], options: config.Sample) -> list[drawing.Batch]:
-    """The batches that are missing in the file, which is laid out if it is new."""
+    """Create the file if it is new => the batches it lacks."""
     if not file.is_file():
         sources = {"model_sha256": sha256(MODEL), "tokenizer_sha256": sha256(TOKENIZER)}
         model = sampler.model
@@ -63,7 +63,7 @@ def begin(file: Path, sampler: ImageSampler, labels: list[int], options: config.
 
 
 def publish(file: Path, columns: int) -> None:
-    """Put the finished file in its place and draw the grid."""
+    """Move the finished file to its place and draw the grid."""
     with whole_folder("data/samples") as folder:
         link(file, folder / "samples.h5")
         made = samples.GeneratedImages(folder / "samples.h5")

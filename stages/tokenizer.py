@@ -1,8 +1,8 @@
-"""Train the autoencoder between images and latents, import one, or write down the identity.
+"""Train the autoencoder between images and latents, or import one, or use the identity.
 
-Reads data/prepared; writes data/tokenizer: tokenizer.safetensors (averaged weights), metrics.json on held-out images,
-the logs and reconstructions.png (held-out images in pairs of rows, originals above reconstructions). A killed training
-goes on from its last checkpoint and ends in the same bytes. DVC tracks the name of a file to import, not its content.
+Reads data/prepared; writes data/tokenizer: tokenizer.safetensors (EMA weights), metrics.json for held-out images, the
+logs, and reconstructions.png (pairs of rows: held-out images above their reconstructions). A killed training resumes
+from its last checkpoint and ends in the same bytes. DVC tracks the name of an imported file, not its content.
 """
 
 from dataclasses import dataclass
@@ -42,7 +42,7 @@ class Parameters:
 
 
 def work(parameters: Parameters) -> None:
-    """Train (kl) or take what is ready-made, describe, publish."""
+    """Train (kl) or import a tokenizer, describe it, publish it."""
     device = prepare_device(parameters.runtime.device, parameters.compute.threads)
     images, held_out = (PreparedImages("data/prepared", split) for split in ("train", "val"))
     size, options = parameters.image_size, parameters.tokenizer
@@ -51,6 +51,7 @@ def work(parameters: Parameters) -> None:
             f"the images of data/prepared have {images.image_size} pixels a side, but data.image_size is {size}; run "
             "the prepare stage again."
         )
+    tokenizer: Tokenizer
     if options.name == "kl":
         folder = program.scratch("tokenizer", parameters, ["data/prepared/index.json"])
         tokenizer, history = train(images, held_out, options, device).run(folder)
@@ -66,7 +67,7 @@ def work(parameters: Parameters) -> None:
 def train(
     images: PreparedImages, held_out: PreparedImages, options: config.Tokenizer, device: torch.device
 ) -> AutoencoderTraining:
-    """The training that the parameters ask for, from new weights."""
+    """The training with these parameters, from new weights."""
     perceptual = load_perceptual(options.perceptual_folder).to(device) if options.perceptual_weight else None
     loss = AutoencoderLoss(options.kl_weight, perceptual, options.perceptual_weight)
     objective = Objective(loss, seed=randomness.derive(options.seed, "tokenizer"), device=device)
@@ -87,7 +88,7 @@ def ready_made(options: config.Tokenizer, size: int) -> tuple[Tokenizer, dict | 
 def publish(
     tokenizer: Tokenizer, source: dict | None, history: History, images: PreparedImages, options, device
 ) -> None:
-    """Describe the tokenizer, which is on the device, by held-out images, and write the outputs."""
+    """Describe the tokenizer (on the device) on held-out images, and write the outputs."""
     batches = (torch.from_numpy(batch).to(device) for batch, _ in images.batches(options.batch_size))
     figures = describe(tokenizer, batches, randomness.generator(options.seed, "tokenizer", "description"))
     figures["parameters"] = sum(p.numel() for p in tokenizer.parameters())

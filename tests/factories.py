@@ -71,9 +71,7 @@ def tiny_model(
     **score,
 ) -> AutoregressiveModel:
     """A model of a few thousand weights; `trained` moves what is zero-initialised away from zero."""
-    options = model_options(
-        patch_size=patch_size, attention=attention, order=order, target_positions=target_positions
-    )
+    options = model_options(patch_size=patch_size, attention=attention, order=order, target_positions=target_positions)
     shape = Shape(latent, classes, options, score_options(name, **score))
     model = build_model(shape).initialise(generator(seed, "weights"))
     if trained:

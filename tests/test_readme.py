@@ -9,10 +9,11 @@ import pytest
 
 import ear
 from ear import config
-from ear.commands import configure
+from ear.commands import cli
+from ear.config.compose import presets
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
+PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")])
 TEXT = "\n".join(page.read_text() for page in PAGES)
 
 
@@ -24,9 +25,14 @@ def test_links_lead_somewhere(page):
 
 def test_programs_exist():
     modules = set(re.findall(r"python -m ([\w.]+\w)", TEXT)) - {"benchmarks.NAME"}
-    assert {"ear configure", "ear.inspect", "ear.describe", "flows.pipeline", "flows.sweep"} <= modules
+    assert {"flows.pipeline", "flows.sweep", "benchmarks.comparison"} <= modules
     for module in modules:
         assert importlib.util.find_spec(module), module
+
+
+def test_subcommands_exist():
+    named = set(re.findall(r"(?:^|`|\s)ear ([a-z]+)(?=[`\s])", TEXT, re.MULTILINE))
+    assert {"configure", "inspect", "describe"} <= named & set(cli.main.commands)
 
 
 def test_make_targets_exist():
@@ -38,16 +44,16 @@ def test_make_targets_exist():
 
 
 def test_parameters_exist():
-    sections = {name: set(kind.__dataclass_fields__) for name, kind in config.Parameters.__annotations__.items()}
+    sections = {name: set(field.annotation.model_fields) for name, field in config.Parameters.model_fields.items()}
     for section, key in re.findall(rf"\b({'|'.join(sections)})\.([a-z_]+)(?=[=`\s,])", TEXT):
         assert key in sections[section] or key in ("py", "md", "json", "h5", "csv", "tsv"), f"{section}.{key}"
 
 
 def test_presets_exist():
     named = set(re.findall(r"preset=(\w+)", TEXT)) - {"NAME"}
-    assert {"folder64", "imagenet256_base"} <= named <= set(configure.presets())
+    assert {"folder64", "imagenet256_base"} <= named <= set(presets())
 
 
 def test_python_names_exist():
-    for name in set(re.findall(r"\bear\.(load|generate|inpaint|interop)\b", TEXT)):
+    for name in set(re.findall(r"\bear\.(load|generate|inpaint|interop|UserError)\b", TEXT)):
         assert getattr(ear, name)

@@ -14,7 +14,14 @@ ROOT = Path(__file__).parent.parent
 STAGES = OmegaConf.to_container(OmegaConf.load(ROOT / "dvc.yaml"))["stages"]
 ORDER = ["fetch", "prepare", "reference", "tokenizer", "cache", "train", "finetune", "sample", "evaluate"]
 # Code that cannot change a result is no dependency: parameters are tracked by value, the rest is text for people.
-WITHOUT_INFLUENCE = {"ear/config", "ear/display", "ear/commands", "ear/errors.py", "ear/__init__.py", "stages/__init__.py"}
+WITHOUT_INFLUENCE = {
+    "ear/config",
+    "ear/display",
+    "ear/commands",
+    "ear/errors.py",
+    "ear/__init__.py",
+    "stages/__init__.py",
+}
 
 
 def source_of(module: str) -> Path | None:

@@ -3,10 +3,10 @@
     python -m benchmarks.comparison
     python -m benchmarks.comparison --images 128000 --only rules --output docs
 
-Each model is a DVC experiment on the current commit (see flows.experiments): the workspace stays as it is, what runs
-share is computed once, and a comparison that was stopped goes on where it was, until there is another commit. The page,
-its grids and the figures behind them (scores/results.json) appear once all runs have succeeded; rates are measured at
-the end. A part that is made alone joins the other part on the page, if that is of the same commit.
+Each model is a DVC experiment on the current commit (see flows.experiments): the workspace is not changed, shared
+stages run once, and a stopped comparison resumes as long as the commit is the same. The page, its grids and its data
+(scores/results.json) are written after all runs have succeeded; rates are measured at the end. If only one part is run,
+the other part of the page is kept if it is of the same commit.
 """
 
 # isort: off
@@ -48,11 +48,11 @@ from flows.sweep import EVALUATION, run_experiment
 
 Part = Literal["rules", "ablations"]
 
-# A half and a sixth of what the digits preset trains on: all of it in about an hour on two cores.
+# A half and a sixth of the training images of the digits preset; everything takes about an hour on two cores.
 IMAGES: dict[Part, int] = {"rules": 64_000, "ablations": 22_400}
 REFERENCE = "data/reference/metrics.json"
-BENCHMARKS = ("heads", "scores", "variance")  # names in benchmarks/results/; scores is measured here
-# What may differ from the commit that the page names: results.
+BENCHMARKS = ("heads", "scores", "variance")  # files in benchmarks/results/; `scores` is measured by this program
+# Results may differ from the commit that the page names.
 _RESULTS = ("dvc.lock", "data/", "docs/", "benchmarks/results/")
 
 
@@ -95,16 +95,14 @@ def compare(
 
 
 def check_committed() -> None:
-    """Raises ValueError where code or parameters are not as the commit has them, since the page names the commit."""
+    """Raise UserError if code or parameters differ from the last commit, since the page names the commit."""
     edited = [path for path in experiments.edited() if not path.startswith(_RESULTS)]
     if edited:
-        raise UserError(
-            f"{edited[0]} is not as the last commit has it; commit it, so that the page can name its code."
-        )
+        raise UserError(f"{edited[0]} is not as the last commit has it; commit it, so that the page can name its code.")
 
 
 def check_extractor(parameters: config.Parameters) -> None:
-    """Raises ValueError where nothing tells the class of a generated image."""
+    """Raise UserError if no classifier can tell the class of a generated image."""
     if parameters.reference.extractor != "classifier":
         raise UserError(
             f"reference.extractor is {parameters.reference.extractor}, but the comparison reports class accuracy; set "
@@ -113,7 +111,7 @@ def check_extractor(parameters: config.Parameters) -> None:
 
 
 def planned(parameters: config.Parameters, budget: Mapping[Part, int]) -> list[Values]:
-    """The changes of params.yaml of all runs of the parts in `budget`, those that train alike next to each other."""
+    """The changes of params.yaml for all runs of the parts in `budget`; runs that share a training are adjacent."""
     runs: list[Values] = []
     if "rules" in budget:
         runs += [values for scales in rule_runs(parameters, budget["rules"]).values() for values in scales.values()]
@@ -124,7 +122,7 @@ def planned(parameters: config.Parameters, budget: Mapping[Part, int]) -> list[V
 
 
 def run_all(runs: Mapping[str, Values]) -> dict[str, str]:
-    """Run the experiments that are not there yet; experiment => error for those that failed."""
+    """Run the experiments that do not exist yet => error by experiment, for those that failed."""
     log, errors = get_run_logger(), {}
     for number, (name, values) in enumerate(runs.items(), start=1):
         log.info("%d of %d: %s", number, len(runs), name)
@@ -138,7 +136,7 @@ def run_all(runs: Mapping[str, Values]) -> dict[str, str]:
 
 @task(task_run_name="measure rates", cache_policy=NO_CACHE)
 def measure_rates() -> State:
-    """Time training and sampling of every rule, all in one run; the figures stay in benchmarks/results/."""
+    """Time training and sampling of every rule in one run, and save the results to benchmarks/results/."""
     lines: list[str] = []
     program = [sys.executable, "-m", "benchmarks.scores", "--save", "--rules", *plan.RULES]
     if command.stream(program, line=lines.append, environment=repository.environment()):
@@ -147,7 +145,7 @@ def measure_rates() -> State:
 
 
 def collect(parameters: config.Parameters, budget: Mapping[Part, int]) -> dict[str, Any]:
-    """All that the page shows of the parts in `budget`."""
+    """Everything that the page shows of the parts in `budget`."""
     results: dict[str, Any] = {
         "budget": {
             "commit": experiments.head(),
@@ -175,7 +173,7 @@ def collect(parameters: config.Parameters, budget: Mapping[Part, int]) -> dict[s
 
 
 def joined(results: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """The results with the part that they lack, if it was published before of the same commit and parameters."""
+    """The results, with the missing part from an earlier page of the same commit and parameters."""
     path = folder / "scores" / "results.json"
     if not path.exists():
         return dict(results)
@@ -188,14 +186,14 @@ def joined(results: Mapping[str, Any], folder: Path) -> dict[str, Any]:
 
 
 def outcome(values: Values) -> dict[str, Any]:
-    """The figures of one run, with the name of its experiment."""
+    """The metrics of one run, with the name of its experiment."""
     name = run_name(values)
     figures = json.loads(experiments.read(name, EVALUATION))
     return {"experiment": name, **{key: figures[key] for key in page.FIGURES}}
 
 
 def publish(results: Mapping[str, Any], folder: Path) -> None:
-    """Write the page, the grids that it shows and the figures behind it."""
+    """Write the page, its grids and its data."""
     for rule in results.get("rules", []):
         target = folder / "scores" / f"{file_name(rule['rule'])}.png"
         experiments.fetch(page.best(rule["runs"])["experiment"], str(GRID), target)
@@ -209,7 +207,9 @@ def publish(results: Mapping[str, Any], folder: Path) -> None:
 def main() -> int:
     """The command line; returns the exit code."""
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.comparison", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m benchmarks.comparison",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     for part, count in IMAGES.items():
         option = "--images" if part == "rules" else "--ablation-images"
@@ -218,4 +218,3 @@ def main() -> int:
     parser.add_argument("--output", default="docs", help="folder for scores.md and scores/ (default: docs)")
     arguments = parser.parse_args()
     return report("compare", lambda: compare(**vars(arguments), return_state=True))
-

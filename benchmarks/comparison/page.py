@@ -1,7 +1,7 @@
 """docs/scores.md from the results of a comparison: tables are made here, the text around them is page.md.j2.
 
-`compare` collects the results: budget, floor, held_out_accuracy, sampling, benchmarks, rules, ablations; the last two are
-absent if they were not asked for.
+`compare` collects the results: budget, floor, held_out_accuracy, sampling, benchmarks, rules, ablations; the last two
+are absent if they were not asked for.
 """
 
 from collections.abc import Iterable, Mapping
@@ -102,8 +102,8 @@ def _rates(benchmark: Mapping) -> dict[str, Any]:
     load = "The machine had nothing else to do."
     if machine["load"] > machine["cores"]:
         load = (
-            f"Other work shared the machine (load {machine['load']:g} on {machine['cores']} cores): compare these rates "
-            "with each other only."
+            f"Other work shared the machine (load {machine['load']:g} on {machine['cores']} cores): compare these "
+            "rates with each other only."
         )
     device = machine["gpu"] or f"{machine['cores']} cores of {machine['cpu']}"
     return {**benchmark["figures"]["sampling"], "device": device, "load": load}

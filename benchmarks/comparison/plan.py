@@ -1,6 +1,6 @@
-"""What is compared, as changes of params.yaml: every score at one budget, and what the paper ablates.
+"""What is compared, as changes of params.yaml: every score at one budget, and the ablations of the paper.
 
-Each rule is sampled at several guidance scales, since the best one differs; that costs no further training.
+Each rule is sampled at several guidance scales, since the best scale differs; that needs no further training.
 """
 
 from collections.abc import Mapping
@@ -80,7 +80,7 @@ ABLATIONS = (
 
 
 def default_run(parameters: config.Parameters, images: int) -> Values:
-    """The energy score with nothing else changed than the budget."""
+    """The energy score with only the budget changed."""
     return changes({"score.name": "energy", "train.images": images}, parameters)
 
 
@@ -96,7 +96,7 @@ def rule_runs(parameters: config.Parameters, images: int) -> dict[str, dict[floa
 
 
 def ablation_runs(parameters: config.Parameters, images: int) -> dict[str, list[tuple[Values, Values]]]:
-    """Ablation => its variants (params.yaml as it is among them), each with the changes that make it."""
+    """Ablation => its variants (including params.yaml itself), each with the changes of params.yaml."""
     default, found = default_run(parameters, images), {}
     for ablation in ABLATIONS:
         runs = [(variant, changes({**default, **variant}, parameters)) for variant in ablation.variants]
@@ -107,7 +107,7 @@ def ablation_runs(parameters: config.Parameters, images: int) -> dict[str, list[
 
 
 def changes(values: Values, parameters: config.Parameters) -> dict[str, Any]:
-    """The values that differ from the parameters: equal runs have equal changes, and so one name."""
+    """The values that differ from the parameters, so that equal runs have equal changes and one name."""
     return {key: value for key, value in values.items() if value != _value(parameters, key)}
 
 

@@ -44,7 +44,8 @@ def main() -> None:
 def configure(overrides: tuple[str, ...], output: Path) -> None:
     """Write params.yaml from a preset and overrides.
 
-    Every key is checked first. NAME_smoke is the laptop-size form of preset NAME: the whole pipeline in a minute or two.
+    Every key is checked first. NAME_smoke is the laptop-size form of preset NAME: the whole pipeline in a minute or
+    two.
     """
     from ear.commands import configure
 
@@ -73,7 +74,9 @@ def inspect(path: str, samples: int, seed: int) -> None:
 )
 @click.option("--classes", type=int, help="default: those of data/latents, or 1000")
 @click.option("--images", type=int, help="of the data set; default: those of data/latents, or ImageNet's")
-@click.option("--teraflops", type=float, help="sustained by one device, in 10^12 operations/s; adds times to the stages")
+@click.option(
+    "--teraflops", type=float, help="sustained by one device, in 10^12 operations/s; adds times to the stages"
+)
 def describe(params: Path, classes: int | None, images: int | None, teraflops: float | None) -> None:
     """Estimate what a parameter file will cost: parameters, memory, compute per image, disk.
 

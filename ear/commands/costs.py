@@ -1,7 +1,7 @@
 """What a pipeline costs: parameters, memory of a training process, compute per image, disk.
 
-Torch counts them on the real model, with tensors that have shapes and types but no data, so even the largest model takes
-seconds on a laptop. Floating-point operations are two per multiplication and addition.
+Torch counts them on the real model, with tensors that have shapes and types but no data, so even the largest model
+takes seconds on a laptop. Floating-point operations are two per multiplication and addition.
 """
 
 import dataclasses

@@ -1,7 +1,7 @@
 """What a parameter file will cost, before any data exists: `ear describe`.
 
-Parameters, memory of a training process, compute per image and disk. Times are compute over a rate that you give:
-`--teraflops 400` for what a device sustains, not its peak.
+Parameters, memory of a training process, compute per image, disk. Times are compute divided by --teraflops, which
+should be what a device sustains, not its peak.
 """
 
 from pathlib import Path
@@ -13,18 +13,18 @@ from ear.errors import UserError
 from ear.files.json_files import read_json
 from ear.latents.store import STATS
 
-EMBEDDED = {"digits": (10, 1797)}  # classes and images of the sources whose size is known
+EMBEDDED = {"digits": (10, 1797)}  # classes and images of the built-in sources
 IMAGENET = (imagenet.CLASSES, imagenet.TRAIN_IMAGES + imagenet.VAL_IMAGES)
 
-Section = tuple[str, dict[str, str]]  # a title, and values by name
+Section = tuple[str, dict[str, str]]  # title, and values by name
 
 
 def report(costs: Costs, parameters: config.Parameters, *, teraflops: float | None = None) -> str:
-    """The costs as text; with the teraFLOP/s that one device sustains, the times of whole stages as well."""
+    """The costs as text; given the teraFLOP/s that one device sustains, also the times of the long stages."""
     model, score = costs.shape.model, costs.shape.score.name
     lines = [
-        f"{parameters.data.image_size} pixels a side -> {costs.shape.tokens} tokens of {costs.shape.token_channels} channels, "
-        f"{len(costs.shape.classes)} classes, {costs.images:,} images",
+        f"{parameters.data.image_size} pixels a side -> {costs.shape.tokens} tokens of {costs.shape.token_channels} "
+        f"channels, {len(costs.shape.classes)} classes, {costs.images:,} images",
         f"{score} score; {model.attention} transformer, {model.depth} blocks of {model.width} channels; "
         f"head, {model.head_depth} blocks of {model.head_width} channels",
     ]
@@ -47,7 +47,7 @@ def report(costs: Costs, parameters: config.Parameters, *, teraflops: float | No
 
 
 def _tokenizer_memory(costs: Costs, parameters: config.Parameters) -> list[Section]:
-    """Of the tokenizer's training, where there is one."""
+    """Memory of the tokenizer's training; empty if it is not trained."""
     if not costs.tokenizer_memory:
         return []
     rows = {name: size(count) for name, count in costs.tokenizer_memory.items()}
@@ -57,7 +57,7 @@ def _tokenizer_memory(costs: Costs, parameters: config.Parameters) -> list[Secti
 
 
 def _memory(costs: Costs, parameters: config.Parameters) -> Section:
-    """Of one training process."""
+    """Memory of one training process."""
     train = parameters.train
     rows = {name: size(count) for name, count in costs.memory.items()}
     every = sum(costs.memory.values())
@@ -67,7 +67,7 @@ def _memory(costs: Costs, parameters: config.Parameters) -> Section:
 
 
 def _stages(costs: Costs, parameters: config.Parameters, teraflops: float | None) -> Section:
-    """Compute of the stages that take long, and their time."""
+    """Compute and time of the long stages."""
     training = costs.training_flops["forward and backward"]
     stages = {"tokenizer": (parameters.tokenizer.images, costs.tokenizer_flops)} if costs.tokenizer_memory else {}
     stages |= {
@@ -81,47 +81,48 @@ def _stages(costs: Costs, parameters: config.Parameters, teraflops: float | None
     for name, (images, each) in stages.items():
         rows[name] = f"{images:>13,} images x {operations(each):>13} = {images * each:.2e} FLOP"
         if teraflops:
-            used = 1 if name == "tokenizer" else processes  # it trains in one
+            used = 1 if name == "tokenizer" else processes  # it trains in one process
             rows[name] += f", {duration(images * each / (teraflops * 1e12 * used))}"
     rate = f"{teraflops:g} TFLOP/s, {processes} processes" if teraflops else "times with --teraflops"
     return f"whole stages ({rate})", rows
 
 
 def size(count: float) -> str:
-    """Bytes for a reader: 261.7 GB."""
+    """Format bytes: 261.7 GB."""
     return _scaled(count, {"TB": 1e12, "GB": 1e9, "MB": 1e6, "kB": 1e3})
 
 
 def operations(count: float) -> str:
-    """Floating-point operations for a reader: 529.8 GFLOP."""
+    """Format floating-point operations: 529.8 GFLOP."""
     return _scaled(count, {"TFLOP": 1e12, "GFLOP": 1e9, "MFLOP": 1e6, "kFLOP": 1e3})
 
 
 def duration(seconds: float) -> str:
-    """Seconds for a reader: 14.7 days."""
+    """Format seconds: 14.7 days."""
     return _scaled(seconds, {"years": 365.25 * 86400, "days": 86400, "hours": 3600, "minutes": 60, "seconds": 1})
 
 
 def _scaled(value: float, units: dict[str, float]) -> str:
-    """In the largest unit of which there is more than one, else in the smallest."""
+    """Format in the largest unit of which there is more than one, or else in the smallest."""
     unit = next((unit for unit, amount in units.items() if value > amount), list(units)[-1])
     return f"{value / units[unit]:,.1f} {unit}"
 
 
 def data_facts(data: config.Data, *, classes: int | None, images: int | None) -> tuple[int, int, str]:
-    """(classes, images, where they come from): as given, else of the embedded set or data/latents, else ImageNet's.
+    """(classes, images, their origin): as given, or those of the built-in set, of data/latents, or of ImageNet.
 
-    data/latents are those of a user's own folder, and of this image size; others belong to other parameters.
+    data/latents are used only for a user's own folder and the same image size; otherwise they belong to other
+    parameters.
     """
     stats = Path("data/latents", STATS)
     cached = read_json(stats) if stats.is_file() else None
     if data.source in EMBEDDED:
-        found, origin = EMBEDDED[data.source], data.source
+        known, origin = EMBEDDED[data.source], str(data.source)
     elif cached and data.source != "imagenet" and cached["image_size"] == data.image_size:
-        found, origin = (len(cached["classes"]), sum(cached["rows"].values())), str(stats)
+        known, origin = (len(cached["classes"]), sum(cached["rows"].values())), str(stats)
     else:
-        found, origin = IMAGENET, "ImageNet's; yours with --classes and --images"
-    return classes or found[0], images or found[1], "as given" if classes and images else origin
+        known, origin = IMAGENET, "ImageNet's; yours with --classes and --images"
+    return classes or known[0], images or known[1], "as given" if classes and images else origin
 
 
 def run(params: Path, *, classes: int | None, images: int | None, teraflops: float | None) -> str:

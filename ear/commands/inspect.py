@@ -1,6 +1,6 @@
-"""What does a path hold, is it whole, can its images be read, which preset fits it: `ear inspect PATH`.
+"""What a folder of images holds: layout, classes, sizes, unreadable files, fitting preset (`ear inspect PATH`).
 
-Lists the images as the fetch stage does, without writing anything, and decodes a few, drawn at random.
+Lists the images as the fetch stage does, writes nothing, and decodes a few random ones.
 """
 
 import io
@@ -17,15 +17,15 @@ from ear.data.manifest import Contents
 from ear.data.sources import Source, imagenet
 from ear.errors import UserError
 
-_SHOWN = 3  # classes, and unreadable images
-_TINY = 16  # pixels; larger images are worth the folder64 preset
-_BROUGHT = " tokenizer.weights=KL16_CHECKPOINT reference.statistics=ADM_STATISTICS"  # for ImageNet
+_SHOWN = 3  # classes and unreadable images to name
+_TINY = 16  # pixels; larger images suit the folder64 preset
+_BROUGHT = " tokenizer.weights=KL16_CHECKPOINT reference.statistics=ADM_STATISTICS"  # files that ImageNet presets need
 _IMAGENET = ("imagenet256_base", "imagenet256_large", "imagenet256_huge")
 
 
 @dataclass(frozen=True)
 class Sampled:
-    """What a random sample of the images turned out to be."""
+    """Findings from a random sample of the images."""
 
     bytes: list[int]  # of every encoded image
     short_sides: list[int]  # of every readable image, in pixels
@@ -33,7 +33,7 @@ class Sampled:
 
 
 def sample(source: Source, count: int, seed: int) -> Sampled:
-    """Decode at most `count` images; the seed decides which."""
+    """Decode at most `count` images, selected by `seed`."""
     count = min(count, len(source.images))
     chosen = np.random.default_rng(seed).choice(len(source.images), count, replace=False)
     sizes, short_sides, unreadable = [], [], []
@@ -49,7 +49,7 @@ def sample(source: Source, count: int, seed: int) -> Sampled:
 
 
 def fitting(source: Source, sampled: Sampled) -> tuple[str, ...]:
-    """The presets made for such images, the smallest first."""
+    """The presets for such images, the smallest first."""
     if sources.is_imagenet(source):
         return _IMAGENET
     tiny = sampled.short_sides and statistics.median(sampled.short_sides) <= _TINY
@@ -57,9 +57,9 @@ def fitting(source: Source, sampled: Sampled) -> tuple[str, ...]:
 
 
 def describe(path: str, source: Source, sampled: Sampled) -> str:
-    """The findings in lines for people."""
+    """The findings as text."""
     counts = Counter(image.split for image in source.images)
-    whole = imagenet.are_wnids(source.classes)  # compare with the whole of ImageNet
+    whole = imagenet.are_wnids(source.classes)  # compare the counts with ImageNet's
     held_out = "" if source.has_val else ", held out of the training images as data.val_fraction says"
     lines = [
         ("classes", _of(len(source.classes), imagenet.CLASSES, whole) + f": {_classes(source)}"),
@@ -86,9 +86,10 @@ def _classes(source: Source) -> str:
 
 
 def _size(source: Source, sampled: Sampled) -> str:
-    """Exact for archives; asking for the size of every file of a tree would take its time."""
-    if all(image.bytes is not None for image in source.images):
-        return _bytes(sum(image.bytes for image in source.images))
+    """Total size: exact for archives, estimated from the sample for trees (asking for every file would take long)."""
+    sizes = [image.bytes for image in source.images if image.bytes is not None]
+    if len(sizes) == len(source.images):
+        return _bytes(sum(sizes))
     if not sampled.bytes:
         return "unknown"
     return f"about {_bytes(statistics.mean(sampled.bytes) * len(source.images))}, judging by the sample"

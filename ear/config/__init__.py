@@ -1,6 +1,7 @@
 """Parameters of the pipeline: the sections of params.yaml, their limits, and how the file is read and written.
 
-Values and checks only, so that `import ear.config` needs no torch. DVC tracks the values; no stage depends on this code.
+Values and checks only, so that `import ear.config` needs no torch. DVC tracks the values; no stage depends on this
+code.
 """
 
 from ear.config.parameters import Parameters, load, missing_files, parse

@@ -76,5 +76,8 @@ def _limits(location: Sequence[str | int], model: type[BaseModel]) -> dict[str, 
     if isinstance(location[-1], int):  # an entry of a list, whose type has the limits
         metadata = get_args(get_args(field.annotation)[0])[1].metadata
     return {
-        limit: getattr(entry, limit) for entry in metadata for limit, _ in _LIMITS if getattr(entry, limit, None) is not None
+        limit: getattr(entry, limit)
+        for entry in metadata
+        for limit, _ in _LIMITS
+        if getattr(entry, limit, None) is not None
     }

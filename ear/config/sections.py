@@ -63,8 +63,12 @@ class Tokenizer(Section):
         description="kl: feature channels per level, log2(downsample) + 1 values", min_length=1
     )
     layers: int = Field(description="kl: residual blocks per level", ge=1)
-    kl_weight: float = Field(description="kl: weight of the KL term per image, relative to the mean absolute error", ge=0)
-    perceptual_weight: float = Field(description="kl: weight of LPIPS relative to the mean absolute error; 0: off", ge=0)
+    kl_weight: float = Field(
+        description="kl: weight of the KL term per image, relative to the mean absolute error", ge=0
+    )
+    perceptual_weight: float = Field(
+        description="kl: weight of LPIPS relative to the mean absolute error; 0: off", ge=0
+    )
     perceptual_folder: str = Field(
         description="kl: folder with vgg16-397923af.pth and weights-vgg16-lpips.pth; empty: torch's cache, downloaded "
         "if absent"
@@ -105,8 +109,12 @@ class Model(Section):
     attention: Literal["bidirectional", "causal"] = Field(
         description="bidirectional (masked tokens, several per step) or causal (one token after the other)"
     )
-    order: Literal["random", "raster"] = Field(description="token order: random (one per image) or raster (causal only)")
-    target_positions: bool = Field(description="causal: tell each slot which position it predicts; random order needs it")
+    order: Literal["random", "raster"] = Field(
+        description="token order: random (one per image) or raster (causal only)"
+    )
+    target_positions: bool = Field(
+        description="causal: tell each slot which position it predicts; random order needs it"
+    )
     mask_ratio_min: float = Field(description="bidirectional: smallest share of masked tokens in training", gt=0, le=1)
     head_width: int = Field(description="width of the head's residual blocks", ge=1)
     head_depth: int = Field(description="residual blocks of the head", ge=1)

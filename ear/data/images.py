@@ -1,7 +1,7 @@
 """One image: file => upright RGB => centre crop => uint8 array <=> float tensor in [-1, 1].
 
-No other file decodes an image or scales its pixels. Torch is imported by the two conversions alone: the programs that
-only decode start without it.
+No other file decodes images or scales pixels. Only the two tensor conversions import torch, so programs that just
+decode start without it.
 """
 
 import math
@@ -23,33 +23,35 @@ _SIXTEEN_BIT = ("I", "I;16", "I;16B", "I;16L", "I;16N")
 def decode(file: str | Path | BinaryIO, *, upright: bool = True) -> Image.Image:
     """Image file => RGB image of 8 bits per channel.
 
-    - Rotation: a camera's EXIF orientation is applied, as every viewer does, where `upright`. The published ImageNet
-      pipelines ignore it; `upright=False` does as they do. A damaged EXIF block is passed over.
+    - Rotation: if `upright`, the EXIF orientation is applied, as image viewers do. The published ImageNet pipelines
+      ignore it; use `upright=False` for those. A damaged EXIF block is ignored.
     - Grey, palette and CMYK become RGB by Pillow's conversion, without colour profiles, as in those pipelines.
-    - Grey of 16 bits is divided by 257 and rounded, so that 0..65535 fills 0..255; Pillow itself would clip it.
-    - Transparent pixels are laid on white.
-    - Of several frames the first is taken.
+    - Grey of 16 bits is divided by 257 and rounded, so 0..65535 maps to 0..255; Pillow itself would clip.
+    - Transparent pixels are composed on white.
+    - If there are several frames, the first is used.
 
-    Raises ValueError with the reason: not an image, truncated or damaged, more pixels than Pillow's limit against
-    decompression bombs (PIL.Image.MAX_IMAGE_PIXELS), or a pixel type without a known range. The reason does not name
-    the file: whoever opened it does.
+    Raises UserError with the reason: not an image, truncated or damaged, more pixels than Pillow's limit against
+    decompression bombs (PIL.Image.MAX_IMAGE_PIXELS), or a pixel type without a known range. The caller adds the file's
+    name.
     """
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # damaged metadata say nothing about pixels
+            warnings.simplefilter("ignore")  # damaged metadata do not affect pixels
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(file) as image:
-                if image.width * image.height > (Image.MAX_IMAGE_PIXELS or math.inf):  # filters are not thread-safe
+                if image.width * image.height > (
+                    Image.MAX_IMAGE_PIXELS or math.inf
+                ):  # the warning filter is not thread-safe
                     raise Image.DecompressionBombError
                 image.load()
                 return _to_rgb(_upright(image) if upright else image)
-    except UnidentifiedImageError as error:  # Pillow's own text holds a memory address
+    except UnidentifiedImageError as error:  # Pillow's own message contains a memory address
         raise UserError("not an image of a known format") from error
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
         raise UserError(f"possibly a decompression bomb, over {Image.MAX_IMAGE_PIXELS} pixels") from error
     except MemoryError:
         raise
-    except Exception as error:  # decoders raise whatever damaged bytes lead them to: struct.error, SyntaxError, ...
+    except Exception as error:  # damaged bytes raise errors of many kinds: struct.error, SyntaxError, ...
         raise UserError(" ".join(str(error).split()) or type(error).__name__) from error
 
 
@@ -82,11 +84,11 @@ def _eight_bit(image: Image.Image) -> Image.Image:
 
 
 def center_crop(image: Image.Image, size: int) -> np.ndarray:
-    """RGB image => uint8 [size, size, 3], by the crop behind the field's published FID figures (ADM's).
+    """RGB image => uint8 [size, size, 3], by ADM's centre crop, which published FIDs use.
 
-    Both sides are halved by a box filter while the short one is at least twice `size`; a bicubic filter brings the
-    short side to `size`; the centre is cut out. Smaller images are enlarged. Raises ValueError where an image is so
-    long and thin that it would exceed Pillow's pixel limit on the way.
+    Both sides are halved with a box filter while the short side is at least twice `size`; a bicubic filter brings the
+    short side to `size`; the centre is cut out. Smaller images are enlarged. Raises UserError if the image is so
+    elongated that resizing it would exceed Pillow's pixel limit.
     """
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
@@ -95,7 +97,7 @@ def center_crop(image: Image.Image, size: int) -> np.ndarray:
     if Image.MAX_IMAGE_PIXELS and width * height > Image.MAX_IMAGE_PIXELS:
         raise UserError(f"too long and thin: {image.width} x {image.height} pixels for a square of {size}")
     bicubic = Image.Resampling.BICUBIC
-    if width > size:  # Pillow filters rows first, and rounds: the columns that are cut off need no second filter
+    if width > size:  # Pillow filters horizontally first, so columns that are cut off can be dropped early
         left = (width - size) // 2
         rows = image.resize((width, image.height), bicubic).crop((left, 0, left + size, image.height))
         return np.array(rows.resize((size, size), bicubic))
@@ -113,9 +115,9 @@ def to_signed(images: "np.ndarray | torch.Tensor") -> "torch.Tensor":
 
 
 def to_uint8(images: "torch.Tensor") -> "torch.Tensor":
-    """Float tensor [..., 3, H, W] => uint8 tensor [..., H, W, 3]: [-1, 1] to 0..255, rounded; beyond it clipped.
+    """Float tensor [..., 3, H, W] => uint8 tensor [..., H, W, 3]: [-1, 1] to 0..255, rounded and clipped.
 
-    The inverse of `to_signed`. Raises ValueError where a pixel is infinite or NaN.
+    The inverse of `to_signed`. Raises UserError if a pixel is infinite or NaN.
     """
     import torch
 

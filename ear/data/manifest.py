@@ -1,8 +1,8 @@
-"""The list of all raw images, written once by fetch: no later stage walks a tree or an archive again.
+"""The list of all raw images. The fetch stage writes it; later stages read it instead of walking a tree or an archive.
 
-manifest.csv has one line per image: its split, its class and the class's number, its path, its size, and where its
-bytes lie if that is not the path itself: a file, and for a member of an archive the offset in it. source.json says
-where the paths start, and what holds for all images.
+manifest.csv has one line per image: split, class number, class name, path, size in bytes and, if the bytes are not at
+the path itself, the file that holds them and the offset in it (members of archives). source.json has what all images
+share.
 """
 
 import contextlib
@@ -11,8 +11,9 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ear.display.progress import Progress
 from ear.errors import MissingFileError, UserError
@@ -20,24 +21,24 @@ from ear.files.atomic import whole_file
 from ear.files.json_files import read_json, write_json
 
 FORMAT = "ear-raw-2"
-_MOST_BYTES = 1 << 30  # of an encoded image: more than the limit on its pixels leaves room for
+_MOST_BYTES = 1 << 30  # of an encoded image; the limit on pixels allows no larger one
 _COLUMNS = ["split", "label", "class", "path", "bytes", "file", "offset"]
-_SURROGATES = {"encoding": "utf-8", "errors": "surrogateescape"}  # file names need not be UTF-8
+_SURROGATES: dict[str, Any] = {"encoding": "utf-8", "errors": "surrogateescape"}  # file names need not be UTF-8
 
 
 class Found(NamedTuple):
-    """One image of a source."""
+    """One image of a source, before classes are numbered."""
 
     split: str  # train or val
     class_name: str
-    path: str  # with slashes; the same in every layout of a data set, so that its prepared images are the same too
-    file: str  # where its bytes lie, relative to the source's root
-    offset: int | None = None  # of its bytes in an archive; None where the file is the image
-    bytes: int | None = None  # None where nobody has asked yet
+    path: str  # with slashes; the same in every layout of a data set, so that prepared images are the same
+    file: str  # that holds the bytes, relative to the source's root
+    offset: int | None = None  # of the bytes in an archive; None if the file is the image
+    bytes: int | None = None  # size of the image; None if not known yet
 
 
 class Row(NamedTuple):
-    """One image of a manifest: as `Found`, with the class's number and always with the size in bytes."""
+    """One image of a manifest: `Found` with its class number, and always with a size."""
 
     split: str
     label: int
@@ -49,13 +50,13 @@ class Row(NamedTuple):
 
 @dataclass(frozen=True)
 class Manifest:
-    """All images of a source; `classes[label]` is a class's name, `root / row.file` where an image's bytes are."""
+    """All images of a source: `classes[label]` is a class name, `root / row.file` the file that holds the bytes."""
 
     root: Path
     classes: tuple[str, ...]
-    names: tuple[str, ...]  # of the classes, for people; the same as `classes` where the source has no others
-    upright: bool  # whether to rotate as a camera's EXIF entry says
-    archives: Mapping[str, int]  # size in bytes of every archive
+    names: tuple[str, ...]  # human-readable class names; equal to `classes` if the source has none
+    upright: bool  # whether to apply the EXIF rotation
+    archives: Mapping[str, int]  # file => size in bytes
     rows: list[Row]
 
     def split(self, name: str) -> list[Row]:
@@ -68,17 +69,19 @@ class Contents(contextlib.ExitStack):
 
     def __init__(self, root: str | Path):
         super().__init__()
-        self._root, self._archives = Path(root), {}
+        self._root = Path(root)
+        self._archives: dict[str, FileIO] = {}
 
     def read(self, image: Found | Row) -> bytes:
-        """All bytes of a file, or those of a member: fewer than listed where the archive has become shorter.
+        """All bytes of a file or archive member; fewer than listed if the archive was truncated since.
 
-        Raises OSError; ValueError for an image of more than 1 GiB, before it is read.
+        Raises OSError; UserError for an image of more than 1 GiB, before reading it.
         """
         if image.offset is None:
             with (self._root / image.file).open("rb") as file:
                 _check_size(os.fstat(file.fileno()).st_size)
                 return file.read()
+        assert image.bytes is not None
         _check_size(image.bytes)
         if image.file not in self._archives:
             self._archives[image.file] = self.enter_context((self._root / image.file).open("rb", buffering=0))
@@ -94,16 +97,15 @@ def write_manifest(
     folder: str | Path,
     found: Sequence[Found],
     *,
-    tree: str | Path,  # where the files lie now
-    root: str | Path,  # where they lie when the manifest is read; relative ones start at the repository's root
-    names: Mapping[str, str],  # human names of classes, where known
+    tree: str | Path,  # folder of the files now
+    root: str | Path,  # their folder when the manifest is read; relative to the repository's root
+    names: Mapping[str, str],  # class => human-readable name, if known
     upright: bool,
 ) -> Manifest:
     """Write manifest.csv and source.json into `folder`.
 
-    A file's size is there to notice that a user's images changed since they were listed: reading sizes is cheap, where
-    digests would mean reading every image. Labels count the sorted class names. Raises OSError for a file that cannot
-    be stat'ed.
+    Labels number the sorted class names. File sizes are recorded to notice images that changed since: reading sizes is
+    cheap, digests would mean reading every image. Raises OSError if a file cannot be stat'ed.
     """
     folder, classes = Path(folder), tuple(sorted({image.class_name for image in found}))
     labels = {name: label for label, name in enumerate(classes)}
@@ -122,7 +124,7 @@ def write_manifest(
 
 
 def write_rows(path: Path, rows: Sequence[Row], classes: Sequence[str] = ()) -> None:
-    """Write rows as CSV, whole or not at all; class names stay empty if not given."""
+    """Write rows as CSV, complete or not at all; class names stay empty if not given."""
     with whole_file(path) as partial, partial.open("w", newline="", **_SURROGATES) as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(_COLUMNS)
@@ -150,7 +152,7 @@ def _read_lines(path: Path) -> Iterator[tuple[Row, str]]:
 
 
 def _sizes(paths: list[str], together: int = 1000) -> list[int]:
-    """Sizes of files in bytes; in threads, because a network file system answers each question slowly."""
+    """Sizes of files in bytes; in threads, since network file systems answer slowly."""
     sizes: list[int] = []
     groups = [paths[k : k + together] for k in range(0, len(paths), together)]
     with ThreadPoolExecutor(8) as pool, Progress("listing", len(paths)) as progress:
@@ -161,7 +163,7 @@ def _sizes(paths: list[str], together: int = 1000) -> list[int]:
 
 
 def read_manifest(folder: str | Path) -> Manifest:
-    """Read what `write_manifest` wrote; raises FileNotFoundError or ValueError naming the file."""
+    """Read what `write_manifest` wrote; raises MissingFileError or UserError naming the file."""
     source = read_json(Path(folder, "source.json"))
     path = Path(folder, "manifest.csv")
     if source.get("format") != FORMAT:

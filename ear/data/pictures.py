@@ -1,4 +1,4 @@
-"""Pictures of many images: grids, magnified so that small images can be seen, as reproducible PNG files."""
+"""Grids of images, magnified if they are small, written as reproducible PNG files."""
 
 from pathlib import Path
 
@@ -13,12 +13,12 @@ _READABLE = 64  # pixels; smaller images are hard to see on a screen
 
 
 def readable_scale(size: int) -> int:
-    """The least whole magnification that makes `size` pixels at least 64."""
+    """Smallest whole magnification with which `size` pixels become at least 64."""
     return max(1, -(-_READABLE // size))
 
 
 def magnify(images: np.ndarray, scale: int) -> np.ndarray:
-    """uint8 [N, H, W, 3] => [N, scale H, scale W, 3] by a bicubic filter: eyes read strokes, not squares."""
+    """uint8 [N, H, W, 3] => [N, scale H, scale W, 3], with a bicubic filter (strokes stay readable, unlike squares)."""
     if scale == 1:
         return images
     size = (images.shape[2] * scale, images.shape[1] * scale)
@@ -28,8 +28,8 @@ def magnify(images: np.ndarray, scale: int) -> np.ndarray:
 def grid(images: np.ndarray, columns: int, scale: int | None = None, pad: int = 2) -> np.ndarray:
     """uint8 [N, H, W, 3] => one picture, uint8 [rows (scale H + pad) + pad, columns (scale W + pad) + pad, 3].
 
-    Images stand in row-major order on white, `pad` pixels apart, magnified by `scale` (`readable_scale` if not given);
-    the last row may be short. Raises ValueError for no images or fewer than one column.
+    Images are placed row by row on white, `pad` pixels apart, magnified by `scale` (default: `readable_scale`); the
+    last row may be short. Raises UserError for no images or fewer than one column.
     """
     if not len(images) or columns < 1:
         raise UserError(f"a grid of {len(images)} images in {columns} columns is empty; give at least one of both.")
@@ -51,6 +51,6 @@ def pairs(originals: np.ndarray, others: np.ndarray, columns: int) -> np.ndarray
 
 
 def save_png(path: str | Path, array: np.ndarray) -> None:
-    """Write uint8 [H, W, 3] (or [H, W], grey) as PNG, whole or not at all; the same pixels give the same bytes."""
+    """Write uint8 [H, W, 3] (or grey [H, W]) as PNG, complete or not at all; equal pixels give equal bytes."""
     with whole_file(path) as partial:
         Image.fromarray(array).save(partial, format="PNG")

@@ -1,8 +1,8 @@
-"""From listed image files to the shards of `ear.prepared`: decoded in parallel, resumable, nothing left out unsaid.
+"""From listed image files to HDF5 shards: decoded in parallel, resumable, every rejected image reported.
 
-The rows of a split lie in an order shuffled by the digests of their paths, so that reading in order mixes the classes;
-a shard holds the readable ones of its slice of that order. Bytes depend on the images, the parameters and the
-libraries' versions, not on the number of workers or on interruptions.
+The images of a split are ordered by the digests of their paths, so reading in order mixes the classes. A shard holds
+the readable images of its slice of that order. Bytes depend on images, parameters and library versions, not on the
+number of workers or on interruptions.
 """
 
 import csv
@@ -44,17 +44,17 @@ class Layout:
 
 @dataclass(frozen=True)
 class Shard:
-    """One file to write; all that its content depends on beside the libraries."""
+    """One file to write: everything its content depends on except library versions."""
 
     name: str
-    root: str  # where the files of the images start
+    root: str  # folder of the image files
     upright: bool  # whether to rotate as a camera's EXIF entry says
     images: tuple[Row, ...]
     image_size: int
     compression: str  # none or gzip
 
     def digest(self) -> str:
-        """Changes with whatever the file's content depends on: another decoder gives other pixels."""
+        """A digest of everything the content depends on, library versions included."""
         return hashlib.sha256(repr((self, versions())).encode()).hexdigest()
 
 
@@ -62,25 +62,23 @@ def prepare(
     manifest: Manifest,
     *,
     scratch: Path,  # keeps finished shards from one run to the next
-    target: Path,  # the folder to write, whole or not at all
-    rejected_list: Path,  # the csv that an error about unreadable images refers to
+    target: Path,  # the folder to write, complete or not at all
+    rejected_list: Path,  # CSV file to write if too many images are unreadable
     layout: Layout,
     max_rejected: int,
-    workers: int,  # processes; 0 and 1 decode in this one. Each holds one image in memory (gzip: one shard)
+    workers: int,  # processes; 0 and 1: decode in this one. Each holds one image in memory (gzip: one shard)
     cluster: str = "",  # address of a Dask scheduler to use instead of processes
 ) -> None:
-    """Decode, crop and store all images; run again after an interruption, go on with the shards that are missing.
+    """Decode, crop and store all images; an interrupted run resumes with the missing shards.
 
     Writes the shards, classes.json, rejected.csv (path, reason) and index.json (rows and SHA-256 of every shard).
-    Raises ValueError, and leaves `target` as it was, where the root is gone, the disk is too small, more than
-    `max_rejected` images are unreadable or none of a class or split is left; OSError where a file cannot be written
-    or a worker dies.
+    Raises UserError, leaving `target` unchanged, if the root is gone, the disk is too small, more than `max_rejected`
+    images are unreadable, or a class or split has no readable image; OSError if a file cannot be written or a worker
+    dies.
     """
     _check_source(manifest)
-    shards = {
-        split: plan(manifest, split, layout) for split in ("train", "val")
-    }
-    with whole_folder(target) as folder:  # first, so that a target which cannot be written costs no time
+    shards = {split: plan(manifest, split, layout) for split in ("train", "val")}
+    with whole_folder(target) as folder:  # first, so that an unwritable target fails at once
         every = [shard for part in shards.values() for shard in part]
         _tidy(scratch, every)
         summaries = write_shards(every, scratch, workers, cluster)
@@ -97,7 +95,7 @@ def prepare(
 
 
 def _check_source(manifest: Manifest) -> None:
-    """Say at once what would otherwise be said of every single image."""
+    """Check root and archive sizes before decoding."""
     if not manifest.root.is_dir():
         raise UserError(f"the folder of the images, {manifest.root}, is gone; set data.path and run fetch again.")
     for file, size in manifest.archives.items():
@@ -114,17 +112,24 @@ def plan(manifest: Manifest, split: str, layout: Layout) -> list[Shard]:
     """The shards of one split: its images in the order of their paths' digests, `shard_size` per shard."""
     order = sorted(manifest.split(split), key=lambda row: hashlib.sha256(b"order/" + os.fsencode(row.path)).digest())
     slices = [tuple(order[k : k + layout.shard_size]) for k in range(0, len(order), layout.shard_size)]
-    root = os.path.abspath(manifest.root)  # the workers of a cluster start elsewhere
+    root = os.path.abspath(manifest.root)  # workers of a cluster run in another folder
     return [
-        Shard(f"{split}-{k:05d}-of-{len(slices):05d}.h5", root, manifest.upright, part, layout.image_size, layout.compression)
+        Shard(
+            f"{split}-{k:05d}-of-{len(slices):05d}.h5",
+            root,
+            manifest.upright,
+            part,
+            layout.image_size,
+            layout.compression,
+        )
         for k, part in enumerate(slices)
     ]
 
 
 def write_shards(shards: Sequence[Shard], folder: Path, workers: int, cluster: str = "") -> dict[str, dict]:
-    """Summaries by name of all shards, which then stand in `folder`; see `write_shard` and `parallel.map_shards`."""
+    """Write all shards into `folder` => their summaries by name; see `write_shard` and `map_shards`."""
     by_name = {shard.name: shard for shard in shards}
-    for shard in shards:  # a task carries a name only: a worker reads the rows of its shard from a file
+    for shard in shards:  # tasks carry only a name; a worker reads the rows of its shard from a file
         write_rows(_rows_file(folder, shard.name), shard.images)
     plan = dataclasses.replace(shards[0], name="", images=())
     write = functools.partial(_write_named, plan=plan, folder=folder.resolve())
@@ -137,7 +142,7 @@ def write_shards(shards: Sequence[Shard], folder: Path, workers: int, cluster: s
 
 
 def _write_named(name: str, *, plan: Shard, folder: Path) -> dict:
-    """`write_shard` of the shard whose rows lie in a file; `plan` is what all shards have in common."""
+    """`write_shard` for a shard whose rows are in a file; `plan` has what all shards share."""
     rows = tuple(read_rows(_rows_file(folder, name)))
     return write_shard(dataclasses.replace(plan, name=name, images=rows), folder)
 
@@ -147,9 +152,10 @@ def _rows_file(folder: Path, name: str) -> Path:
 
 
 def write_shard(shard: Shard, folder: Path) -> dict:
-    """Write folder/NAME and, beside it, its summary: the shard's digest, rows, sha256, rejected [path, reason].
+    """Write folder/NAME and its summary, folder/NAME.json: the shard's digest, rows, sha256, rejected [path, reason].
 
-    What an earlier run finished is kept if it is the same shard, whole, and its rejected images are still unreadable.
+    Keeps a file that an earlier run finished, if it is complete, of the same shard, and its rejected images are still
+    unreadable.
     """
     path, note = folder / shard.name, folder / f"{shard.name}.json"
     if path.is_file() and note.is_file():
@@ -158,8 +164,8 @@ def write_shard(shard: Shard, folder: Path) -> dict:
             return summary
     rows, rejected = list(shard.images), []
     with whole_file(path) as partial:
-        # How the file starts depends on how many images follow. So a shard with unreadable ones is begun again without
-        # them, and one image at a time is in memory: fresh memory costs more than writing to the disk.
+        # The start of the file depends on the number of images, so a shard with unreadable images is written again
+        # without them. This keeps one image in memory: allocating a shard costs more than writing it.
         while True:
             digest, found = _write(partial, rows, shard)
             if not found:
@@ -181,8 +187,8 @@ def _is_good(summary: dict, shard: Shard, path: Path) -> bool:
 
 
 def _write(path: Path, rows: Sequence[Row], shard: Shard) -> tuple[str, list[list[str]]]:
-    """Write the file as though all rows can be read => (its SHA-256, [path, reason] of those that cannot)."""
-    rejected = []
+    """Write the file as if all rows were readable => (its SHA-256, [path, reason] of those that are not)."""
+    rejected: list[list[str]] = []
     with path.open("wb") as file:
         digest = hashlib.sha256()
 
@@ -200,7 +206,7 @@ def _write(path: Path, rows: Sequence[Row], shard: Shard) -> tuple[str, list[lis
 
 
 def images(rows: Sequence[Row], shard: Shard, rejected: list[list[str]]) -> Iterator[np.ndarray]:
-    """Yield uint8 [S, S, 3] of the readable rows; [path, reason] of the others go to the end of `rejected`."""
+    """Yield uint8 [S, S, 3] for each readable row; append [path, reason] of the others to `rejected`."""
     with Contents(shard.root) as contents:
         for row in rows:
             found = _read(row, contents, shard)
@@ -217,16 +223,16 @@ def _read(row: Row, contents: Contents, shard: Shard) -> np.ndarray | str:
         if len(content) != row.bytes:
             return f"has {len(content)} bytes, but had {row.bytes} when it was listed"
         return center_crop(decode(io.BytesIO(content), upright=shard.upright), shard.image_size)
-    except (FileNotFoundError, PermissionError) as error:  # other OSErrors are the machine's: they stop the run
+    except (FileNotFoundError, PermissionError) as error:  # other OSErrors are not the image's fault: they stop the run
         return str(error.strerror)
     except ValueError as error:
         return str(error)
 
 
 def _frame(rows: Sequence[Row], shard: Shard) -> bytes:
-    """What stands in the shard's file in front of its images, which are not compressed and end it.
+    """The part of the shard's file before its images, which are uncompressed and end the file.
 
-    Like `_compressed` it is made in memory, for HDF5 crashes where a disk is full.
+    It is made in memory, like `_compressed`: HDF5 crashes the process if a disk is full.
     """
     content = io.BytesIO()
     with h5py.File(content, "w") as file:
@@ -241,7 +247,7 @@ def _frame(rows: Sequence[Row], shard: Shard) -> bytes:
 
 
 def _compressed(rows: Sequence[Row], shard: Shard, images: Iterator[np.ndarray]) -> memoryview:
-    """The shard's whole file, one chunk per image."""
+    """The complete file of a shard, one chunk per image."""
     content = io.BytesIO()
     with h5py.File(content, "w") as file:
         _describe(file, rows, shard)
@@ -264,7 +270,7 @@ def _shape(rows: Sequence[Row], shard: Shard) -> tuple[int, int, int, int]:
 
 
 def _tidy(scratch: Path, shards: Sequence[Shard]) -> None:
-    """Remove what no shard of this run can use; raise ValueError where the rest will not fit on the disk."""
+    """Delete files that no shard of this run uses; raise UserError if the missing shards will not fit on the disk."""
     expected = {f"{shard.name}{ending}" for shard in shards for ending in ("", ".json", ".csv")}
     for path in scratch.iterdir():
         if path.name not in expected:

@@ -1,7 +1,7 @@
-"""Prepared images: decoded, cropped and labelled, read row by row from HDF5 shards.
+"""Read prepared images (decoded, cropped, labelled), row by row, from HDF5 shards.
 
 A shard {train,val}-IIIII-of-NNNNN.h5 holds `images`, uint8 [n, S, S, 3], and `labels`, int32 [n]; its attributes are
-`format` and `image_size`. `ear.preparation` writes them.
+`format` and `image_size`. `ear.data.preparation` writes them.
 """
 
 from collections.abc import Iterator, Sequence
@@ -20,14 +20,14 @@ FORMAT = "ear-prepared-1"
 
 @dataclass(frozen=True)
 class _Stored:
-    """Where the images of one finished shard lie."""
+    """Location of the images of one shard."""
 
     path: Path
     rows: int
-    offset: int | None  # of the images' bytes in the file; None where they are compressed
+    offset: int | None  # of the first image in the file; None if images are compressed
 
-    def read(self, rows: Sequence[int], places: Sequence[int], out: np.ndarray) -> None:
-        """out[places[k]] = image rows[k]."""
+    def read(self, rows: np.ndarray, places: np.ndarray, out: np.ndarray) -> None:
+        """out[places[k]] = image rows[k], for all k."""
         if self.offset is None:
             with h5py.File(self.path, "r", locking=False) as file:
                 images = file["images"]
@@ -45,11 +45,10 @@ class _Stored:
 class PreparedImages:
     """The images of one split, in stored order.
 
-    `labels` is int64 [N], `classes` the class names by label, `image_size` the side S in pixels. Images are read from
-    the files on demand, and no file stays open: an object can be pickled, forked and used by several threads.
+    Attributes: `labels`, int64 [N]; `classes`, class names by label; `image_size`, the side S in pixels. Images are
+    read on demand and no file stays open, so an object can be pickled, forked and used by several threads.
 
-    Raises FileNotFoundError where the folder or a shard is missing, ValueError where a shard is damaged or of another
-    format.
+    Raises MissingFileError if the folder or a shard is missing, UserError if a shard is damaged or of another format.
     """
 
     def __init__(self, folder: str | Path, split: str):
@@ -67,7 +66,7 @@ class PreparedImages:
         return len(self.labels)
 
     def images(self, indices: Sequence[int] | np.ndarray) -> np.ndarray:
-        """Rows 0 .. N - 1, in any order => uint8 [n, S, S, 3] in that order; raises IndexError beyond them."""
+        """Images of rows 0 .. N - 1 in the given order, uint8 [n, S, S, 3]; raises IndexError for other rows."""
         indices = np.asarray(indices, dtype=np.int64)
         out = np.empty((len(indices), self.image_size, self.image_size, 3), np.uint8)
         for shard, places, rows in self._rows.locate(indices):
@@ -95,7 +94,7 @@ def _shards(folder: Path, split: str) -> list[Path]:
 
 
 def _open(path: Path) -> tuple[_Stored, np.ndarray, int]:
-    """(where the images lie, their labels as int64, the side of an image)."""
+    """(location of the images, their labels as int64, their side in pixels) of a shard."""
     try:
         with h5py.File(path, "r", locking=False) as file:
             found = file.attrs.get("format")

@@ -1,4 +1,4 @@
-"""Progress of long work: a bar on a terminal, plain lines with rates in a log; of many processes, one speaks."""
+"""Progress of long work: a bar on a terminal, lines with rates in a log; only rank 0 prints."""
 
 import os
 import sys
@@ -13,7 +13,7 @@ _SECONDS_BETWEEN_LINES = 5.0
 
 
 class Progress:
-    """Counts `total` units of work; use as a context manager and call `advance`."""
+    """Counts `total` units of work; use it as a context manager and call `advance`."""
 
     def __init__(self, title: str, total: int, *, unit: str = "img", start: int = 0):
         self.title, self.total, self.unit, self.done = title, total, unit, start
@@ -33,7 +33,7 @@ class Progress:
             self._line()
 
     def advance(self, count: int, note: str = "") -> None:
-        """Report `count` more units done; `note` (such as the loss) is shown beside the rate."""
+        """Report `count` more finished units; `note` (such as the loss) is shown beside the rate."""
         self.done += count
         self._note = note or self._note
         if self._bar is not None:
@@ -56,7 +56,7 @@ class Progress:
 
 
 def track(items: Iterable[Item], title: str, total: int, *, unit: str = "img") -> Iterator[Item]:
-    """Yield the items and count them."""
+    """Yield the items, counting them."""
     with Progress(title, total, unit=unit) as progress:
         for item in items:
             yield item

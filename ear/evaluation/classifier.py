@@ -1,6 +1,6 @@
-"""A classifier trained on the real images, whose features stand in for Inception's on a small data set.
+"""A classifier trained on the real images, whose features replace Inception's on a small data set.
 
-N is a number of images, K of classes, S a side in pixels.
+N images, K classes, side S in pixels.
 """
 
 from collections.abc import Iterator, Sequence
@@ -35,7 +35,7 @@ class Classifier(nn.Module):
     def __init__(self, classes: int, image_size: int):
         super().__init__()
         self.classes, self.image_size = classes, image_size
-        levels = max((image_size // 4).bit_length() - 1, 1)  # down to 4 x 4 cells, or 2 x 2 for the smallest images
+        levels = max((image_size // 4).bit_length() - 1, 1)  # down to 4 x 4 positions, or 2 x 2 for the smallest images
         widths = [FEATURES // 2, *[FEATURES] * levels]
         layers = [_convolution(3, widths[0])]
         for before, after in pairwise(widths):
@@ -44,7 +44,7 @@ class Classifier(nn.Module):
         self.head = nn.Linear(FEATURES, classes)
 
     def initialise(self, generator: torch.Generator) -> "Classifier":
-        """Draw the weights anew from `generator` (He et al. 2015); returns itself."""
+        """Draw all weights from `generator` (He et al. 2015); returns itself."""
         for layer in self.modules():
             if isinstance(layer, (nn.Conv2d, nn.Linear)):
                 nn.init.kaiming_normal_(layer.weight, nonlinearity="relu", generator=generator)
@@ -72,19 +72,19 @@ def _convolution(before: int, after: int, stride: int = 1) -> nn.Sequential:
 
 
 def shifted(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Each image [N, C, S, S] moved by up to S / 16 (at least 1) pixels along both sides, its edge repeated."""
+    """Shift each image [N, C, S, S] at random by up to S / 16 (at least 1) pixels per axis, repeating its edge."""
     count, side = len(images), images.shape[-1]
     reach = max(side // 16, 1)
     padded = functional.pad(images, (reach,) * 4, mode="replicate")
     offsets = torch.randint(2 * reach + 1, (2, count), generator=generator).to(images.device)
     rows, columns = offsets[..., None] + torch.arange(side, device=images.device)
     image = torch.arange(count, device=images.device)
-    # Indices around a slice put the channels last.
+    # Indexing around a slice moves the channels to the end.
     return padded[image[:, None, None], :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
 
 
 class ClassifierExtractor(FeatureExtractorBase):
-    """The trained classifier under torch-fidelity's name "ear-classifier"; its weights file is `save_classifier`'s."""
+    """The classifier as torch-fidelity's extractor "ear-classifier"; `save_classifier` writes its weights file."""
 
     def __init__(self, name: str, features_list: Sequence[str], feature_extractor_weights_path=None, **_):
         super().__init__(name, features_list)
@@ -111,11 +111,11 @@ class ClassifierExtractor(FeatureExtractorBase):
 
     @staticmethod
     def get_dummy_input_for_compile() -> Tensor:
-        """An input of the right form."""
+        """An input of the right shape."""
         return torch.zeros(1, 3, 4, 4, dtype=torch.uint8)
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        """uint8 [N, 3, S, S] => the layers in the order of `features_list`; raises ValueError for another S."""
+        """uint8 [N, 3, S, S] => the layers in the order of `features_list`; raises UserError for another S."""
         side = self.classifier.image_size
         if images.shape[1:] != (3, side, side):
             raise UserError(
@@ -127,7 +127,7 @@ class ClassifierExtractor(FeatureExtractorBase):
         return tuple(layers[name] for name in self.features_list)
 
 
-if CLASSIFIER not in FEATURE_EXTRACTORS_REGISTRY:  # the registry refuses a second time, such as on a reload
+if CLASSIFIER not in FEATURE_EXTRACTORS_REGISTRY:  # registering twice fails, for example after a reload
     register_feature_extractor(CLASSIFIER, ClassifierExtractor)
 
 
@@ -138,7 +138,7 @@ def save_classifier(path: str | Path, classifier: Classifier, *, classes: Sequen
 
 
 def load_classifier(path: str | Path) -> Classifier:
-    """The classifier of `save_classifier`, in eval mode; raises FileNotFoundError or ValueError."""
+    """Load what `save_classifier` wrote, in eval mode; raises MissingFileError or UserError."""
     tensors, description = read_tensors(path)
     if description.get("name") != CLASSIFIER:
         raise UserError(f"{path} holds no classifier of this project; run the reference stage again.")
@@ -159,7 +159,7 @@ def train_classifier(
     folder: Path,  # for checkpoints, from which a killed training resumes
     device: torch.device,
 ) -> Classifier:
-    """The EMA weights of a classifier trained on randomly shifted images."""
+    """Train on randomly shifted images; returns the EMA weights."""
     seed, batch_size = randomness.derive(options.seed, "classifier"), options.batch_size
     order = randomness.DataOrder(len(images), seed)
     classifier = Classifier(len(images.classes), images.image_size)

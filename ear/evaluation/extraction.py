@@ -1,6 +1,6 @@
-"""Features and logits of many images, batch by batch, shared by the ranks of a stage and kept on disk.
+"""Features and logits of many images, batch by batch: shared by ranks, saved so that a killed pass resumes.
 
-N is a number of images, D of features, K of classes, S a side in pixels.
+N images, D features, K classes, side S in pixels.
 """
 
 from collections.abc import Iterable, Iterator
@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ear.data.prepared import PreparedImages
 from ear.display.progress import Progress
 from ear.errors import UserError
 from ear.evaluation.extractors import Extractor
@@ -19,7 +20,7 @@ from ear.runtime import distributed
 
 
 class LabelledImages(Protocol):
-    """Labelled images, such as `ear.prepared.PreparedImages` and `ear.samples.GeneratedImages`."""
+    """Labelled images, such as `PreparedImages`, `Reconstructions` and `GeneratedImages`."""
 
     labels: np.ndarray  # int64 [N]
 
@@ -30,9 +31,9 @@ class LabelledImages(Protocol):
 
 
 class Selection:
-    """Some rows of a source that gives any rows, in the order given."""
+    """Some rows of prepared images, in the order given."""
 
-    def __init__(self, source: LabelledImages, rows: Tensor):
+    def __init__(self, source: PreparedImages, rows: Tensor):
         self._source, self._rows = source, rows.numpy()
         self.labels = source.labels[self._rows]
 
@@ -45,7 +46,7 @@ class Selection:
 
 
 class Batch(NamedTuple):
-    """What an extractor says of n consecutive images."""
+    """An extractor's output for n consecutive images."""
 
     features: Tensor  # float32 [n, D]
     logits: Tensor  # float32 [n, K]
@@ -58,14 +59,13 @@ def extract(
     extractor: Extractor,
     batch_size: int,
     title: str,
-    folder: Path,  # keeps what is known of each batch: a killed pass goes on from there
+    folder: Path,  # keeps finished batches, from which a killed pass resumes
 ) -> Iterator[Batch]:
     """Yield features, logits and labels of all images in order.
 
-    Of many processes each looks at every so-manieth batch, and the main one yields all; so what comes of them does not
-    depend on their number (see `distributed.in_turns`). The folder must belong to this source, its order and this batch
-    size; batches of another extractor are not mistaken for its own. Raises ValueError where there is no image, or a
-    feature is infinite or NaN.
+    Rank r extracts batches r, r + world_size, ...; rank 0 yields all of them in order, so the result does not depend on
+    the world size. `folder` keeps finished batches; use it only for this source, order and batch size (other extractors
+    get their own subfolder). Raises UserError if there is no image, or a feature is infinite or NaN.
     """
     if not len(source):
         raise UserError(f"{title}: there are no images; run the stage that writes them again.")
@@ -81,9 +81,7 @@ def extract(
         finite = features.isfinite().all(1) & logits.isfinite().all(1)
         if not finite.all():
             bad = first + int((~finite).nonzero()[0])
-            raise UserError(
-                f"{title}: the features of image {bad} are infinite or NaN; check the extractor's weights."
-            )
+            raise UserError(f"{title}: the features of image {bad} are infinite or NaN; check the extractor's weights.")
         batch = Batch(features, logits, torch.from_numpy(source.labels[rows.start : rows.stop]))
         write_tensors(file, batch._asdict(), {})
         return batch
@@ -95,12 +93,14 @@ def extract(
 
 
 def gather(batches: Iterable[Batch], images: int) -> Batch:
-    """All `images` rows of the batches in one, written where they will stay: never twice in memory."""
-    whole, done = None, 0
+    """Concatenate batches of `images` rows in total, without holding them twice in memory."""
+    whole: Batch | None = None
+    done = 0
     for batch in batches:
         whole = whole or Batch(*(part.new_empty(images, *part.shape[1:]) for part in batch))
         for target, part in zip(whole, batch, strict=True):
             target[done : done + len(part)] = part
         done += len(batch.labels)
+    assert whole is not None
     assert done == images, f"{done} rows for {images} images"
     return whole

@@ -1,7 +1,7 @@
-"""Features of images: a classifier trained on them, or Inception, both as feature extractors of torch-fidelity.
+"""Feature extractors: a classifier trained on the images, or Inception, both through torch-fidelity.
 
-Images go from HDF5 to the extractor batch by batch; no image file lies in between. N is a number of images, D of
-features, K of classes, S a side in pixels.
+Images go from HDF5 to the extractor in batches, never through image files. N images, D features, K classes, side S in
+pixels.
 """
 
 from dataclasses import dataclass
@@ -30,30 +30,30 @@ _ELSEWHERE = (
 
 
 def save_inception(path: str | Path, *, weights: str) -> None:
-    """Write which Inception weights the features come from: the file `weights`, or the published ones where it is ''.
+    """Record which Inception weights are used: the file `weights`, or the published one if `weights` is ''.
 
-    Raises FileNotFoundError or ValueError where they are absent, cannot be downloaded or are no weights.
+    Raises MissingFileError or UserError if the file is absent, cannot be downloaded, or does not hold weights.
     """
     file = inception_weights(weights)
     write_tensors(path, {}, {"name": INCEPTION, "weights": weights, "sha256": sha256(file)})
 
 
 def inception_weights(weights: str) -> Path:
-    """The checked weights file: `weights`, or for '' the published one, downloaded once into torch's hub folder."""
+    """The checked weights file: `weights`, or for '' the published file, downloaded once into torch's hub folder."""
     if weights and not Path(weights).is_file():
         raise MissingFileError(
             f"reference.weights is {weights!r}, which does not exist; give the path of {_PUBLISHED_FILE}, or '' to "
             "download it."
         )
     path = Path(weights) if weights else downloaded(URL_INCEPTION_V3, otherwise=_ELSEWHERE)
-    content = read_pickled(path)  # torch-fidelity itself would run whatever code a file holds
+    content = read_pickled(path)  # torch-fidelity itself would run code in a pickle
     tensors_by_name(content, origin=str(path))
     return path
 
 
 @dataclass(frozen=True)
 class Extractor:
-    """A network of torch-fidelity that gives features and logits, and what identifies it."""
+    """A torch-fidelity network that returns features and logits, and what identifies it."""
 
     module: FeatureExtractorBase
     name: str
@@ -68,23 +68,23 @@ class Extractor:
 
     @property
     def published(self) -> bool:
-        """Whether published figures were made with these weights."""
+        """Whether these are the weights behind published FIDs."""
         return self.name == INCEPTION and self.sha256.startswith(named_digest(_PUBLISHED_FILE))
 
     @torch.no_grad()
     def __call__(self, images: np.ndarray) -> tuple[Tensor, Tensor]:
         """uint8 [n, S, S, 3] => float32 features [n, D] and logits [n, K] on the CPU."""
         batch = torch.from_numpy(np.ascontiguousarray(images)).movedim(-1, 1).to(self.device)
-        # TensorFloat-32 would keep 10 bits of every factor.
+        # TF32 would round every factor to 10 bits.
         with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
             features, logits = self.module(batch)
         return features.float().cpu(), logits.float().cpu()
 
 
 def open_extractor(path: str | Path, device: torch.device) -> Extractor:
-    """The extractor that `save_classifier` or `save_inception` described.
+    """Open the extractor that `save_classifier` or `save_inception` recorded.
 
-    Raises FileNotFoundError, or ValueError where the weights are not the ones described, or of another network.
+    Raises MissingFileError; UserError if the weights have changed since, or belong to another network.
     """
     _, description = read_tensors(path)
     name = description.get("name")
@@ -104,6 +104,6 @@ def open_extractor(path: str | Path, device: torch.device) -> Extractor:
         module = create_feature_extractor(
             name, list(_LAYERS[name]), cuda=False, verbose=False, feature_extractor_weights_path=str(weights)
         )
-    except RuntimeError as error:  # of torch's strict loading, with all names in many lines
+    except RuntimeError as error:  # from torch's strict loading; lists all names in many lines
         raise UserError(f"{weights} holds other tensors than {name} has; give {_PUBLISHED_FILE}.") from error
     return Extractor(module.to(device), name, digest, _LAYERS[name], device)

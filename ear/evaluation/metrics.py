@@ -1,9 +1,8 @@
-"""Figures that compare generated with real images in a feature space.
+"""Metrics that compare generated with real images in a feature space.
 
 Frechet distance (Heusel et al. 2017, "GANs trained by a two time-scale update rule"), Inception score (Salimans et al.
-2016), kernel distance (Binkowski et al. 2018) and improved precision and recall (Kynkaanniemi et al. 2019), from
-features extracted elsewhere, as torch-fidelity defines them (tests compare). N is a number of images, D of features, K
-of classes.
+2016), kernel distance (Binkowski et al. 2018), improved precision and recall (Kynkaanniemi et al. 2019), as
+torch-fidelity defines them (tests compare). N images, D features, K classes.
 """
 
 from collections.abc import Iterable
@@ -20,10 +19,12 @@ from ear.evaluation.reference import Reference, Summary
 from ear.evaluation.statistics import Gaussian, Moments
 
 FRECHET_METHOD = "float64 sums; eigenvalues of sigma1 sigma2; biased upward where images are few"
-_SPLITS = 10  # of the Inception score
+_SPLITS = 10  # splits of the Inception score
 _FLOOR_SUBSET = 1000  # images per subset of the floor's kernel distance, at most
-_SUBSETS = 100  # of the kernel distance
-_ROWS_AT_ONCE = 1000  # of features in float64, and of the distance matrix of precision and recall
+_SUBSETS = 100  # subsets of the kernel distance
+_ROWS_AT_ONCE = (
+    1000  # rows of features converted to float64 at once, and of the distance matrix of precision and recall
+)
 
 
 def frechet_distance(first: Gaussian, second: Gaussian) -> float:
@@ -35,7 +36,7 @@ def frechet_distance(first: Gaussian, second: Gaussian) -> float:
 def inception_score(logits: Tensor, *, seed: int) -> tuple[float, float]:
     """(mean, standard deviation) over 10 random splits of exp(E KL(p(y|x) || p(y))), from logits [N, K].
 
-    Needs at least 10 images. The splits are torch-fidelity's, taken one by one to save memory.
+    Needs at least 10 images. The splits are torch-fidelity's, processed one by one to save memory.
     """
     order = torch.from_numpy(np.random.RandomState(seed).permutation(len(logits)))
     ends = [k * len(logits) // _SPLITS for k in range(_SPLITS + 1)]
@@ -47,10 +48,10 @@ def inception_score(logits: Tensor, *, seed: int) -> tuple[float, float]:
 
 
 def kernel_distance(generated: Tensor, real: Tensor, *, subset_size: int, seed: int) -> tuple[float, float]:
-    """(mean, standard deviation) over 100 random subsets of the squared MMD, kernel (x.y / D + 1)^3; [N, D] each.
+    """(mean, standard deviation) over 100 random subsets of the squared MMD, kernel (x.y / D + 1)^3; inputs [N, D].
 
-    Unbiased, so that values slightly below 0 are valid. A subset must not be larger than a set. The subsets are
-    torch-fidelity's; only their rows are widened to float64.
+    Unbiased, so values slightly below 0 are valid. A subset must not be larger than a set. The subsets are
+    torch-fidelity's; only their rows are converted to float64.
     """
     random, distances = np.random.RandomState(seed), []
     for _ in range(_SUBSETS):
@@ -63,7 +64,7 @@ def kernel_distance(generated: Tensor, real: Tensor, *, subset_size: int, seed: 
 
 
 def _squared_mmd(x: Tensor, y: Tensor) -> Tensor:
-    """The unbiased estimate from x and y, [n, D] each."""
+    """Unbiased estimate of the squared MMD from x and y, [n, D] each."""
     n, dimension = x.shape
     xx, yy, xy = ((a @ b.T / dimension + 1).pow(3) for a, b in ((x, x), (y, y), (x, y)))
     within = (xx.sum() - xx.trace() + yy.sum() - yy.trace()) / (n * (n - 1))
@@ -75,10 +76,10 @@ def _spread(values: list[float]) -> tuple[float, float]:
 
 
 def precision_recall(generated: Tensor, real: Tensor, *, neighborhood: int) -> tuple[float, float]:
-    """(precision, recall) in [0, 1]: the shares of generated and of real images within the other set's manifold.
+    """(precision, recall) in [0, 1]: shares of generated and of real images inside the other set's manifold.
 
-    The manifold is the union of balls that reach to each image's `neighborhood`-th nearest neighbour; [N, D] each.
-    Each set needs more images than `neighborhood`. Distances are float32, as features are.
+    The manifold is the union of balls around all images, each reaching to the `neighborhood`-th nearest neighbour.
+    Inputs [N, D], each with more images than `neighborhood`. Distances are float32, like features.
     """
     shares = metric_prc.prc_features_to_metric(
         generated,
@@ -92,7 +93,7 @@ def precision_recall(generated: Tensor, real: Tensor, *, neighborhood: int) -> t
 
 
 def floor(reference: Reference, held_out: Summary, *, seed: int) -> dict[str, float]:
-    """fid and kid between real images and real held-out ones: what a perfect generator of as many images would get."""
+    """FID and KID between real training images and held-out ones: what a perfect generator of as many images gets."""
     size = min(_FLOOR_SUBSET, len(held_out.features), len(reference.features))
     mean, deviation = kernel_distance(held_out.features, reference.features, subset_size=size, seed=seed)
     return {
@@ -130,9 +131,7 @@ def compare(
     for part in features.split(_ROWS_AT_ONCE):
         moments.add(part)
     score, score_std = inception_score(logits, seed=options.seed)
-    kid, kid_std = kernel_distance(
-        features, reference.features, subset_size=options.kid_subset_size, seed=options.seed
-    )
+    kid, kid_std = kernel_distance(features, reference.features, subset_size=options.kid_subset_size, seed=options.seed)
     precision, recall = precision_recall(features, reference.features, neighborhood=options.neighborhood)
     return {
         "fid": frechet_distance(moments.gaussian(), reference.gaussian),
@@ -146,7 +145,7 @@ def compare(
 
 
 def across(blocks: list[dict[str, float]]) -> dict:
-    """Figures of seed blocks => their means and, where there are several blocks, the `range` of each, [least, most]."""
+    """Metrics of several blocks => their means and, if there are several, the `range` [smallest, largest] of each."""
     columns = {name: [block[name] for block in blocks] for name in blocks[0]}
     means = {name: float(np.mean(values)) for name, values in columns.items()}
     ranges = {name: [min(values), max(values)] for name, values in columns.items()}
@@ -154,10 +153,10 @@ def across(blocks: list[dict[str, float]]) -> dict:
 
 
 def reconstruction(batches: Iterable[tuple[Tensor, ...]], reference: Reference) -> dict[str, float]:
-    """What the tokenizer alone does to held-out images, from the features of their reconstructions, batch by batch.
+    """The effect of the tokenizer alone, from features of reconstructed held-out images, batch by batch.
 
-    rfid: Frechet distance to the held-out images themselves. rfid_train: to the reference, as `fid` is measured.
-    images: how many there are.
+    rfid: Frechet distance to the held-out images themselves. rfid_train: to the reference, like `fid`. images: their
+    number.
     """
     moments = Moments()
     for features, *_ in batches:

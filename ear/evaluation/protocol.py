@@ -1,8 +1,8 @@
-"""The protocol behind the figures of generated images: what they depend on, and what forbids comparing them.
+"""The protocol of an evaluation: everything its metrics depend on, and reasons not to compare them with published ones.
 
-A Frechet distance means nothing without the number of images, the reference and the extractor behind it; published
-ones of ImageNet stand on 50,000 images, 50 of each of its 1,000 classes, and on the statistics that ADM published
-(Dhariwal & Nichol, 2021), which are known here by the names of their files alone.
+A Frechet distance means nothing without the number of images, the reference and the extractor. Published ones for
+ImageNet use 50,000 images, 50 of each of its 1,000 classes, and the statistics published with ADM (Dhariwal & Nichol,
+2021), which are recognised here by their file names.
 """
 
 from collections.abc import Sequence
@@ -21,16 +21,16 @@ _PIXELS = "uint8, decoded in float32, never through a lossy file; real ones by A
 
 
 def describe(
-    sampling: dict,  # how the images were made
-    labels: Sequence[np.ndarray],  # of the images, block by block
+    sampling: dict,  # how the images were generated
+    labels: Sequence[np.ndarray],  # labels of the images of each block
     *,
     extractor: Extractor,
-    held_out_accuracy: float | None,  # of a classifier as the extractor
+    held_out_accuracy: float | None,  # of the classifier, if it is the extractor
     reference: Reference,
-    reference_sha256: str,  # of its file
+    reference_sha256: str,  # of the reference's file
     evaluation: dict,  # section evaluate of params.yaml
 ) -> dict:
-    """Everything that the figures depend on, as nested plain values."""
+    """Everything that the metrics depend on, as nested plain values."""
     real = reference.description
     per_class = [np.bincount(block, minlength=len(real["classes"])) for block in labels]
     return {
@@ -58,13 +58,13 @@ def describe(
 
 
 def fid_name(images: int) -> str:
-    """The name that says how many generated images a Frechet distance stands on: FID-50k, FID-360."""
+    """The name of a Frechet distance by its number of generated images: FID-50k, FID-360."""
     thousands, rest = divmod(images, 1000)
     return f"FID-{images if rest else f'{thousands}k'}"
 
 
 def incomparable(protocol: dict, *, extractor: Extractor, reference: Reference) -> list[str]:
-    """Reasons, possibly none, why figures under a protocol of `describe` must not stand beside published ones."""
+    """Reasons (possibly none) why metrics under a protocol of `describe` cannot be compared with published ones."""
     real, per_class = reference.description, protocol["images_per_class"]
     size, classes = real["image_size"], len(real["classes"])
     published = PUBLISHED_STATISTICS.get(size)
@@ -84,7 +84,7 @@ def incomparable(protocol: dict, *, extractor: Extractor, reference: Reference) 
 
 
 def readable(figures: dict, indent: str = "") -> list[str]:
-    """One line per entry of a nested dictionary, digests shortened to 12 characters."""
+    """One line per entry of a nested dictionary; digests are shortened to 12 characters."""
     lines = []
     for name, value in figures.items():
         if isinstance(value, dict):

@@ -1,6 +1,6 @@
-"""The real images that generated ones are compared with: their statistics, features of some of them, and the floor.
+"""The real images that generated ones are compared with: statistics of all of them, features of some.
 
-N is a number of images, D of features, K of classes.
+N images, D features, K classes.
 """
 
 from collections.abc import Iterable
@@ -22,11 +22,11 @@ REFERENCE_ROWS = 10_000  # real images behind precision, recall and kernel dista
 
 @dataclass(frozen=True)
 class Reference:
-    """What is kept of the real images: statistics of all of them, features of some, and a description."""
+    """What is kept of the real images: statistics of all, features of some, and a description."""
 
     gaussian: Gaussian
     features: Tensor  # float32 [rows, D], for the kernel distance, precision and recall
-    held_out: Gaussian  # of the held-out real images, which reconstructions of these are compared with
+    held_out: Gaussian  # of the held-out real images, for comparison with their reconstructions
     description: dict
 
     def save(self, path: str | Path) -> None:
@@ -36,7 +36,7 @@ class Reference:
 
     @classmethod
     def load(cls, path: str | Path) -> "Reference":
-        """Read what `save` wrote; raises FileNotFoundError or ValueError."""
+        """Read what `save` wrote; raises MissingFileError or UserError."""
         tensors, description = read_tensors(path)
         names = ("mu", "sigma", "features", "held_out_mu", "held_out_sigma")
         if tensors.keys() != set(names):
@@ -45,7 +45,7 @@ class Reference:
         return cls(Gaussian(mu, sigma), features, Gaussian(*held_out), description)
 
     def check(self, *, extractor_sha256: str, image_size: int, classes: list[str]) -> None:
-        """Raise ValueError unless generated images of this size and these classes can be compared with it."""
+        """Raise UserError unless generated images of this size and these classes can be compared with it."""
         ours = self.description
         if extractor_sha256 != ours["extractor_sha256"]:
             raise UserError(
@@ -67,21 +67,21 @@ class Reference:
 
 @dataclass(frozen=True)
 class Summary:
-    """What one pass over a set of images leaves."""
+    """The result of one pass over a set of images."""
 
-    gaussian: Gaussian  # of all of them
-    features: Tensor  # float32 [rows, D], of some at even distances
-    accuracy: float  # share of images whose largest logit is that of their label
+    gaussian: Gaussian  # of all images
+    features: Tensor  # float32 [rows, D], of evenly spaced images
+    accuracy: float  # share of images whose largest logit is at their label
 
 
 def evenly(images: int, rows: int) -> Tensor:
-    """Numbers of `rows` of the images (of all, if there are no more) at even distances, int64."""
+    """Indices of `rows` evenly spaced images (all of them, if there are fewer), int64."""
     rows = min(rows, images)
     return torch.arange(rows) * images // rows
 
 
 def summarise(batches: Iterable[tuple[Tensor, Tensor, Tensor]], *, images: int, rows: int) -> Summary:
-    """One pass over (features [n, D], logits [n, K], labels [n]) of all `images`; at most `rows` features are kept."""
+    """Summarise (features [n, D], logits [n, K], labels [n]) batches of all `images`; keep at most `rows` features."""
     chosen = evenly(images, rows)
     moments, kept, hits = Moments(), [], 0.0
     for features, logits, labels in batches:
@@ -94,9 +94,9 @@ def summarise(batches: Iterable[tuple[Tensor, Tensor, Tensor]], *, images: int, 
 
 
 def read_statistics(path: str | Path, *, dimension: int) -> tuple[Gaussian, str]:
-    """(mean and covariance, SHA-256) of an npz file with mu [D] and sigma [D, D], as published for ImageNet with ADM.
+    """Read an npz file with mu [D] and sigma [D, D], as published with ADM => (mean and covariance, SHA-256).
 
-    Raises FileNotFoundError, or ValueError where the file is no such npz or D is not `dimension`.
+    Raises MissingFileError; UserError if the file is no such npz or D is not `dimension`.
     """
     path = Path(path)
     if not path.is_file():
@@ -122,7 +122,7 @@ def read_statistics(path: str | Path, *, dimension: int) -> tuple[Gaussian, str]
 
 
 def _open_npz(path: Path) -> dict[str, np.ndarray]:
-    """The arrays mu and sigma where present (an npz may also hold thousands of images, which stay on disk)."""
+    """The arrays mu and sigma, if present; other arrays, such as thousands of images, are not loaded."""
     try:
         with np.load(path, allow_pickle=False) as file:
             return {name: file[name] for name in file.files if name in ("mu", "sigma")}

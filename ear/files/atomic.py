@@ -1,4 +1,4 @@
-"""Files and folders that appear whole or not at all."""
+"""Files and folders that appear complete or not at all."""
 
 import contextlib
 import os
@@ -24,7 +24,7 @@ def whole_file(path: str | Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def whole_folder(path: str | Path) -> Iterator[Path]:
-    """Yield an empty folder beside `path`; on success it replaces `path`, on failure `path` stays as it was."""
+    """Yield an empty folder beside `path`; on success it replaces `path`, on failure `path` is unchanged."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
@@ -38,7 +38,7 @@ def whole_folder(path: str | Path) -> Iterator[Path]:
 
 
 def replace_folder(source: Path, target: Path) -> None:
-    """Move the finished folder `source` to `target`; what stood there goes only once the new one stands."""
+    """Move the finished folder `source` to `target`; an earlier `target` is deleted after the new one is in place."""
     old = target.with_name(f".{target.name}.old")
     shutil.rmtree(old, ignore_errors=True)
     if target.exists():
@@ -48,7 +48,7 @@ def replace_folder(source: Path, target: Path) -> None:
 
 
 def link(source: Path, target: Path) -> None:
-    """Give the finished file a second name, or a copy on another disk: the first one stays until all is in place."""
+    """Hard-link the finished file `source` to `target`, or copy it if they are on different disks."""
     try:
         os.link(source, target)
     except OSError:

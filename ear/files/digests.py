@@ -12,6 +12,6 @@ def sha256(path: str | Path) -> str:
 
 
 def named_digest(path: str | Path) -> str:
-    """The first digits of a published file's SHA-256, as its name tells them (vgg16-397923af.pth), or ''."""
+    """The first digits of a file's SHA-256 according to its published name (vgg16-397923af.pth), or ''."""
     match = re.search(r"-([0-9a-f]{8,})$", Path(path).stem)
     return match[1] if match else ""

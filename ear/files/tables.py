@@ -8,7 +8,7 @@ from ear.files.atomic import whole_file
 
 
 def write_table(path: str | Path, rows: list[dict]) -> None:
-    """Rows with the same keys, in one order => a tab-separated file that `dvc plots` draws; six significant digits."""
+    """Write rows with equal keys, in the same order, as TSV with six significant digits, for `dvc plots`."""
     text = io.StringIO()
     writer = csv.writer(text, delimiter="\t", lineterminator="\n")
     writer.writerow(rows[0] if rows else ["images"])

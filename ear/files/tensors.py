@@ -24,13 +24,13 @@ def write_tensors(path: str | Path, tensors: dict, description: dict) -> None:
 
 
 def read_tensors(path: str | Path) -> tuple[dict, dict]:
-    """(tensors by name, description) of a file written by `write_tensors`; raises FileNotFoundError or ValueError."""
+    """(tensors by name, description) of a file written by `write_tensors`; raises MissingFileError or UserError."""
     with _opened(Path(path)) as file:
         return {name: file.get_tensor(name) for name in file.keys()}, _description(file)  # noqa: SIM118 - not a dict
 
 
 def read_description(path: str | Path) -> dict:
-    """The description alone; raises as `read_tensors` does, also for a file that was cut short."""
+    """Only the description; raises as `read_tensors` does, also if the file is truncated."""
     with _opened(Path(path)) as file:
         return _description(file)
 

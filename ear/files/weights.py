@@ -11,9 +11,9 @@ if TYPE_CHECKING:
 
 
 def read_pickled(path: str | Path) -> object:
-    """What `torch.save` wrote, on the CPU: tensors and plain containers alone.
+    """Read a file that `torch.save` wrote, onto the CPU; it may hold only tensors and plain containers.
 
-    Raises FileNotFoundError; ValueError for a file that is none, or that would run code when unpickled.
+    Raises MissingFileError; UserError if it is no such file, or would run code when unpickled.
     """
     import torch
 
@@ -22,33 +22,37 @@ def read_pickled(path: str | Path) -> object:
         raise MissingFileError(f"{path} does not exist; give the path of a file with published weights.")
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises many kinds for foreign files; all mean the same to the user
+    except Exception as error:  # torch raises many kinds of errors for other files; all mean the same to the user
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(
-            f"{path} cannot be read as plain weights ({reason}); it is damaged or no such file, get it anew."
+            f"{path} cannot be read as plain weights ({reason}); it is damaged or another kind of file; get it again."
         ) from error
 
 
 def tensors_by_name(content: object, *, origin: str) -> dict:
-    """`content`, unpickled from `origin`, where it is a dict of str to Tensor; raises ValueError where it is not."""
+    """Return `content`, unpickled from `origin`, if it is a dict of str to Tensor; raises UserError otherwise."""
     import torch
 
     if not isinstance(content, dict):
-        raise UserError(f"{origin} is a {type(content).__name__}, not a dict of tensors by name; get the file anew.")
+        raise UserError(
+            f"{origin} is a {type(content).__name__}, but must be a dict of tensors by name; get the file again."
+        )
     for name, tensor in content.items():
         if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
             kind = type(tensor).__name__
-            raise UserError(f"{origin} maps {name!r} to a {kind}, but must map names to tensors; get the file anew.")
+            raise UserError(f"{origin} maps {name!r} to a {kind}, but must map names to tensors; get the file again.")
     return content
 
 
 def load_weights(module: "nn.Module", tensors: "dict[str, torch.Tensor]", origin: str = "the checkpoint") -> None:
-    """Strict load by name; raises ValueError naming the first tensor that is missing, too many or of another shape."""
+    """Load tensors by name, strictly; raises UserError naming one that is missing, extra or of another shape."""
     expected = module.state_dict()
     missing, extra = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
     if missing or extra:
         what = f"lacks {missing[0]}" if missing else f"has {extra[0]}, which the model lacks"
-        raise UserError(f"{origin} {what}; it belongs to a model of another structure, train anew or use its own one.")
+        raise UserError(
+            f"{origin} {what}; it belongs to a model of another structure; train again or use its own checkpoint."
+        )
     for name, tensor in expected.items():
         if tensor.shape != tensors[name].shape:
             raise UserError(

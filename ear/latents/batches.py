@@ -12,8 +12,8 @@ from ear.runtime import randomness
 from ear.runtime.randomness import DataOrder
 
 
-class _MicroBatches(Dataset):
-    """Image position => the micro-batch that starts there."""
+class _MicroBatches(Dataset[tuple[Tensor, Tensor, int]]):
+    """Image position => the micro-batch that starts at it."""
 
     def __init__(self, store: LatentStore, order: DataOrder, size: int, mirror: bool, seed: int):
         self.store, self.order, self.size, self.mirror, self.seed = store, order, size, mirror, seed
@@ -26,7 +26,7 @@ class _MicroBatches(Dataset):
 
 
 def is_mirrored(seed: int, position: int) -> bool:
-    """Whether the image at `position` of the training is shown mirrored: a fair coin of (seed, position)."""
+    """Whether the image at `position` of the training is mirrored: a fair coin, a function of (seed, position)."""
     return bool(randomness.derive(seed, "mirror", position) & 1)
 
 
@@ -36,18 +36,24 @@ def latent_batches(
     order: DataOrder,
     positions: Iterator[int],  # where micro-batches start, counted in images from the start of training
     micro_batch_size: int,
-    mirror: bool,  # show every other image mirrored, by chance
-    seed: int,  # of the mirroring
-    workers: int,  # processes that read ahead; 0 reads in this one. The batches are the same
+    mirror: bool,  # mirror each image with probability 1/2
+    seed: int,  # of mirroring
+    workers: int,  # processes that read ahead; 0: read in this process. The batches are the same
 ) -> Iterator[tuple[Tensor, Tensor, int]]:
-    """Yield (float16 moments [B, 2C, H, W], int64 labels [B], position of the first image) of each position."""
+    """For each position, yield (moments float16 [B, 2C, H, W], labels int64 [B], position).
+
+    Close the iterator to end its workers.
+    """
     dataset = _MicroBatches(store, order, micro_batch_size, mirror, seed)
     if workers == 0:
-        return map(dataset.__getitem__, positions)
-    options = {"num_workers": workers, "worker_init_fn": _outlast_sigterm}
-    return iter(DataLoader(dataset, sampler=positions, batch_size=None, **options))
+        yield from map(dataset.__getitem__, positions)
+        return
+    loader = DataLoader(
+        dataset, sampler=positions, batch_size=None, num_workers=workers, worker_init_fn=_outlast_sigterm
+    )
+    yield from loader
 
 
 def _outlast_sigterm(_) -> None:
-    """Go on reading while the training, which a launcher asks to end together with its readers, saves its state."""
+    """Ignore SIGTERM in a worker: a launcher sends it to all processes while the training still saves its state."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)

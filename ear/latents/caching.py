@@ -1,7 +1,7 @@
-"""From prepared images to the shards of `ear.latents`: encoded plain and mirrored, resumable, refused where infinite.
+"""Encode prepared images and their mirror images into shards of latents; resumable.
 
-One shard of latents per shard of images that has any, with the same rows. Bytes depend on the images, the tokenizer,
-the batch size, the number of threads and the machine, not on interruptions.
+Each shard of images with at least one row becomes one shard of latents with the same rows. Bytes depend on images,
+tokenizer, batch size, number of threads and machine, not on interruptions.
 """
 
 import dataclasses
@@ -35,7 +35,7 @@ from ear.tokenizer.autoencoder import Tokenizer, load_tokenizer
 
 @dataclass(frozen=True)
 class Encoder:
-    """A tokenizer on its device, and how it is used."""
+    """A tokenizer on its device, with its batch size."""
 
     tokenizer: Tokenizer
     fingerprint: str  # SHA-256 of the tokenizer's file
@@ -44,7 +44,7 @@ class Encoder:
 
     @torch.inference_mode()
     def moments(self, images: np.ndarray) -> Tensor:
-        """uint8 [n, S, S, 3] => float16 [n, 2, 2C, H, W] on the CPU: of the images and of their mirror images."""
+        """uint8 [n, S, S, 3] => moments of images and mirror images, float16 [n, 2, 2C, H, W] on the CPU."""
         signed = to_signed(torch.from_numpy(images).to(self.device))
         both = [self.tokenizer.encode(view) for view in (signed, signed.flip(-1))]
         return torch.stack(both, dim=1).half().cpu()
@@ -52,26 +52,26 @@ class Encoder:
 
 @dataclass(frozen=True)
 class Cluster:
-    """A Dask cluster to encode on, and what its workers need to make the encoder that this process has."""
+    """A Dask cluster to encode on, and what its workers need to build the same encoder."""
 
     address: str  # of the scheduler
-    tokenizer: Path  # the tokenizer's file, as all paths within reach of every worker
+    tokenizer: Path  # the tokenizer's file; workers must be able to read it
     threads: int  # CPU threads of a worker
 
 
 def cache(
     prepared: Path,  # the folder of prepared images
-    target: Path,  # the folder to write, whole or not at all
+    target: Path,  # the folder to write, complete or not at all
     *,
     encoder: Encoder,
     scratch: Path,  # keeps finished shards from one run to the next
-    cluster: Cluster | None = None,  # to use instead of this process and its peers
+    cluster: Cluster | None = None,  # to use instead of the ranks
 ) -> None:
-    """Encode all images; run again after an interruption, go on with the shards that are missing.
+    """Encode all images into `target`: the shards, and stats.json; an interrupted run resumes with missing shards.
 
-    Writes the shards and stats.json. The statistics are those of the plain training images. Raises ValueError, and
-    leaves `target` as it was, where the images are not of the tokenizer's size or moments are not finite in float16.
-    Of many processes each encodes every so-manieth shard and the main one writes `target`, with the bytes of one.
+    Rank r encodes shards r, r + world_size, ...; rank 0 writes `target`. The bytes equal a single-process run. The
+    statistics are those of the training images, not mirrored. Raises UserError, leaving `target` unchanged, if the
+    images do not have the tokenizer's size or moments are not finite in float16.
     """
     splits = {split: PreparedImages(prepared, split) for split in ("train", "val")}
     _check_size(splits["train"], encoder.tokenizer, prepared)
@@ -95,7 +95,9 @@ def cache(
         _publish(target, {shard: entries[shard] for shard in shards}, splits["train"], encoder, scratch)
 
 
-def _publish(target: Path, entries: dict["_Shard", dict], images: PreparedImages, encoder: Encoder, scratch: Path) -> None:
+def _publish(
+    target: Path, entries: dict["_Shard", dict], images: PreparedImages, encoder: Encoder, scratch: Path
+) -> None:
     """Write the folder of latents from the finished shards."""
     of_split = {
         split: [entry for shard, entry in entries.items() if shard.split == split] for split in ("train", "val")
@@ -141,7 +143,7 @@ def _write_remotely(
     return write_shard(shard.file, _images(prepared, index)[shard.split], shard.rows, encoder, scratch)
 
 
-@functools.lru_cache(maxsize=1)  # read once by a worker, not once for every shard
+@functools.lru_cache(maxsize=1)  # once per worker, not once per shard
 def _tokenizer(path: Path, fingerprint: str) -> Tokenizer:
     check_shared(path, fingerprint)
     return load_tokenizer(path)
@@ -169,7 +171,7 @@ def _shards(prepared: Path) -> list[_Shard]:
         shards += [
             _Shard(split, entry["file"], range(end - entry["rows"], end))
             for entry, end in zip(entries, ends, strict=True)
-            if entry["rows"]  # none where every image of a shard was rejected
+            if entry["rows"]  # none if every image of a shard was rejected
         ]
     return shards
 
@@ -182,12 +184,10 @@ def _check_size(images: PreparedImages, tokenizer: Tokenizer, prepared: Path) ->
         )
 
 
-def write_shard(
-    name: str, images: PreparedImages, rows: range, encoder: Encoder, folder: Path
-) -> dict:
-    """Write folder/NAME and, beside it, its entry: file, rows, bytes, sha256 and sums (see `posterior.sums`).
+def write_shard(name: str, images: PreparedImages, rows: range, encoder: Encoder, folder: Path) -> dict:
+    """Write the shard folder/NAME and its entry, folder/NAME.json: file, rows, bytes, sha256, sums (`posterior.sums`).
 
-    What an earlier run finished is kept if it is whole.
+    Keeps a shard that an earlier run finished, if its digest is right.
     """
     path, note = folder / name, folder / f"{name}.json"
     if path.is_file() and note.is_file():
@@ -208,9 +208,7 @@ def write_shard(
     return entry
 
 
-def _encoded(
-    name: str, images: PreparedImages, rows: range, encoder: Encoder
-) -> Iterator[np.ndarray]:
+def _encoded(name: str, images: PreparedImages, rows: range, encoder: Encoder) -> Iterator[np.ndarray]:
     """Moments of the rows, batch by batch."""
     for start in range(rows.start, rows.stop, encoder.batch_size):
         part = np.arange(start, min(start + encoder.batch_size, rows.stop))
@@ -226,16 +224,16 @@ def _encoded(
 
 
 def _plain_sums(moments: np.ndarray, batch_size: int) -> Tensor:
-    """`posterior.sums` of the plain images as they are stored, a few at a time."""
+    """`posterior.sums` of the images (not mirrored) as stored, one batch at a time."""
     plain = torch.from_numpy(moments[:, 0])
-    return sum(posterior.sums(part) for part in plain.split(batch_size))
+    return sum((posterior.sums(part) for part in plain.split(batch_size)), start=torch.zeros(()))
 
 
 def _encode_file(moments: np.ndarray, labels: np.ndarray, fingerprint: str) -> memoryview:
-    """The bytes of the shard's file. They are made in memory, for HDF5 crashes the process where a disk is full."""
+    """The shard's file, made in memory: HDF5 crashes the process if a disk is full."""
     content = io.BytesIO()
     with h5py.File(content, "w") as file:
-        file.create_dataset("moments", data=moments)  # contiguous: single rows are read at their offset
+        file.create_dataset("moments", data=moments)  # contiguous, so rows can be read at their offset
         file.create_dataset("labels", data=labels.astype(np.int32))
         file.attrs["format"] = FORMAT
         file.attrs["tokenizer"] = fingerprint
@@ -243,7 +241,9 @@ def _encode_file(moments: np.ndarray, labels: np.ndarray, fingerprint: str) -> m
 
 
 def _stats(entries: dict[str, list[dict]], images: PreparedImages, encoder: Encoder) -> dict:
-    sums = sum(torch.tensor(entry["sums"], dtype=torch.float64) for entry in entries["train"])
+    sums = torch.zeros((), dtype=torch.float64)
+    for entry in entries["train"]:
+        sums = sums + torch.tensor(entry["sums"], dtype=torch.float64)
     side = images.image_size // encoder.tokenizer.downsample
     kept = ("file", "rows", "bytes", "sha256")
     return {

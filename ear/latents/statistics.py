@@ -24,19 +24,19 @@ class Statistics:
         return cls(mean.item(), std.item(), tuple(channel_mean.tolist()), tuple(channel_std.tolist()))
 
     def as_dict(self) -> dict:
-        """Plain values, which `Statistics(**values)` takes back."""
+        """Plain values; `Statistics(**values)` restores the object."""
         return {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(self).items()}
 
 
 def normalised(moments: Tensor, noise: Tensor, statistics: Statistics) -> Tensor:
-    """Moments [B, 2C, h, w] and standard normal noise [..., B, C, h, w] => latents for the transformer, like the noise.
+    """Moments [B, 2C, h, w] and standard normal noise [..., B, C, h, w] => latents of the noise's shape.
 
     (posterior sample - mean) / std with the *global* mean and std: one shift and one scale for all channels keep the
-    geometry that the tokenizer gave them. The published recipe, a factor of 0.2325 for KL-16, is the case of mean 0.
+    geometry of the latent space. The published recipe, a factor of 0.2325 for KL-16, has mean 0.
     """
     return (posterior.posterior_sample(moments, noise) - statistics.mean) / statistics.std
 
 
 def denormalised(latents: Tensor, statistics: Statistics) -> Tensor:
-    """Latents of the transformer => latents that the tokenizer decodes; the inverse of `normalised`."""
+    """Normalised latents => latents for the tokenizer's decoder; undoes the normalisation of `normalised`."""
     return latents * statistics.std + statistics.mean

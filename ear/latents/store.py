@@ -1,9 +1,9 @@
-"""Cached latents: posterior moments of every image and of its mirror image, read row by row from HDF5 shards.
+"""Read cached latents: posterior moments of every image and of its mirror image, row by row, from HDF5 shards.
 
-A shard {train,val}-IIIII-of-NNNNN.h5 holds `moments`, float16 [n, 2, 2C, H, W] (plain and mirrored; see
-`ear.posterior`), and `labels`, int32 [n]; its attributes are `format` and `tokenizer`, the SHA-256 of the tokenizer's
-file. stats.json holds what is common to all: classes, shape, statistics, and rows, bytes and SHA-256 of every shard.
-`ear.caching` writes them.
+A shard {train,val}-IIIII-of-NNNNN.h5 holds two data sets: `moments`, float16 [n, 2, 2C, H, W] (index 1: 0 is the image,
+1 its mirror image; see ear.tokenizer.posterior), and `labels`, int32 [n]. Its attributes are `format` and `tokenizer`,
+the SHA-256 of the tokenizer's file. Beside the shards, stats.json holds classes, shape and statistics of the latents,
+and the number of rows, the size and the SHA-256 of every shard. `ear.latents.caching` writes all of them.
 """
 
 from collections.abc import Sequence
@@ -26,15 +26,15 @@ STATS = "stats.json"
 
 @dataclass(frozen=True)
 class _Stored:
-    """Where the moments of one shard lie."""
+    """Location of the moments of one shard."""
 
     path: Path
-    offset: int  # of the moments' bytes in the file
+    offset: int  # of the first byte of the moments in the file
     shape: tuple[int, ...]
 
     def map(self) -> np.ndarray:
-        """The moments as a read-only view of the file's pages."""
-        # numpy.memmap would keep a descriptor open per shard; ImageNet's 1251 shards exceed the usual limit of 1024.
+        """The moments as a read-only memory map."""
+        # numpy.memmap would keep a file descriptor open per shard; ImageNet's 1251 shards exceed the usual limit.
         size = self.path.stat().st_size
         content = torch.from_file(str(self.path), shared=False, size=size, dtype=torch.uint8).numpy()
         view = np.ndarray(self.shape, "<f2", buffer=content, offset=self.offset)
@@ -45,19 +45,22 @@ class _Stored:
 class LatentStore:
     """The latents of one split, in stored order.
 
-    shape: (C, H, W) of a latent. labels: int64 [N]. classes: names by label. statistics: of the training split,
-    whatever split this is. tokenizer: SHA-256 of the tokenizer's file. An object can be pickled and forked: every
-    process maps the files for itself when it first reads.
+    Attributes: `shape`, (C, H, W) of a latent; `labels`, int64 [N]; `classes`, names by label; `statistics` of the
+    training split, also for the held-out split; `tokenizer`, the SHA-256 of the tokenizer's file. A store can be
+    pickled and forked: each process maps the files when it first reads them.
 
-    Raises FileNotFoundError where a file is missing; ValueError where one is of another format, size or tokenizer
-    than stats.json says.
+    Raises MissingFileError if a file is missing, UserError if its format, size or tokenizer is not what stats.json
+    says.
     """
 
     def __init__(self, folder: str | Path, split: str):
         folder = Path(folder)
         stats = read_json(folder / STATS)
         if stats.get("format") != FORMAT:
-            raise UserError(f"{folder / STATS} has format {stats.get('format')!r}, not {FORMAT!r}; run cache again.")
+            raise UserError(
+                f"{folder / STATS} has format {stats.get('format')!r}, but must have {FORMAT!r}; "
+                "run the cache stage again."
+            )
         self.shape: tuple[int, int, int] = tuple(stats["shape"])
         self.classes: tuple[str, ...] = tuple(stats["classes"])
         self.statistics = Statistics(**stats["statistics"])
@@ -72,19 +75,20 @@ class LatentStore:
         return len(self.labels)
 
     def __getstate__(self) -> dict:
-        return self.__dict__ | {"_maps": {}}  # a pickled map would be a copy of its whole file
+        return self.__dict__ | {"_maps": {}}  # pickling a map would copy the complete file
 
     def rows(self, indices: Sequence[int] | Tensor, mirrored: Sequence[bool] | Tensor) -> tuple[np.ndarray, np.ndarray]:
-        """Rows 0 .. N - 1, in any order, and which of the two images => (float16 [n, 2C, H, W], int64 [n] labels).
+        """Moments and labels of the given rows, in the given order: (float16 [n, 2C, H, W], int64 [n]).
 
-        Raises IndexError beyond the rows.
+        indices: row numbers 0 .. N - 1. mirrored: for each of them, whether to return the mirror image's moments.
+        Raises IndexError for other row numbers.
         """
-        indices, mirrored = np.asarray(indices, dtype=np.int64), np.asarray(mirrored, dtype=np.int64)
+        wanted, views = np.asarray(indices, dtype=np.int64), np.asarray(mirrored, dtype=np.int64)
         channels, height, width = self.shape
-        out = np.empty((len(indices), 2 * channels, height, width), np.float16)
-        for shard, places, rows in self._rows.locate(indices):
-            out[places] = self._map(shard)[rows, mirrored[places]]
-        return out, self.labels[indices]
+        out = np.empty((len(wanted), 2 * channels, height, width), np.float16)
+        for shard, places, rows in self._rows.locate(wanted):
+            out[places] = self._map(shard)[rows, views[places]]
+        return out, self.labels[wanted]
 
     def _map(self, shard: int) -> np.ndarray:
         if shard not in self._maps:
@@ -93,11 +97,13 @@ class LatentStore:
 
 
 def _open(path: Path, entry: dict, stats: dict) -> tuple[_Stored, np.ndarray]:
-    """(where the moments lie, the labels as int64) of a shard that is what stats.json says."""
+    """Check a shard against stats.json => (location of its moments, its labels as int64)."""
     if not path.is_file():
         raise MissingFileError(f"{path} does not exist; run the cache stage again.")
     if path.stat().st_size != entry["bytes"]:
-        raise UserError(f"{path} has {path.stat().st_size} bytes, not {entry['bytes']}; run the cache stage again.")
+        raise UserError(
+            f"{path} has {path.stat().st_size} bytes, but must have {entry['bytes']}; run the cache stage again."
+        )
     try:
         with h5py.File(path, "r", locking=False) as file:
             _check_attributes(path, file.attrs, stats)
@@ -111,13 +117,13 @@ def _open(path: Path, entry: dict, stats: dict) -> tuple[_Stored, np.ndarray]:
                 )
             return _Stored(path, moments.id.get_offset(), moments.shape), labels
     except (OSError, KeyError) as error:
-        raise UserError(f"{path} is not a readable HDF5 file of latents ({error}); run cache again.") from error
+        raise UserError(
+            f"{path} is not a readable HDF5 file of latents ({error}); run the cache stage again."
+        ) from error
 
 
 def _check_attributes(path: Path, attributes, stats: dict) -> None:
     for name, expected in (("format", FORMAT), ("tokenizer", stats["tokenizer"])):
         found = attributes.get(name)
         if found != expected:
-            raise UserError(
-                f"{path} has {name} {found!r}, but stats.json belongs to {expected!r}; run the cache stage again."
-            )
+            raise UserError(f"{path} has {name} {found!r}, but stats.json has {expected!r}; run the cache stage again.")

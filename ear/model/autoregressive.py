@@ -1,11 +1,11 @@
 """The interface of an autoregressive model over continuous tokens (EAR, section 4), and what both models share.
 
 A model turns visible tokens and a class into one hidden state per predicted position; its `score` turns a hidden state
-into a loss or into a token. Masked and causal models differ in which positions they predict in training (`training_positions`,
-`predict`) and in how they draw all tokens of an image (`draw`).
+into a loss or into a token. Masked and causal models differ in which positions they predict in training
+(`training_positions`, `predict`) and in how they draw all tokens of an image (`draw`).
 
-Shapes: B images, R rows (B, or 2 B with guidance), C latent channels, (h, w) latent grid, L tokens of D = C p^2 channels
-(patch side p), P buffer tokens, W width, n predicted positions.
+Shapes: B images, R rows (B, or 2 B with guidance), C latent channels, (h, w) latent grid, L tokens of D = C p^2
+channels (patch side p), P buffer tokens, W width, n predicted positions.
 """
 
 from abc import ABC, abstractmethod

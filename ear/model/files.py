@@ -39,7 +39,9 @@ def load_model(path: str | Path) -> tuple[AutoregressiveModel, dict]:
     try:
         shape = Shape.from_dict(description["shape"])
     except (ValidationError, KeyError) as error:
-        raise UserError(f"{path} describes an impossible model ({' '.join(str(error).split())}); train it again.") from error
+        raise UserError(
+            f"{path} describes an impossible model ({' '.join(str(error).split())}); train it again."
+        ) from error
     model = build_model(shape)
     load_weights(model, tensors, origin=str(path))
     return model.eval(), description

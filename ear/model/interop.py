@@ -1,8 +1,8 @@
-"""Published EAR checkpoints in and out: the same weights under the published names.
+"""Read and write published EAR checkpoints: the same weights under the published names.
 
-A published file is a pickled dict whose entries `model_ema` and `model` map names to tensors; it is unpickled with
-weights only. Sizes are read off the tensors; what no tensor shows (heads, buffer, patch) follows the published models
-and can be given.
+A published file is a pickled dict whose entries `model_ema` and `model` map names to tensors; only weights are
+unpickled. Sizes are read off the tensors. What no tensor shows (attention heads, buffer size, patch size) defaults to
+the published models and can be given.
 """
 
 import re
@@ -22,7 +22,7 @@ from ear.model.autoregressive import AutoregressiveModel
 from ear.model.masked import MaskedModel
 from ear.model.shape import Shape
 
-# Of the published runs; what no tensor shows.
+# Settings of the published runs that no tensor shows.
 _SCORE = Energy(
     name="energy",
     samples=4,
@@ -35,8 +35,8 @@ _SCORE = Energy(
 )
 _HEADS = {768: 12, 1024: 16, 1280: 16}  # attention heads of the published widths: base, large, huge
 _BUFFER = 64
-_SCALE = 0.2325  # what the published runs multiplied the latents of KL-16 with
-# Published name => ours; the first pattern that matches a whole prefix applies.
+_SCALE = 0.2325  # factor of the published runs for the latents of KL-16
+# Published name => ours; the first pattern that matches the start of a name applies.
 _RULES = (
     (r"fake_latent", "null_class"),
     (r"mask_token", "mask_token"),
@@ -61,13 +61,13 @@ _RULES = (
 
 
 def published_statistics(channels: int) -> Statistics:
-    """The fixed normalisation of latents that published models were trained with: mean 0, standard deviation 4.301."""
+    """The normalisation that published models were trained with: mean 0, standard deviation 4.301 (1 / 0.2325)."""
     std = 1 / _SCALE
     return Statistics(0.0, std, (0.0,) * channels, (std,) * channels)
 
 
 def our_name(published: str) -> str:
-    """The name of a published parameter in our model; raises ValueError for a name that is none."""
+    """The name in our model of a published parameter; raises UserError for an unknown name."""
     for pattern, ours in _RULES:
         if re.match(pattern, published):
             return re.sub(f"^{pattern}", ours, published)
@@ -83,10 +83,10 @@ def load_published(
     patch_size: int = 1,
     grid: tuple[int, int] | None = None,  # tokens down and across; a square if not given
 ) -> AutoregressiveModel:
-    """A model in eval mode with the published weights.
+    """Load a published checkpoint into a model, in eval mode.
 
-    Raises FileNotFoundError; ValueError for a file that is no such checkpoint, that would run code when unpickled, or
-    whose tensors (named) are missing, extra or of an impossible shape.
+    Raises MissingFileError; UserError if the file is no such checkpoint, would run code when unpickled, or its tensors
+    (named) are missing, extra or of an impossible shape.
     """
     tensors = _ours(source, weights)
     model = MaskedModel(_shape(tensors, heads=heads, buffer_size=buffer_size, patch_size=patch_size, grid=grid))
@@ -100,9 +100,9 @@ def load_into(
     *,
     weights: str = "model_ema",
 ) -> None:
-    """Fill a model with published weights, in place.
+    """Fill a model of given sizes with published weights, in place.
 
-    Raises what `load_published` does, naming what does not fit; ValueError for a model that none was published of.
+    Raises as `load_published`, naming what does not fit; UserError for a model that no published checkpoint can fill.
     """
     _check_published(model)
     origin = "the published checkpoint" if isinstance(source, Mapping) else str(source)
@@ -117,18 +117,18 @@ def load_into(
 
 
 def save_published(model: AutoregressiveModel, path: str | Path) -> None:
-    """Write the weights as a published checkpoint (entries `model` and `model_ema`, equal).
+    """Write the weights as a published checkpoint (entries `model` and `model_ema` are equal).
 
-    Raises ValueError for a model that such a file cannot hold: one of another score than energy, or a causal one.
+    Raises UserError for a model that such a file cannot hold: another score than energy, or a causal model.
     """
     named = published_tensors(model)
-    # Bytes of torch.save depend on the file's name unless it writes to an open file.
+    # The bytes of torch.save depend on the file name, unless it writes to an open file.
     with whole_file(path) as partial, partial.open("wb") as file:
         torch.save({"model": named, "model_ema": named}, file)
 
 
 def published_tensors(model: AutoregressiveModel) -> dict[str, Tensor]:
-    """The model's weights under the published names; raises ValueError where it has none (see `save_published`)."""
+    """The model's weights under the published names; raises UserError as `save_published` does."""
     _check_published(model)
     ours = model.state_dict()
     depth, head_depth = model.shape.model.depth, model.shape.model.head_depth
@@ -137,7 +137,7 @@ def published_tensors(model: AutoregressiveModel) -> dict[str, Tensor]:
 
 def _check_published(model: AutoregressiveModel) -> None:
     score, attention = model.shape.score.name, model.shape.model.attention
-    # By name, for the kernel score's head has the same tensors as the energy score's.
+    # Compare names: the heads of kernel and energy score have the same tensors.
     if (score, attention) != ("energy", "bidirectional"):
         raise UserError(
             f"score.name is {score!r} and model.attention is {attention!r}, but a published checkpoint is of 'energy' "
@@ -155,14 +155,14 @@ def published_names(depth: int, head_depth: int) -> list[str]:
     parts = ("norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2")
     names += [name for i in range(depth) for name in both(*(f"decoder_blocks.{i}.{part}" for part in parts))]
     names += both("decoder_norm", "scoreloss.net.noise_embed", "scoreloss.net.input_proj")
-    parts = ("in_ln", "mlp.0", "mlp.2", "adaLN_modulation.1")
     for i in range(head_depth):
-        names += both(*(f"scoreloss.net.res_blocks.{i}.{part}" for part in parts))
+        head_parts = ("in_ln", "mlp.0", "mlp.2", "adaLN_modulation.1")
+        names += both(*(f"scoreloss.net.res_blocks.{i}.{part}" for part in head_parts))
     return names + both("scoreloss.net.final_layer.linear", "scoreloss.net.final_layer.adaLN_modulation.1")
 
 
 def _ours(source: str | Path | Mapping[str, Tensor], weights: str) -> dict[str, Tensor]:
-    """The tensors of a checkpoint, file or not, under our names."""
+    """The tensors of a checkpoint (a file or a dict) under our names."""
     published = source if isinstance(source, Mapping) else _read(Path(source), weights)
     return {our_name(name): tensor for name, tensor in published.items()}
 
@@ -178,7 +178,7 @@ def _read(path: Path, weights: str) -> Mapping[str, Tensor]:
 def _shape(
     tensors: dict[str, Tensor], *, heads: int | None, buffer_size: int, patch_size: int, grid: tuple[int, int] | None
 ) -> Shape:
-    """Read the sizes off the tensors."""
+    """Read the shape of the model off its tensors."""
 
     def size(name: str, dimension: int) -> int:
         if name not in tensors or tensors[name].dim() <= dimension:

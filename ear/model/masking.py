@@ -1,7 +1,7 @@
-"""Which tokens are hidden in training and in which order they are revealed in sampling.
+"""Which tokens are masked in training, and the order in which sampling reveals them.
 
-Shapes: B images, L tokens. An order is a permutation of the L positions; the masked tokens are its first ones, so that
-revealing goes from the end of the order to its start.
+Shapes: B images, L tokens. An order is a permutation of the L positions. Its first positions are the masked ones, so
+sampling reveals an order from its end to its start.
 """
 
 import math
@@ -22,7 +22,7 @@ def random_orders(images: int, tokens: int, source: RandomSource, device: torch.
 
 
 def masked_count(tokens: int, minimum: float, source: torch.Generator) -> int:
-    """Number of masked tokens: ceil(L r), r ~ N(1, 0.25^2) cut to [minimum, 1], by inversion of its distribution."""
+    """Number of masked tokens: ceil(L r), r ~ N(1, 0.25^2) truncated to [minimum, 1], by inverting its distribution."""
     lowest = torch.special.ndtr(torch.tensor((minimum - 1.0) / _RATIO_SD, dtype=torch.float64))
     quantile = lowest + (0.5 - lowest) * uniform((1,), source).double()
     ratio = 1.0 + _RATIO_SD * torch.special.ndtri(quantile).item()
@@ -41,9 +41,9 @@ def mask_first(orders: Tensor, count: int) -> Tensor:
 
 
 def masked_before_known(orders: Tensor, mask: Tensor) -> tuple[Tensor, int]:
-    """Orders [B, L] and a mask bool [B, L] => the orders with masked tokens moved to their start, and their number.
+    """Orders [B, L], mask bool [B, L] => (orders with masked positions at their start, number of masked positions).
 
-    Raises ValueError where two images have different numbers of masked tokens.
+    Raises UserError if two images have different numbers of masked tokens.
     """
     counts = mask.sum(dim=1)
     if (counts != counts[0]).any():
@@ -53,10 +53,9 @@ def masked_before_known(orders: Tensor, mask: Tensor) -> tuple[Tensor, int]:
 
 
 def masked_after(tokens: int, steps: int) -> list[int]:
-    """Tokens still masked after each step: floor(L cos(pi/2 (s+1)/S)), at least 1 and at most one fewer than before.
+    """Tokens still masked after each step: floor(L cos(pi/2 (s+1)/S)), at least 1, less than before, finally 0.
 
-    The last step reveals all that is left. With more steps than tokens some steps reveal nothing (MaskGIT's cosine
-    schedule as MAR and EAR use it).
+    This is MaskGIT's cosine schedule as used by MAR and EAR. With more steps than tokens, some steps reveal nothing.
     """
     left, remaining = [], tokens
     for step in range(steps - 1):

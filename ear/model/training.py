@@ -1,8 +1,9 @@
 """One phase of training on cached latents: the first training, or the short fine-tuning after it."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -91,20 +92,7 @@ class Phase:
         self.seed = randomness.derive(options.seed, settings.name)
         self.statistics = statistics or store.statistics
         self.batch_loss = BatchLoss(self.statistics, self.seed, options.precision, device)
-        groups = parameter_groups(model, weight_decay=options.weight_decay, head_rate=options.head_rate)
-        self.trainer = Trainer(
-            model,
-            optimizer=adamw(groups, learning_rate=settings.learning_rate, beta1=options.beta1, beta2=options.beta2),
-            loss=self.loss,
-            rate=schedule(
-                settings.schedule, total_images=settings.images, warmup_images=settings.warmup_images
-            ),
-            ema_decays={"averaged": options.ema_decay, "averaged_long": options.ema_decay_long},
-            clip_norm=options.clip_norm,
-            global_batch_size=options.global_batch_size,
-            micro_batch_size=options.micro_batch_size,
-            earlier_images=settings.earlier_images,
-        )
+        self.trainer = build_trainer(model, settings, options, self.loss)
         model.transformer.checkpointing = runtime.checkpointing
         if runtime.compile and device.type == "cuda":
             compile_in_place(model.transformer)
@@ -209,6 +197,27 @@ class Phase:
                 "validation_loss_averaged_long": history.validation[-1]["averaged_long_loss"],
             }
             write_json(folder / "metrics.json", rounded(metrics))
+
+
+def build_trainer(
+    model: AutoregressiveModel,
+    settings: PhaseSettings,
+    options: config.Train,
+    loss: Callable[[Any, int], tuple[Tensor, dict[str, Tensor]]],  # of a micro-batch that starts at a position
+) -> Trainer[AutoregressiveModel]:
+    """The trainer of a phase: AdamW over the published parameter groups, and two EMAs."""
+    groups = parameter_groups(model, weight_decay=options.weight_decay, head_rate=options.head_rate)
+    return Trainer(
+        model,
+        optimizer=adamw(groups, learning_rate=settings.learning_rate, beta1=options.beta1, beta2=options.beta2),
+        loss=loss,
+        rate=schedule(settings.schedule, total_images=settings.images, warmup_images=settings.warmup_images),
+        ema_decays={"averaged": options.ema_decay, "averaged_long": options.ema_decay_long},
+        clip_norm=options.clip_norm,
+        global_batch_size=options.global_batch_size,
+        micro_batch_size=options.micro_batch_size,
+        earlier_images=settings.earlier_images,
+    )
 
 
 def parameter_groups(model: AutoregressiveModel, *, weight_decay: float, head_rate: float) -> list[Group]:

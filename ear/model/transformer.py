@@ -14,22 +14,23 @@ from ear.scores.modulated_mlp import NORM_EPS
 
 
 class Cache:
-    """Keys and values of the positions that one attention layer has seen, in buffers for all that are to come."""
+    """Keys and values of the positions that an attention layer has seen, in buffers for all positions."""
 
     def __init__(self, capacity: int):
         self.capacity, self.length = capacity, 0
-        self._buffers: tuple[Tensor, Tensor] | None = None  # keys, values: [B, H, capacity, W/H] each
+        self._buffers: list[Tensor] = []  # keys and values, [B, H, capacity, W/H] each, from the first call on
 
     def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Those of t new positions, [B, H, t, W/H] => those of all positions so far."""
-        if self._buffers is None:
+        """Add keys and values of t new positions, [B, H, t, W/H] each => those of all positions so far."""
+        if not self._buffers:
             b, h, _, channels = keys.shape
-            self._buffers = tuple(new.new_empty(b, h, self.capacity, channels) for new in (keys, values))
+            self._buffers = [new.new_empty(b, h, self.capacity, channels) for new in (keys, values)]
         start, self.length = self.length, self.length + keys.shape[2]
         assert self.length <= self.capacity, f"{self.length} positions in a cache for {self.capacity}"
         for buffer, new in zip(self._buffers, (keys, values), strict=True):
             buffer[:, :, start : self.length] = new
-        return tuple(buffer[:, :, : self.length] for buffer in self._buffers)
+        keys, values = (buffer[:, :, : self.length] for buffer in self._buffers)
+        return keys, values
 
 
 class Attention(nn.Module):
@@ -42,10 +43,10 @@ class Attention(nn.Module):
         self.projection = nn.Linear(options.width, options.width)
 
     def forward(self, x: Tensor, cache: Cache | None = None) -> Tensor:
-        """[B, T, W] => [B, T, W]; with a cache the positions follow those that it has seen."""
+        """[B, T, W] => [B, T, W]; with a cache, the T positions follow those that it holds."""
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # each [B, H, T, W/H]
         if cache is not None:
-            # One new position sees all before it without a mask; several ones must be the first.
+            # A single new position attends to all earlier ones and needs no mask; several must be the first positions.
             assert self.causal
             assert cache.length == 0 or x.shape[1] == 1
             k, v = cache.append(k, v)
@@ -57,7 +58,7 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + MLP(norm(x)); dropout behind every linear layer but the fused one."""
+    """x + attention(norm(x)), then x + MLP(norm(x)); dropout after every linear layer but the fused one."""
 
     def __init__(self, options: config.Model):
         super().__init__()
@@ -83,14 +84,14 @@ class Transformer(nn.Module):
         super().__init__()
         self.blocks = nn.ModuleList(Block(options) for _ in range(options.depth))
         self.norm = nn.LayerNorm(options.width, eps=NORM_EPS)
-        self.checkpointing = False  # backward computes every block again instead of keeping its activations
+        self.checkpointing = False  # recompute each block in the backward pass instead of keeping its activations
 
     def caches(self, capacity: int) -> list[Cache]:
         """Empty caches for a sequence of up to `capacity` positions, one per block."""
         return [Cache(capacity) for _ in self.blocks]
 
     def forward(self, x: Tensor, caches: list[Cache] | None = None) -> Tensor:
-        """[B, T, W] => [B, T, W]; with `caches` the T positions follow those of the calls before."""
+        """[B, T, W] => [B, T, W]; with `caches`, the T positions follow those of earlier calls."""
         recompute = self.checkpointing and torch.is_grad_enabled()
         for number, block in enumerate(self.blocks):
             cache = None if caches is None else caches[number]

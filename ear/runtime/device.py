@@ -1,4 +1,4 @@
-"""The device and the arithmetic that a stage computes with."""
+"""Device, threads and precision of a stage."""
 
 import torch
 from torch import nn
@@ -8,14 +8,14 @@ from ear.runtime import distributed
 
 
 def prepare_device(device: str, threads: int) -> torch.device:
-    """Set the CPU threads and deterministic kernels; "auto", "cpu" or "cuda" => this process's device.
+    """Set CPU threads and deterministic kernels; return this rank's device for "auto", "cpu" or "cuda".
 
-    Raises ValueError where CUDA is asked for and absent, or has fewer devices than this machine has processes.
+    Raises UserError if CUDA is requested but absent, or has fewer devices than this machine has ranks.
     """
     torch.set_num_threads(threads)
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.backends.cudnn.benchmark = False
-    torch.backends.cudnn.allow_tf32 = False  # a convolution's default; features and latents need all of float32
+    torch.backends.cudnn.allow_tf32 = False  # convolutions use TF32 by default; features and latents need full float32
     available = torch.cuda.is_available()
     if device == "cuda" and not available:
         raise UserError("runtime.device is 'cuda', but torch finds no CUDA device; set it to auto or cpu.")
@@ -24,7 +24,7 @@ def prepare_device(device: str, threads: int) -> torch.device:
     number, devices = distributed.local_rank(), torch.cuda.device_count()
     if number >= devices:
         raise UserError(
-            f"process {number + 1} of this machine finds {devices} CUDA device(s), and each process needs one; set "
+            f"process {number + 1} of this machine finds {devices} CUDA device(s), but each process needs one; set "
             f"runtime.processes to {devices}, or runtime.device to cpu."
         )
     torch.cuda.set_device(number)
@@ -32,17 +32,15 @@ def prepare_device(device: str, threads: int) -> torch.device:
 
 
 def set_precision(precision: str, device: torch.device, *, key: str) -> None:
-    """Let CUDA multiply float32 matrices with 10 bits of mantissa, several times faster, for "tfloat32" alone.
+    """Enable TF32 matmuls if precision is "tfloat32", else disable them.
 
-    Raises ValueError, which names the parameter `key`, where a CPU is asked for less than float32.
+    Raises UserError naming the parameter `key` if a CPU is to use less than float32.
     """
     if precision != "float32" and device.type == "cpu":
-        raise UserError(
-            f"{key} is {precision!r}, which CPUs lack (or emulate, 100 times slower); set it to 'float32'."
-        )
+        raise UserError(f"{key} is {precision!r}, which CPUs lack (or emulate, 100 times slower); set it to 'float32'.")
     torch.set_float32_matmul_precision("high" if precision == "tfloat32" else "highest")
 
 
 def compile_in_place(module: nn.Module) -> None:
-    """torch.compile a module that goes on with eager mode's dropout masks, or else compiling would change results."""
+    """torch.compile a module with eager mode's dropout masks; with other masks, compiling would change results."""
     module.compile(options={"fallback_random": True})

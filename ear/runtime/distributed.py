@@ -1,7 +1,7 @@
-"""Many processes that work as one, over torch.distributed; correct, and nearly free, in a single process.
+"""Ranks and collectives over torch.distributed; in a single process every function works and costs nearly nothing.
 
-A launcher (`launch`, torchrun, srun) says who each process is in RANK, WORLD_SIZE and LOCAL_RANK; without them there is
-one process. torch is imported where it is needed: a stage that does not compute starts without it.
+A launcher (`launch`, torchrun, srun) sets RANK, WORLD_SIZE and LOCAL_RANK; without them there is one process. torch is
+imported inside functions, so a stage that does not compute starts without it.
 """
 
 import contextlib
@@ -12,16 +12,17 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
+Item = TypeVar("Item")
 Result = TypeVar("Result")
 _alone = contextvars.ContextVar("alone", default=False)
-_PATIENCE = timedelta(hours=2)  # the main process may write or train a small model alone for so long
+_PATIENCE = timedelta(hours=2)  # rank 0 may write files or train a small model alone for this long
 _FAREWELL_SECONDS = 5.0
 
 
 class FailedElsewhere(Exception):
-    """Another process failed first and has said why; this one only has to end."""
+    """Another rank failed first and has printed why; this rank only exits."""
 
 
 def launched() -> bool:
@@ -30,31 +31,31 @@ def launched() -> bool:
 
 
 def size() -> int:
-    """Number of processes that work together: 1 within `from_main`, where the others wait."""
+    """World size; 1 inside `from_main`, while the other ranks wait."""
     return 1 if _alone.get() else int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def rank() -> int:
-    """Number of this process, from 0."""
+    """Rank of this process, from 0."""
     return int(os.environ.get("RANK", "0"))
 
 
 def local_rank() -> int:
-    """Number of this process on its machine: which of the machine's devices it uses."""
+    """Rank of this process on its machine; selects its device."""
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
 def is_main() -> bool:
-    """Whether this process is the one that writes files and speaks."""
+    """Whether this is rank 0, which writes files and prints."""
     return rank() == 0
 
 
 @contextlib.contextmanager
 def group() -> Iterator[None]:
-    """Connect all processes, gloo for CPU tensors and NCCL for CUDA ones, and disconnect them whatever happens.
+    """Connect all ranks (gloo for CPU tensors, NCCL for CUDA tensors), and disconnect them in any case.
 
-    An exception that leaves the block is re-raised in the process that failed first; it breaks the connections, so that
-    the others fail too, with FailedElsewhere. Raises ConnectionError where one was lost without a word.
+    An exception that leaves the block is re-raised on the rank that failed first. It breaks the connections, so the
+    other ranks fail too, with FailedElsewhere. Raises ConnectionError if a rank disappeared without an exception.
     """
     if size() == 1:
         yield
@@ -66,7 +67,7 @@ def group() -> Iterator[None]:
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     try:
         distributed.init_process_group(backend, store=store, rank=rank(), world_size=size(), timeout=_PATIENCE)
-        distributed.barrier()  # one that failed at once would leave others behind that are still connecting
+        distributed.barrier()  # a rank that fails at once would leave others that are still connecting
         yield
     except Exception as error:
         first = _is_first(store)
@@ -76,8 +77,8 @@ def group() -> Iterator[None]:
             raise FailedElsewhere from error
         if _is_lost_connection(error):
             raise ConnectionError(
-                f"process {rank()} of {size()} lost another one, which was killed or whose machine went away; start "
-                "the stage again, it goes on from what it has saved."
+                f"process {rank()} of {size()} lost another one, which was killed or whose machine failed; start the "
+                "stage again, it resumes from what it saved."
             ) from error
         raise
     finally:
@@ -92,10 +93,10 @@ def _leave() -> None:
 
 
 def _await_others(store) -> None:
-    """Keep the main process until the others, as far as they live, have asked the store that it holds."""
+    """On rank 0, which holds the store, wait until every other living rank has asked it who failed first."""
     from torch import distributed
 
-    if not is_main() or distributed.is_torchelastic_launched():  # whose agent holds the store
+    if not is_main() or distributed.is_torchelastic_launched():  # torchrun's agent holds the store
         return
     deadline = time.monotonic() + _FAREWELL_SECONDS
     while store.add("failed", 0) < size() and time.monotonic() < deadline:
@@ -103,10 +104,10 @@ def _await_others(store) -> None:
 
 
 def _is_first(store) -> bool:
-    """Whether no other process has failed before; to be asked while the group's connections still stand."""
+    """Whether this rank is the first to fail; call it while the connections still exist."""
     try:
         return store.add("failed", 1) == 1
-    except RuntimeError:  # the store went down with the process or the launcher that kept it
+    except RuntimeError:  # the process or launcher that held the store is gone
         return False
 
 
@@ -117,15 +118,15 @@ def _is_lost_connection(error: Exception) -> bool:
 
 
 def own_slice(items: Sequence) -> Sequence:
-    """This process's part of `items` (a range, a list): contiguous, in order, sizes that differ by 1 at most.
+    """This rank's slice of `items` (a range, a list): contiguous; sizes differ by at most 1.
 
-    The parts of all processes, in the order of ranks, are the whole; some are empty where there are too few items.
+    The slices of all ranks, in order, make up `items`; some are empty if there are fewer items than ranks.
     """
     return items[len(items) * rank() // size() : len(items) * (rank() + 1) // size()]
 
 
 def barrier() -> None:
-    """Wait for all processes."""
+    """Wait for all ranks."""
     if size() > 1:
         from torch import distributed
 
@@ -133,7 +134,7 @@ def barrier() -> None:
 
 
 def total(tensor):
-    """The sum of `tensor` over all processes, the same bits on each; `tensor` stays as it is."""
+    """The sum of `tensor` over all ranks, with the same bits on each; `tensor` is unchanged."""
     if size() == 1:
         return tensor
     from torch import distributed
@@ -144,7 +145,7 @@ def total(tensor):
 
 
 def any_of(flag: bool) -> bool:
-    """Whether `flag` is true in any process: a decision that all take alike."""
+    """Whether `flag` is true on any rank; the same answer on all."""
     if size() == 1:
         return flag
     import torch
@@ -153,7 +154,7 @@ def any_of(flag: bool) -> bool:
 
 
 def gathered(tensor):
-    """[processes, *tensor.shape]: every process's `tensor`, in the order of ranks."""
+    """[world size, *tensor.shape]: every rank's `tensor`, in the order of ranks."""
     if size() == 1:
         return tensor[None]
     import torch
@@ -165,7 +166,7 @@ def gathered(tensor):
 
 
 def copy_from_main(tensors: Iterable) -> None:
-    """Give `tensors` in every process the values that they have in the main one, in place."""
+    """Overwrite `tensors` on every rank with their values on rank 0."""
     if size() > 1:
         from torch import distributed
 
@@ -174,16 +175,16 @@ def copy_from_main(tensors: Iterable) -> None:
 
 
 def from_main(work: Callable[[], Result]) -> Result:
-    """What `work()` gives in the main process, for all; where it raises, `group` ends them all.
+    """Run `work` on rank 0 and return its result on all ranks; if it raises, `group` ends all ranks.
 
-    Whatever it calls finds one process, and can be what would otherwise be shared, such as a small training. The result
-    travels as a pickle between our own processes: paths, numbers and dictionaries, not large tensors.
+    Inside `work`, size() is 1, so it may call code that ranks would otherwise share, such as a small training. The
+    result is pickled: return paths, numbers and dictionaries, not large tensors.
     """
     if size() == 1:
         return work()
     from torch import distributed
 
-    result = [None]
+    result: list[Any] = [None]
     if is_main():
         token = _alone.set(True)
         try:
@@ -194,10 +195,10 @@ def from_main(work: Callable[[], Result]) -> Result:
     return result[0]
 
 
-def in_turns(items: Sequence, work: Callable[[object], Result]) -> Iterator[Result]:
-    """`work(item)` of every item, one item per process at a time: all results in order, in the main process alone.
+def in_turns(items: Sequence[Item], work: Callable[[Item], Result]) -> Iterator[Result]:
+    """Rank r runs `work` on items r, r + world_size, ...; rank 0 yields all results in order.
 
-    In the others the iterator yields nothing, but has to be exhausted all the same: that is where they work.
+    The other ranks yield nothing, but must exhaust the iterator too: that is where they work.
     """
     if size() == 1:
         yield from map(work, items)
@@ -207,13 +208,13 @@ def in_turns(items: Sequence, work: Callable[[object], Result]) -> Iterator[Resu
     for start in range(0, len(items), size()):
         own = start + rank()
         result = work(items[own]) if own < len(items) else None
-        results = [None] * size() if is_main() else None
+        results: list[Any] | None = [None] * size() if is_main() else None
         distributed.gather_object(result, results, dst=0)
         yield from (results or [])[: len(items) - start]
 
 
 def on_main(results: Iterator, consume: Callable[[Iterator], Result]) -> Result | None:
-    """`consume(results)` in the main process; the others take part in making the results, and get None."""
+    """`consume(results)` on rank 0; the other ranks help to produce the results and return None."""
     if is_main():
         return consume(results)
     for _ in results:
@@ -222,10 +223,10 @@ def on_main(results: Iterator, consume: Callable[[Iterator], Result]) -> Result 
 
 
 def launch(module: str, arguments: Sequence[str], processes: int) -> int:
-    """Run `python -m module arguments` as `processes` processes on this machine; returns the exit code of the whole.
+    """Run `python -m module arguments` as `processes` ranks on this machine; returns an exit code.
 
-    All end within seconds of the first that fails. A signal that ends this process is passed on to them; they have
-    30 seconds to save their work (TORCH_ELASTIC_SHUTDOWN_TIMEOUT changes that).
+    If one rank fails, all end within seconds. A signal to this process is passed on to the ranks, which have 30 seconds
+    to save their work (set TORCH_ELASTIC_SHUTDOWN_TIMEOUT to change that).
     """
     import logging
 
@@ -233,14 +234,14 @@ def launch(module: str, arguments: Sequence[str], processes: int) -> int:
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)  # the processes speak for themselves
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # until each sets its own number of threads
+    logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)  # the ranks print their own errors
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # until each rank sets its own
     try:
         run.main(["--standalone", f"--nproc_per_node={processes}", "-m", module, *arguments])
     except ChildFailedError as error:
         killed = {number: -f.exitcode for number, f in error.failures.items() if f.exitcode < 0}
         for number, by in killed.items():
-            if by != signal.SIGTERM:  # which is how the rest is ended
+            if by != signal.SIGTERM:  # sent by the launcher to end the other ranks
                 print(f"process {number} of {processes} was ended by {signal.Signals(by).name}", file=sys.stderr)
         return 1
     except SignalException as error:

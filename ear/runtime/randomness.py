@@ -1,7 +1,7 @@
-"""Randomness as an argument: seeds derived by name, one stream per image, draws that do not depend on the device.
+"""Randomness as an argument: seeds derived by name, one stream per image, draws independent of the device.
 
-Nothing in this library reads a global random state but dropout, which is seeded by `seed_dropout` for every
-micro-batch. All draws are made in float32 on the generator's device: low precision has too few distinct values.
+Only dropout reads torch's global random state; `seed_dropout` seeds it for every micro-batch. All draws are float32 on
+the generator's device: low precision has too few distinct values.
 """
 
 import hashlib
@@ -22,16 +22,16 @@ def generator(seed: int, *names: object) -> torch.Generator:
 
 
 class ImageStreams:
-    """One generator per image, used like a single one: rows belong to the images in order, equally many each.
+    """One generator per image, used like a single one: the rows of a draw belong to the images in order.
 
-    Image k's numbers depend on (seed, k) alone, whatever else is in the batch (the idea is EDM's per-image generators).
+    The numbers of image k depend only on (seed, k), not on the rest of the batch (as EDM's per-image generators).
     """
 
     def __init__(self, seed: int, indices: Sequence[int]):
         self._generators = [generator(seed, "image", int(k)) for k in indices]
 
     def draw(self, function, shape: Sequence[int]) -> torch.Tensor:
-        """`function` is torch.rand or torch.randn; shape[0] must be a multiple of the number of images."""
+        """Draw with torch.rand or torch.randn; shape[0] must be a multiple of the number of images."""
         count = len(self._generators)
         rows, rest = divmod(shape[0], count)
         assert rest == 0, f"{shape[0]} rows cannot be shared by {count} images"
@@ -58,26 +58,26 @@ def normal(shape: Sequence[int], source: RandomSource, device: torch.device | st
 
 
 def choose(logits: torch.Tensor, source: RandomSource) -> torch.Tensor:
-    """logits [N, K] => one index per row, int64 [N], with probability softmax(logits): by inversion of one number."""
+    """Logits [N, K] => one index per row, int64 [N], with probability softmax(logits), from one uniform number."""
     threshold = uniform((len(logits), 1), source, logits.device)
     cumulative = logits.softmax(-1).cumsum(-1)
     return (cumulative < threshold * cumulative[:, -1:]).sum(-1)
 
 
 def seed_dropout(seed: int, position: int) -> None:
-    """Seed torch's global generators, which dropout alone uses, for the micro-batch that starts at image `position`."""
+    """Seed torch's global generators, used only by dropout, for the micro-batch that starts at image `position`."""
     torch.manual_seed(derive(seed, "dropout", position))
 
 
 class DataOrder:
-    """Exact global shuffling as a function of images seen: epoch e visits all rows in a permutation of (seed, e)."""
+    """Global shuffling as a function of images seen: epoch e visits all rows in a permutation given by (seed, e)."""
 
     def __init__(self, rows: int, seed: int):
         self.rows, self.seed = rows, seed
         self._epoch, self._permutation = -1, torch.empty(0, dtype=torch.long)
 
     def indices(self, start: int, count: int) -> torch.Tensor:
-        """int64 [count]: the rows at positions start .. start + count - 1 of the endless sequence of epochs."""
+        """int64 [count]: rows at positions start .. start + count - 1 of the sequence of all epochs."""
         parts = []
         while count:
             epoch, offset = divmod(start, self.rows)

@@ -58,12 +58,14 @@ def draw(
     All ranks must exhaust the iterator: that is where they work. Raises as `executor.map_shards` and
     `ImageSampler.images` do.
     """
-    paths = {"model": setup.model.resolve(), "tokenizer": setup.tokenizer.resolve()}
+    absolute = dataclasses.replace(
+        setup, device=sampler.device.type, model=setup.model.resolve(), tokenizer=setup.tokenizer.resolve()
+    )
     remotely = functools.partial(
         _draw_remotely,
         file=file.resolve(),
-        setup=dataclasses.replace(setup, device=sampler.device.type, **paths),
-        digests=tuple(sha256(path) for path in paths.values()) if cluster else (),
+        setup=absolute,
+        digests=(sha256(setup.model), sha256(setup.tokenizer)) if cluster else (),
     )
     here = functools.partial(_draw, file=file, sampler=sampler, settings=setup.settings)
     for _, count in share_shards(left, here=here, there=remotely, cluster=cluster):

@@ -1,7 +1,7 @@
-"""Editing with a masked model: part of an image is kept and the rest is drawn, for every score.
+"""Editing with a masked model: keep part of an image and draw the rest, with any score.
 
-The model predicts any tokens from any others, so it needs no training for this. What the mask covers decides the kind
-of edit: a hole is inpainting, a margin is outpainting, and either with another label is a change of class.
+The model predicts any tokens from any others, so editing needs no extra training. The mask decides the kind of edit: a
+hole is inpainting, a margin is outpainting; with another label, either changes the class.
 """
 
 from collections.abc import Iterator, Sequence
@@ -21,46 +21,44 @@ from ear.sampling.settings import SamplingSettings
 
 def inpaint(
     images: np.ndarray,  # uint8 [N, H, W, 3]
-    mask: np.ndarray,  # bool [N, H, W], true where pixels are drawn anew
+    mask: np.ndarray,  # bool [N, H, W], true where pixels are redrawn
     labels: Sequence[int | str],  # class numbers or names, one per image
     *,
     data: str | Path = "data",  # the pipeline's data folder
-    steps: int = 16,  # over the tokens that are drawn
+    steps: int = 16,  # for the tokens that are redrawn
     guidance: float = 1.0,
     schedule: str = "linear",
     temperature: float = 1.0,
     seed: int = 0,
-    paste: bool = True,  # keep the known pixels exactly; if false, all are as the tokenizer decodes them
+    paste: bool = True,  # keep known pixels exactly; if false, all pixels come from the decoder
     batch_size: int = 64,
     device: torch.device | str = "cpu",
 ) -> np.ndarray:
-    """Uint8 images [N, H, W, 3]: every token that the mask touches is drawn, given the other tokens and the label.
+    """Redraw every token that the mask touches, given the other tokens and the label => uint8 images [N, H, W, 3].
 
-    Image k depends on (seed, k), its pixels, mask and label alone. Raises ValueError where the arrays do not fit each
-    other or the model, a mask is empty, steps is less than 1, or the model is causal.
+    Image k depends only on (seed, k), its pixels, its mask and its label. Raises UserError if the arrays do not fit
+    each other or the model, a mask is empty, `steps` is less than 1, or the model is causal.
     """
     sampler = ImageSampler.open(Path(data) / MODEL, Path(data) / TOKENIZER, device)
     _check(sampler, images, mask, labels)
     drawn = masked_tokens(mask, sampler.tokenizer.downsample * sampler.model.patch)
     classes = np.asarray(sampler.labels(labels))
-    settings = SamplingSettings(
-        steps=steps, guidance=guidance, schedule=schedule, temperature=temperature, seed=seed
-    )
+    settings = SamplingSettings(steps=steps, guidance=guidance, schedule=schedule, temperature=temperature, seed=seed)
     result = np.empty_like(images)
     for group in _equal_counts(drawn, batch_size):
-        result[group] = _redrawn(sampler, images[group], drawn[group], classes[group], group, settings)
+        result[group] = _redrawn(sampler, images[group], drawn[group], classes[group], group.tolist(), settings)
     return np.where(mask[..., None], result, images) if paste else result
 
 
 def masked_tokens(mask: np.ndarray, pixels: int) -> np.ndarray:
-    """bool [N, H, W] => bool [N, L], row by row: tokens of `pixels` x `pixels` pixels with at least one masked."""
+    """Mask of pixels, bool [N, H, W] => mask of tokens, bool [N, L], row by row: true if any pixel is masked."""
     n, height, width = mask.shape
     cells = mask.reshape(n, height // pixels, pixels, width // pixels, pixels)
     return cells.any(axis=(2, 4)).reshape(n, -1)
 
 
 def _equal_counts(drawn: np.ndarray, batch_size: int) -> Iterator[np.ndarray]:
-    """Numbers of images in batches within which equally many tokens are drawn, as sampling needs them."""
+    """Yield batches of image numbers with equally many masked tokens, as sampling needs them."""
     counts = drawn.sum(axis=1)
     for count in np.unique(counts):
         numbers = np.flatnonzero(counts == count)
@@ -73,7 +71,7 @@ def _redrawn(
     images: np.ndarray,
     drawn: np.ndarray,  # bool [N, L]
     classes: np.ndarray,
-    numbers: np.ndarray,  # of the images; image k is drawn from the stream (seed, k)
+    numbers: Sequence[int],  # numbers of the images; image k is drawn from the stream (seed, k)
     settings: SamplingSettings,
 ) -> np.ndarray:
     source, device = ImageStreams(settings.seed, numbers), sampler.device

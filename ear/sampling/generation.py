@@ -1,6 +1,6 @@
-"""Images from a trained model: what `ear.load`, `ear.generate` and the sample stage share.
+"""Images from a trained model: shared by `ear.load`, `ear.generate` and the sample stage.
 
-The whole way is labels => normalised latents (ear.sampling) => latents => images in [-1, 1] (the tokenizer) => uint8.
+labels => normalised latents (ear.sampling.sampler) => latents => images in [-1, 1] (tokenizer) => uint8.
 """
 
 from collections.abc import Iterator, Sequence
@@ -25,21 +25,27 @@ TOKENIZER = "tokenizer/tokenizer.safetensors"
 
 
 def load(folder: str | Path) -> AutoregressiveModel:
-    """The model of data/model or data/finetuned in eval mode, with its averaged weights."""
+    """Load the model of data/model or data/finetuned: EMA weights, eval mode."""
     return load_model(Path(folder) / "model.safetensors")[0]
 
 
 class ImageSampler:
     """A trained model with its tokenizer."""
 
-    def __init__(self, model: AutoregressiveModel, tokenizer: Tokenizer, statistics: Statistics, device: torch.device | str = "cpu"):
+    def __init__(
+        self,
+        model: AutoregressiveModel,
+        tokenizer: Tokenizer,
+        statistics: Statistics,
+        device: torch.device | str = "cpu",
+    ):
         self.device = torch.device(device)
         self.model, self.tokenizer = model.to(self.device).eval(), tokenizer.to(self.device).eval()
         self.statistics = statistics
 
     @classmethod
     def open(cls, model: str | Path, tokenizer: str | Path, device: torch.device | str = "cpu") -> "ImageSampler":
-        """From the files of two stages; raises ValueError where the model belongs to another tokenizer."""
+        """Load the files of two stages; raises UserError if the model belongs to another tokenizer."""
         loaded, description = load_model(model)
         fingerprint = sha256(tokenizer)
         if description["tokenizer"] != fingerprint:
@@ -51,12 +57,12 @@ class ImageSampler:
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
-        """H, W, 3 of an image."""
+        """(H, W, 3) of an image."""
         _, height, width = self.model.shape.latent
         return height * self.tokenizer.downsample, width * self.tokenizer.downsample, 3
 
     def labels(self, wanted: Sequence[int | str]) -> list[int]:
-        """Class numbers of numbers or names; raises ValueError naming the first unknown class."""
+        """Class numbers of the given numbers or names; raises UserError naming the first unknown class."""
         classes = self.model.shape.classes
         numbers = {name: number for number, name in enumerate(classes)}
         for label in wanted:
@@ -82,7 +88,7 @@ class ImageSampler:
     def pixels(self, latents: torch.Tensor, numbers: Sequence[int], *, guidance: float) -> np.ndarray:
         """Normalised latents [N, C, h, w] => uint8 [N, H, W, 3].
 
-        Raises ValueError where an image is not finite, with its number of `numbers` and the guidance behind it.
+        Raises UserError, with its number from `numbers`, for an image that is not finite.
         """
         decoded = self.tokenizer.decode(denormalised(latents, self.statistics))
         finite = decoded.flatten(1).isfinite().all(dim=1)
@@ -95,13 +101,13 @@ class ImageSampler:
 
 
 def batches(labels: Sequence[int], batch_size: int) -> Iterator[tuple[int, Sequence[int]]]:
-    """(number of the first image, labels) of each batch."""
+    """Yield (number of the first image, labels) for each batch."""
     for first in range(0, len(labels), batch_size):
         yield first, labels[first : first + batch_size]
 
 
 def balanced_labels(count: int, classes: int) -> list[int]:
-    """`count` labels, each class equally often (the first ones once more where it does not divide)."""
+    """`count` labels, each class equally often (if it does not divide, the first classes once more)."""
     return [k % classes for k in range(count)]
 
 
@@ -117,15 +123,13 @@ def generate(
     batch_size: int = 64,
     device: torch.device | str = "cpu",
 ) -> np.ndarray:
-    """uint8 images [N, H, W, 3]; image k depends on (seed, k) and its label alone.
+    """Generate uint8 images [N, H, W, 3]; image k depends only on (seed, k) and its label.
 
-    Raises FileNotFoundError for a stage that has not run; ValueError for no label, an unknown one, or no step.
+    Raises MissingFileError if a stage has not run; UserError for an empty or unknown label, or less than one step.
     """
     if not len(labels):
         raise UserError("labels is empty; give one class per image.")
     sampler = ImageSampler.open(Path(data) / MODEL, Path(data) / TOKENIZER, device)
-    settings = SamplingSettings(
-        steps=steps, guidance=guidance, schedule=schedule, temperature=temperature, seed=seed
-    )
+    settings = SamplingSettings(steps=steps, guidance=guidance, schedule=schedule, temperature=temperature, seed=seed)
     parts = batches(sampler.labels(labels), batch_size)
     return np.concatenate([sampler.images(part, settings, first=first) for first, part in parts])

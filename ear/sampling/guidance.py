@@ -1,4 +1,4 @@
-"""Classifier-free guidance scales over the steps of sampling (EAR, section 4; Ho & Salimans, 2022)."""
+"""Classifier-free guidance scales over the sampling steps (EAR, section 4; Ho & Salimans, 2022)."""
 
 from ear.errors import UserError
 
@@ -6,12 +6,12 @@ from ear.errors import UserError
 def scale_at(schedule: str, scale: float, *, tokens: int, masked: int) -> float:
     """The guidance scale of a step after which `masked` of `tokens` are still masked.
 
-    linear: 1 + (scale - 1) (L - n) / L, from about 1 to just below `scale`: the published sampler counts one token as
-    masked even after the last step. constant: `scale`. A scale of 1 is no guidance. Raises ValueError for another
-    schedule.
+    linear: 1 + (scale - 1) (L - n) / L, from about 1 to just below `scale`; like the published sampler, it counts one
+    token as masked even after the last step. constant: `scale`. A scale of 1 means no guidance. Raises UserError for
+    another schedule.
     """
     if schedule == "linear":
         return 1.0 + (scale - 1.0) * (tokens - max(masked, 1)) / tokens
     if schedule == "constant":
         return scale
-    raise UserError(f"schedule is {schedule!r}; it must be 'linear' or 'constant'.")
+    raise UserError(f"schedule is {schedule!r}, but must be 'linear' or 'constant'.")

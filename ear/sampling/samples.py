@@ -1,7 +1,7 @@
-"""Generated images: samples.h5, written row by row by any number of processes, read batch by batch.
+"""Generated images: samples.h5, written batch by batch by any number of processes, read row by row.
 
 The file holds `images`, uint8 [N, H, W, 3], `labels`, int32 [N], and `seed`; its attributes are `format` and
-`sampling`, a JSON text of all that the images depend on.
+`sampling`, a JSON text with everything the images depend on.
 """
 
 import json
@@ -17,7 +17,7 @@ from ear.files.atomic import whole_file
 from ear.files.hdf5 import fixed_place
 
 FORMAT = "ear-samples-1"
-_HEADER = 1 << 20  # bytes beside images and labels, at most
+_HEADER = 1 << 20  # upper bound of the bytes besides images and labels
 
 
 def create(
@@ -25,11 +25,11 @@ def create(
     *,
     labels: Sequence[int],
     image_shape: tuple[int, int, int],  # H, W, 3
-    sampling: dict,  # all that the images depend on; its `seed` becomes a data set
+    sampling: dict,  # everything the images depend on; its `seed` also becomes a data set
 ) -> None:
-    """Write a file whose images are black, in its final size: no later write can find the disk full.
+    """Write a file of black images in its final size, so a full disk is noticed before anything is drawn.
 
-    Raises OSError where it does not fit; HDF5 itself would crash the process.
+    Raises OSError if it does not fit (HDF5 itself would crash the process).
     """
     shape = (len(labels), *image_shape)
     with (
@@ -54,9 +54,9 @@ def _claim(raw, path: Path, size: int) -> None:
 
 
 def write(path: str | Path, first: int, images: np.ndarray) -> None:
-    """Store uint8 [n, H, W, 3] as images first .. first + n - 1 of a created file; on the disk when this returns.
+    """Store uint8 [n, H, W, 3] as images first .. first + n - 1 of a created file; on disk when this returns.
 
-    Several processes may write different images at once.
+    Several processes may write different images at the same time.
     """
     with h5py.File(path, "r", locking=False) as file:
         target = file["images"]
@@ -64,17 +64,17 @@ def write(path: str | Path, first: int, images: np.ndarray) -> None:
         assert images.shape[1:] == target.shape[1:]
         assert first + len(images) <= len(target)
         offset = target.id.get_offset()
-    with Path(path).open("r+b", buffering=0) as file:
-        file.seek(offset + first * images[0].nbytes)
-        file.write(np.ascontiguousarray(images))
-        os.fsync(file.fileno())
+    with Path(path).open("r+b", buffering=0) as raw:
+        raw.seek(offset + first * images[0].nbytes)
+        raw.write(np.ascontiguousarray(images).data)
+        os.fsync(raw.fileno())
 
 
 class GeneratedImages:
-    """The images of a samples.h5, opened while read.
+    """The images of a samples.h5, read on demand.
 
-    `labels` is int64 [N], `image_size` the side S in pixels, `sampling` what the images depend on. Raises
-    FileNotFoundError, or ValueError where the file is of another format or empty.
+    Attributes: `labels`, int64 [N]; `image_size`, the side S in pixels; `sampling`, what the images depend on. Raises
+    MissingFileError; UserError if the file has another format or is empty.
     """
 
     def __init__(self, path: str | Path):
@@ -114,7 +114,7 @@ class GeneratedImages:
             return file["images"][rows.start : rows.stop]
 
     def blocks(self, count: int) -> list["Block"]:
-        """The images in `count` runs of equal length; raises ValueError where that does not divide them."""
+        """Split the images into `count` blocks of equal length; raises UserError if that does not divide them."""
         size, rest = divmod(len(self), count)
         if rest:
             raise UserError(
@@ -125,7 +125,7 @@ class GeneratedImages:
 
 
 class Block:
-    """A run of the images of a file, with numbers of its own from 0 on."""
+    """Consecutive images of a file, numbered from 0."""
 
     def __init__(self, source: GeneratedImages, rows: range):
         self._source, self._rows, self.labels = source, rows, source.labels[rows.start : rows.stop]

@@ -1,4 +1,4 @@
-"""How tokens are drawn: the settings that travel together from the sample stage or `ear.generate` to the sampler."""
+"""Settings of sampling, passed as one object from the sample stage or `ear.generate` to the sampler."""
 
 from dataclasses import dataclass
 
@@ -23,7 +23,7 @@ class SamplingSettings:
 
     @classmethod
     def of(cls, options: config.Sample) -> "SamplingSettings":
-        """Those of the section `sample` of params.yaml."""
+        """The settings in section `sample` of params.yaml."""
         return cls(
             steps=options.steps,
             guidance=options.guidance,

@@ -1,6 +1,6 @@
-"""The discrete baseline: tokens quantised with a k-means codebook, scored by the logarithm (cross-entropy).
+"""The quantised baseline: tokens replaced by the codes of a k-means codebook, scored by cross-entropy.
 
-The same transformer on the same latents, so that the question whether quantisation hurts can be asked.
+It shows what quantisation costs, with the same transformer on the same latents.
 Shapes: N tokens, D token channels, W hidden width, V codes.
 """
 
@@ -31,11 +31,11 @@ class CategoricalScore(Score):
         self.register_buffer("codebook", torch.zeros(options.codes, size.token_channels))
 
     def initialise(self, generator: torch.Generator) -> None:
-        """Small logits."""
+        """Draw small logits: weights N(0, 0.02^2)."""
         nn.init.normal_(self.projection.weight, std=_INIT_SD, generator=generator)
 
     def learn(self, tokens: Tensor, seed: int) -> None:
-        """The codebook is the k-means centres of `tokens` [N, D]; raises ValueError for fewer tokens than codes."""
+        """Fit the codebook: k-means centres of `tokens` [N, D]. Raises UserError for fewer tokens than codes."""
         from sklearn.cluster import KMeans
 
         if len(tokens) < len(self.codebook):
@@ -46,21 +46,21 @@ class CategoricalScore(Score):
         self.codebook.copy_(torch.as_tensor(centres.cluster_centers_))
 
     def quantise(self, tokens: Tensor) -> Tensor:
-        """tokens [..., D] => numbers of their nearest codes [...]."""
+        """Tokens [..., D] => indices of their nearest codes [...]."""
         flat = tokens.float().reshape(-1, tokens.shape[-1])
         return torch.cdist(flat, self.codebook).argmin(-1).view(tokens.shape[:-1])
 
     def represent(self, tokens: Tensor) -> Tensor:
-        """tokens [..., D] => their nearest codes [..., D]."""
+        """Tokens [..., D] => their nearest codes [..., D]."""
         return self.codebook[self.quantise(tokens)]
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """hidden [N, W] => [N, V] in float32."""
+        """Hidden states [N, W] => logits [N, V] in float32."""
         with torch.autocast(hidden.device.type, enabled=False):
             return self.projection(hidden.float())
 
     def loss(self, hidden: Tensor, target: Tensor, *, temperature: float, generator: torch.Generator) -> Tensor:
-        """hidden [N, W], target [N, D] => cross-entropy [N] in nats; training temperature has no meaning here."""
+        """Hidden [N, W], target [N, D] => cross-entropy [N] in nats; the training temperature is ignored."""
         return F.cross_entropy(self.logits(hidden), self.quantise(target), reduction="none")
 
     def sample(
@@ -68,11 +68,11 @@ class CategoricalScore(Score):
         hidden: Tensor,
         *,
         source: RandomSource,
-        temperature: float = 1.0,  # divides the logits; 0 takes the likeliest code
+        temperature: float = 1.0,  # divides the logits; 0 selects the most likely code
         unconditional: Tensor | None = None,
         guidance: float = 1.0,
     ) -> Tensor:
-        """hidden [N, W] => codes [N, D]; guidance extrapolates the logits."""
+        """Hidden [N, W] => codes [N, D]; guidance extrapolates the logits."""
         logits = self.logits(hidden)
         if unconditional is not None:
             logits = guidance * logits + (1 - guidance) * self.logits(unconditional)

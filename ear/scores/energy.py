@@ -1,6 +1,6 @@
-"""The energy score: a strictly proper score that needs samples only (EAR, section 3; Gneiting & Raftery, 2007).
+"""The energy score: strictly proper, and computed from samples only (EAR, section 3; Gneiting & Raftery, 2007).
 
-S(p, y) = E|x1 - x2|^alpha - 2 E|x1 - y|^alpha for independent x1, x2 ~ p, strictly proper for alpha in (0, 2).
+S(p, y) = E|x1 - x2|^alpha - 2 E|x1 - y|^alpha for independent x1, x2 ~ p; strictly proper for alpha in (0, 2).
 Shapes: N tokens, D token channels, m samples per token, k targets per token.
 """
 
@@ -48,5 +48,5 @@ class EnergyScore(SampleBasedScore):
         self.alpha, self.smoothing = options.alpha, options.smoothing
 
     def distance(self, a: Tensor, b: Tensor) -> Tensor:
-        """The smoothed distance to the power alpha."""
+        """The smoothed distance to the power alpha, [..., D], [..., D] => [...]."""
         return distance(a, b, alpha=self.alpha, smoothing=self.smoothing)

@@ -1,8 +1,8 @@
-"""The Hyvarinen score averaged over noise levels: the diffusion loss of MAR (Li et al., 2024; Nichol & Dhariwal, 2021).
+"""The Hyvarinen score averaged over noise levels: MAR's diffusion loss (Li et al., 2024; Nichol & Dhariwal, 2021).
 
-Denoising score matching at every level of a Gaussian path; a small MLP predicts the noise, conditioned on the hidden
-state, and a learned variance between the two bounds of the posterior.
-Shapes: N tokens, D token channels, W hidden width, h head width, T training steps, S sampling steps.
+Denoising score matching at every level of a Gaussian diffusion. A small MLP, conditioned on the hidden state, predicts
+the noise and a variance between the two bounds of the posterior. Shapes: N tokens, D token channels, W hidden width, h
+head width, T training steps, S sampling steps.
 """
 
 import math
@@ -21,7 +21,14 @@ _INIT_SD = 0.02
 
 
 class Schedule(nn.Module):
-    """Tables of a Gaussian diffusion, float32 [T], made in float64 from the cumulative signal levels of its steps."""
+    """Tables of a Gaussian diffusion, float32 [T], computed in float64 from its cumulative signal levels."""
+
+    signal: Tensor
+    noise: Tensor
+    log_beta: Tensor
+    log_variance: Tensor
+    of_data: Tensor
+    of_noised: Tensor
 
     def __init__(self, alpha_bar: Tensor):
         super().__init__()
@@ -33,7 +40,7 @@ class Schedule(nn.Module):
             "signal": alpha_bar.sqrt(),
             "noise": (1 - alpha_bar).sqrt(),
             "log_beta": beta.log(),
-            # At the first step the posterior variance is 0; the second one's stands in for its logarithm.
+            # The posterior variance of the first step is 0, so its logarithm is taken from the second step.
             "log_variance": torch.cat([variance[1:2] if len(variance) > 1 else beta, variance[1:]]).log(),
             # Posterior mean of x_{t-1} = of_data * x_0 + of_noised * x_t.
             "of_data": beta * before.sqrt() / (1 - alpha_bar),
@@ -61,6 +68,7 @@ def respaced(steps: int) -> Tensor:
 class HyvarinenScore(Score):
     """Diffusion loss per token and the ancestral sampler of its head."""
 
+    times: Tensor  # int64 [S], training steps that sampling visits
     temperature_scales = "the noise that each denoising step adds"
     guidance_extrapolates = "predicted noise"
 
@@ -79,22 +87,23 @@ class HyvarinenScore(Score):
         self.training_schedule, self.sampling_schedule = Schedule(alpha_bar), Schedule(alpha_bar[self.times])
 
     def initialise(self, generator: torch.Generator) -> None:
-        """Time embedding N(0, 0.02^2); the untrained head predicts 0."""
-        for layer in (self.time_embedding[0], self.time_embedding[2]):
-            nn.init.normal_(layer.weight, std=_INIT_SD, generator=generator)
+        """Draw the time embedding from N(0, 0.02^2); the untrained head predicts 0."""
+        for layer in self.time_embedding:
+            if isinstance(layer, nn.Linear):
+                nn.init.normal_(layer.weight, std=_INIT_SD, generator=generator)
         self.network.zero_initialise()
 
     def predict(self, noised: Tensor, time: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """noised [N, D], time [N] (training steps), hidden [N, W] => predicted noise, variance fraction [N, D] each."""
+        """Noised [N, D], time [N] (training steps), hidden [N, W] => predicted noise, variance fraction, [N, D]."""
         condition = self.time_embedding(_sinusoids(time)) + self.hidden_embedding(hidden)
         noise, fraction = self.network(self.token_embedding(noised), condition).chunk(2, dim=-1)
         return noise, (fraction + 1) / 2
 
     def loss(self, hidden: Tensor, target: Tensor, *, temperature: float, generator: torch.Generator) -> Tensor:
-        """hidden [N, W], target [N, D] => loss [N]: mean squared error of the noise plus the variance's bound.
+        """Hidden [N, W], target [N, D] => loss [N]: squared error of the noise, and the bound that trains the variance.
 
-        The bound, in bits per channel, trains the variance alone; its term at the first step, a likelihood of 8-bit
-        pixels in the published code, is left out. Training temperature has no meaning here.
+        The bound, in bits per channel, has no gradient with respect to the noise. Its term at the first step (in the
+        published code a likelihood of 8-bit pixels) is left out. The training temperature is ignored.
         """
         rows, device = len(target), target.device
         hidden, target = hidden.repeat(self.samples, 1), target.repeat(self.samples, 1).float()
@@ -130,7 +139,7 @@ class HyvarinenScore(Score):
         unconditional: Tensor | None = None,
         guidance: float = 1.0,
     ) -> Tensor:
-        """hidden [N, W] => [N, D] by ancestral sampling; guidance extrapolates the predicted noise."""
+        """Hidden [N, W] => tokens [N, D] by ancestral sampling; guidance extrapolates the predicted noise."""
         x = normal((len(hidden), self.channels), source, hidden.device)
         both = hidden if unconditional is None else torch.cat([hidden, unconditional])
         for step in reversed(range(self.sampling_schedule.steps)):
@@ -161,7 +170,7 @@ def _at(table: Tensor, time: Tensor) -> Tensor:
 
 
 def _log_variance(schedule: Schedule, time: Tensor, fraction: Tensor) -> Tensor:
-    """Between the posterior's variance (fraction 0) and beta (fraction 1), in logarithms."""
+    """Interpolate log-variances between the posterior's (fraction 0) and beta's (fraction 1)."""
     return fraction * _at(schedule.log_beta, time) + (1 - fraction) * _at(schedule.log_variance, time)
 
 

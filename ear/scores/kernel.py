@@ -1,6 +1,6 @@
-"""The Gaussian kernel score with a mixture of bandwidths, bounded and strictly proper (Gneiting & Raftery, 2007).
+"""The Gaussian kernel score with several bandwidths: bounded and strictly proper (Gneiting & Raftery, 2007).
 
-Its regret is the squared maximum mean discrepancy of a characteristic kernel.
+Its regret is the squared maximum mean discrepancy (MMD) of a characteristic kernel.
 """
 
 import math
@@ -22,6 +22,6 @@ class KernelScore(SampleBasedScore):
         self.lengths = [bandwidth * math.sqrt(size.token_channels) for bandwidth in options.bandwidths]
 
     def distance(self, a: Tensor, b: Tensor) -> Tensor:
-        """Mean over bandwidths s of 1 - exp(-|a - b|^2 / (2 s^2))."""
+        """Mean over bandwidths s of 1 - exp(-|a - b|^2 / (2 s^2)), [..., D], [..., D] => [...]."""
         squared = squared_distance(a, b)
         return torch.stack([-torch.expm1(-squared / (2 * s * s)) for s in self.lengths]).mean(dim=0)

@@ -1,4 +1,4 @@
-"""The logarithmic score of a Gaussian mixture: the likelihood head of GIVT (Tschannen et al., 2024).
+"""The logarithmic score of a Gaussian mixture: GIVT's likelihood head (Tschannen et al., 2024).
 
 Shapes: N tokens, D token channels, K components, W hidden width.
 """
@@ -13,8 +13,8 @@ from ear.config.scores import Logarithmic
 from ear.runtime.randomness import RandomSource, choose, normal
 from ear.scores.score import HeadSize, Score
 
-_CANDIDATES = 64  # draws that guidance chooses one from: at scale 1.4, GIVT's, 64 reach what the formula says
-_INIT_SD = 0.02  # an all-zero start is an exact saddle: equal components get equal gradients for ever
+_CANDIDATES = 64  # draws that guidance selects from; at GIVT's scale of 1.4, 64 are enough to match the formula
+_INIT_SD = 0.02  # with zeros, all components would stay equal: they get equal gradients
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Mixture:
         return torch.logsumexp(self.logits.log_softmax(-1) + log_normal.sum(-1), dim=-1)
 
     def draw(self, source: RandomSource, *, temperature: float = 1.0) -> Tensor:
-        """=> [N, D]: a component by its weight, then its Gaussian with its standard deviations times `temperature`."""
+        """Draw a component, then from its Gaussian with standard deviations times `temperature` => [N, D]."""
         mean, factor = self._component(choose(self.logits, source))
         noise = normal(mean.shape, source, mean.device)
         return mean + temperature * ((factor @ noise[..., None])[..., 0] if self.full else factor * noise)
@@ -68,7 +68,7 @@ class LogarithmicScore(Score):
         self.components, self.channels = options.components, size.token_channels
         self.full, self.scale_floor = options.covariance == "full", options.scale_floor
         d = size.token_channels
-        self.sizes = (1, d, d * (d + 1) // 2 if self.full else d)  # of a component: logit, mean, factor
+        self.sizes = (1, d, d * (d + 1) // 2 if self.full else d)  # numbers per component: logit, mean, factor
         self.projection = nn.Linear(size.hidden_width, self.components * sum(self.sizes))
 
     def initialise(self, generator: torch.Generator) -> None:
@@ -77,7 +77,7 @@ class LogarithmicScore(Score):
         nn.init.zeros_(self.projection.bias)
 
     def mixture(self, hidden: Tensor) -> Mixture:
-        """hidden [N, W] => mixtures, in float32."""
+        """Hidden [N, W] => N mixtures, in float32."""
         with torch.autocast(hidden.device.type, enabled=False):
             raw = self.projection(hidden.float()).unflatten(-1, (self.components, -1))
             logits, means, factors = raw.split(self.sizes, dim=-1)
@@ -85,7 +85,7 @@ class LogarithmicScore(Score):
             return Mixture(logits[..., 0], means, build(factors))
 
     def _cholesky(self, raw: Tensor) -> Tensor:
-        """Raw numbers [..., D (D + 1) / 2] => lower triangular factors; only the diagonal is made positive."""
+        """Raw values [..., D (D + 1) / 2] => lower triangular factors [..., D, D] with a positive diagonal."""
         d = self.channels
         rows, columns = torch.tril_indices(d, d, device=raw.device)
         values = torch.where(rows == columns, square_plus(raw, self.scale_floor), raw)
@@ -94,7 +94,7 @@ class LogarithmicScore(Score):
         return factors
 
     def loss(self, hidden: Tensor, target: Tensor, *, temperature: float, generator: torch.Generator) -> Tensor:
-        """hidden [N, W], target [N, D] => -log p(target) [N] in nats per token; training temperature has no meaning."""
+        """Hidden [N, W], target [N, D] => -log p(target) [N] in nats per token; the training temperature is ignored."""
         return -self.mixture(hidden).log_density(target.float())
 
     def sample(
@@ -106,7 +106,7 @@ class LogarithmicScore(Score):
         unconditional: Tensor | None = None,
         guidance: float = 1.0,
     ) -> Tensor:
-        """hidden [N, W] => [N, D], guided in density."""
+        """Hidden [N, W] => tokens [N, D]; guidance acts on the density (`guided`)."""
         mixture = self.mixture(hidden)
         if unconditional is None:
             return mixture.draw(source, temperature=temperature)
@@ -116,14 +116,14 @@ class LogarithmicScore(Score):
 def guided(
     conditional: Mixture, unconditional: Mixture, *, scale: float, source: RandomSource, temperature: float = 1.0
 ) -> Tensor:
-    """=> [N, D] from p_c^scale p_u^(1 - scale), GIVT's density guidance, by sampling importance resampling.
+    """Sample from p_c^scale p_u^(1 - scale), GIVT's density guidance, by sampling importance resampling => [N, D].
 
-    Of `_CANDIDATES` draws from the conditional mixture one is kept, with probability in proportion to
-    (p_c / p_u)^(scale - 1). That is exact in the limit of many draws, and it never leaves what the condition allows,
-    where the quotient of two Gaussians need not be a density at all. What it cannot do is more than take the best of
-    the draws: the more channels and the larger the scale, the more the effect falls short of the formula's (of two
-    Gaussians half a deviation apart in 16 channels it moves the mean by all of it at scale 1.4, by half at 3).
-    At another temperature the draws have their standard deviations times `temperature`; the ratio stays as it is.
+    One of `_CANDIDATES` draws from the conditional mixture p_c is kept, with probability proportional to (p_c /
+    p_u)^(scale - 1). This is exact in the limit of many draws and always stays in the support of the condition, whereas
+    the quotient of two Gaussians need not be a density. It saturates at the best of the draws: with more channels or a
+    larger scale, the effect falls short of the formula (two Gaussians half a standard deviation apart in 16 channels:
+    the full shift of the mean at scale 1.4, half of it at 3). At other temperatures the draws have standard deviations
+    times `temperature`; the ratio is unchanged.
     """
     candidates = torch.stack([conditional.draw(source, temperature=temperature) for _ in range(_CANDIDATES)])
     ratio = torch.stack([conditional.log_density(y) - unconditional.log_density(y) for y in candidates], dim=-1)

@@ -1,8 +1,8 @@
-"""The residual MLP with adaptive layer norm that heads are made of (DiT's modulation on MAR's per-token MLP).
+"""A residual MLP with adaptive layer norm, used by the heads (DiT's modulation on MAR's per-token MLP).
 
-One vector is the residual stream, another modulates it: for the energy score the hidden state is the stream and the
-noise modulates; for the diffusion loss the noised token is the stream and hidden state and time modulate.
-Shapes: N rows, h width, D output channels; leading dimensions are free.
+One input is the residual stream, the other modulates it. Energy score: the hidden state is the stream, the noise
+modulates. Diffusion loss: the noised token is the stream, hidden state and time modulate. Shapes: N rows, h width, D
+output channels; leading dimensions are free.
 """
 
 import torch
@@ -28,7 +28,7 @@ class ModulatedBlock(nn.Module):
 
 
 class ModulatedMLP(nn.Module):
-    """Blocks and a modulated linear output that starts at zero."""
+    """Modulated blocks and a modulated linear output that is initialised to zero."""
 
     def __init__(self, *, width: int, depth: int, out_channels: int):
         super().__init__()
@@ -37,18 +37,19 @@ class ModulatedMLP(nn.Module):
         self.output = nn.Linear(width, out_channels)
 
     def zero_initialise(self) -> None:
-        """Zero every modulation and the output: each block starts as the identity and the output as 0."""
-        for layer in [*(block.modulation for block in self.blocks), self.output_modulation, self.output]:
+        """Zero all modulations and the output layer: each block starts as the identity, the output as 0."""
+        modulations = [block.modulation for block in self.blocks if isinstance(block, ModulatedBlock)]
+        for layer in (*modulations, self.output_modulation, self.output):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
 
     def forward(self, stream: Tensor, condition: Tensor, temperature: float = 1.0) -> Tensor:
-        """stream, condition [..., N, h] => float32 [..., N, D]; the inference temperature never touches the output."""
+        """Stream, condition [..., N, h] => float32 [..., N, D]; the temperature does not affect the output layer."""
         condition = F.silu(condition)
         for block in self.blocks:
             stream = block(stream, condition, temperature)
         shift, scale = self.output_modulation(condition).chunk(2, dim=-1)
         normed = F.layer_norm(stream, stream.shape[-1:], eps=NORM_EPS) * (1 + scale) + shift
-        # Distances between samples lose their direction in bfloat16, so the last layer computes in float32.
+        # In bfloat16, differences between nearby samples lose their direction, so the last layer computes in float32.
         with torch.autocast(normed.device.type, enabled=False):
             return self.output(normed.float())

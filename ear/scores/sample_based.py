@@ -1,13 +1,15 @@
-"""Scores estimated from samples: a noise-driven head and the U-statistic over its samples.
+"""Scores estimated from samples: a noise-driven head, and the U-statistic over its samples.
 
-Every score of the form 2 E d(x, y) - E d(x, x') for a distance d = phi(|a - b|^2), phi a Bernstein function that is not
-linear, is strictly proper; a subclass names its distance and inherits the rest.
-Shapes: N tokens, D token channels, m samples per token, k targets per token, W hidden width, n noise channels.
+A score of the form 2 E d(x, y) - E d(x, x') is strictly proper if d = phi(|a - b|^2) for a non-linear Bernstein
+function phi. A subclass only defines d (`distance`). Shapes: N tokens, D token channels, m samples per token, k targets
+per token, W hidden width, n noise channels.
 """
 
+import functools
 import itertools
+import operator
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
@@ -32,23 +34,29 @@ def pairwise_loss(
     distance: Distance,
     *,
     temperature: float = 1.0,  # weight of the repulsion, in (0, 1]; only 1 is strictly proper
-    pairs: str = "all",  # or disjoint: each sample in one pair, which is the mean of m/2 losses of two samples
+    pairs: str = "all",  # or disjoint: each sample is in one pair (the mean of m/2 two-sample losses)
 ) -> Tensor:
-    """Per-token loss [N]: an unbiased estimate (over all pairs, a U-statistic) of the negative score.
+    """Per-token loss [N]: an unbiased estimate of the negative score (with all pairs, a U-statistic).
 
-    2/(mk) sum_ij d(x_i, y_j) - temperature * mean_{i,j in pairs} d(x_i, x_j). More samples lower the variance, never
-    the expectation, and all pairs lower it more than disjoint ones. Distances are computed without autocast.
+    2/(mk) sum_ij d(x_i, y_j) - temperature * mean over pairs of d(x_i, x_j). The first term attracts samples to
+    targets, the second repels samples from each other. More samples reduce the variance without changing the
+    expectation; all pairs reduce it more than disjoint ones. Distances are computed without autocast.
     """
     m, k = len(samples), len(targets)
     repelled = list(itertools.combinations(samples, 2)) if pairs == "all" else samples.unflatten(0, (-1, 2))
     with torch.autocast(samples.device.type, enabled=False):
-        attraction = sum(distance(x, y) for x, y in itertools.product(samples, targets))
-        repulsion = sum(distance(a, b) for a, b in repelled)
+        attraction = _sum(distance(x, y) for x, y in itertools.product(samples, targets))
+        repulsion = _sum(distance(a, b) for a, b in repelled)
         return attraction * (2 / (m * k)) - repulsion * (temperature / len(repelled))
 
 
+def _sum(terms: Iterable[Tensor]) -> Tensor:
+    """The sum of tensors, in order."""
+    return functools.reduce(operator.add, terms)
+
+
 class SampleBasedScore(Score):
-    """A head that turns noise into tokens, x = g(hidden, noise), trained by the `distance` of a subclass."""
+    """A head that maps noise to tokens, x = g(hidden, noise), trained with the `distance` of a subclass."""
 
     temperature_scales = "the noise's shift of the features in every block"
     guidance_extrapolates = "hidden state"
@@ -62,7 +70,7 @@ class SampleBasedScore(Score):
         self.network = ModulatedMLP(width=size.width, depth=size.depth, out_channels=size.token_channels)
 
     def initialise(self, generator: torch.Generator) -> None:
-        """Let the untrained head give 0 for every noise."""
+        """Make the untrained head output 0 for every noise."""
         self.network.zero_initialise()
 
     @abstractmethod
@@ -70,21 +78,21 @@ class SampleBasedScore(Score):
         """The distance of the score, [..., D], [..., D] => [...]."""
 
     def generate(self, hidden: Tensor, noise: Tensor, temperature: float = 1.0) -> Tensor:
-        """hidden [N, W], noise [..., N, n] => tokens [..., N, D]; the inference temperature scales the noise's shifts.
+        """Hidden [N, W], noise [..., N, n] => tokens [..., N, D]; `temperature` scales the shifts that noise causes.
 
-        Unlike in a diffusion head the hidden state is the residual stream and the noise modulates it.
+        Unlike in a diffusion head, the hidden state is the residual stream and the noise modulates it.
         """
         condition = self.noise_embedding(noise)
         stream = self.hidden_embedding(hidden).expand(condition.shape)
         return self.network(stream, condition, temperature)
 
     def draw_noise(self, shape: tuple[int, ...], source: RandomSource, device: torch.device) -> Tensor:
-        """Noise of the head, [*shape, n]."""
+        """Draw noise for the head, [*shape, n]."""
         shape = (*shape, self.noise_channels)
         return normal(shape, source, device) if self.noise == "gaussian" else uniform(shape, source, device) - 0.5
 
     def loss(self, hidden: Tensor, target: Tensor, *, temperature: float, generator: torch.Generator) -> Tensor:
-        """hidden [N, W], target [N, D] or [k, N, D] => negative score per token [N], float32."""
+        """Hidden [N, W], target [N, D] or [k, N, D] => negative score per token [N], float32."""
         noise = self.draw_noise((self.samples, len(hidden)), generator, hidden.device)
         targets = target if target.dim() == 3 else target[None]
         samples = self.generate(hidden, noise)
@@ -99,7 +107,7 @@ class SampleBasedScore(Score):
         unconditional: Tensor | None = None,  # hidden states of the null class, for guidance
         guidance: float = 1.0,
     ) -> Tensor:
-        """hidden [N, W] => one token per row [N, D]; guidance extrapolates the hidden state."""
+        """Hidden [N, W] => one token per row [N, D]; guidance extrapolates the hidden state."""
         if unconditional is not None:
             hidden = guidance * hidden + (1 - guidance) * unconditional
         return self.generate(hidden, self.draw_noise((len(hidden),), source, hidden.device), temperature)

@@ -1,4 +1,4 @@
-"""What the model asks of a score and its head.
+"""The interface between a model and a score with its head.
 
 Shapes: N tokens, D token channels, W hidden width.
 """
@@ -31,27 +31,26 @@ class Score(nn.Module, ABC):
     learns_tokens: bool = False  # whether `learn` needs training tokens
     targets: int = 1  # draws of each token from the tokenizer's posterior that the loss takes at once
     # Facts for comparisons of scores.
-    strictly_proper: bool = True  # at training temperature 1, over the tokens that the head can draw
-    evaluations_per_token: int = 1  # of the head's network, to draw one token without guidance
-    temperature_scales: str  # what the inference temperature multiplies (or divides)
-    guidance_extrapolates: str  # where conditional and unconditional prediction meet
+    strictly_proper: bool = True  # at training temperature 1, for tokens that the head can draw
+    evaluations_per_token: int = 1  # passes of the head's network per drawn token, without guidance
+    temperature_scales: str  # what the inference temperature scales
+    guidance_extrapolates: str  # which quantity guidance extrapolates
 
     def facts(self) -> dict:
-        """The facts by name, as plain values."""
+        """The facts above by name, as plain values."""
         names = ("strictly_proper", "evaluations_per_token", "temperature_scales", "guidance_extrapolates")
         return {name: getattr(self, name) for name in names}
 
     @abstractmethod
     def initialise(self, generator: torch.Generator) -> None:
-        """Set the head's weights where they differ from xavier-uniform matrices and zero biases."""
+        """Set the head's weights that are not Xavier-uniform matrices and zero biases."""
 
     @abstractmethod
     def loss(self, hidden: Tensor, target: Tensor, *, temperature: float, generator: torch.Generator) -> Tensor:
-        """hidden [N, W], target [N, D] => negative score per token [N], float32.
+        """Hidden [N, W], target [N, D] => negative score per token [N], float32.
 
-        Where `targets` is above 1, target may be [targets, N, D]: several draws for the same hidden state.
-        `temperature` is the training temperature, the weight of the repulsion between samples; scores without such a
-        term have no use for it.
+        If `targets` is above 1, target may be [targets, N, D]: several draws for the same hidden state. `temperature`
+        is the training temperature, the weight of the repulsion between samples; scores without such a term ignore it.
         """
 
     @abstractmethod
@@ -64,11 +63,11 @@ class Score(nn.Module, ABC):
         unconditional: Tensor | None = None,  # hidden states of the null class, for guidance
         guidance: float = 1.0,
     ) -> Tensor:
-        """hidden [N, W] => one token per row [N, D]."""
+        """Hidden [N, W] => one token per row [N, D]."""
 
     def learn(self, tokens: Tensor, seed: int) -> None:
-        """Look at training tokens [N, D] once, before training; nothing by default."""
+        """Fit parameters to training tokens [N, D] once, before training; most scores have none."""
 
     def represent(self, tokens: Tensor) -> Tensor:
-        """tokens [..., D] => the nearest ones that the head can draw; a continuous head can draw them all."""
+        """Tokens [..., D] => the nearest tokens that the head can draw; a continuous head can draw all."""
         return tokens

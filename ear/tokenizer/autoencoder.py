@@ -1,7 +1,7 @@
-"""Tokenizers: images <=> the moments of continuous latents.
+"""Tokenizers: maps from images to the moments of continuous latents, and from latents to images.
 
-A tokenizer is an nn.Module with one interface, whatever its kind: a KL autoencoder, trained by the pipeline or imported
-(`ear.autoencoder_import`), or the identity, whose latents are the pixels themselves.
+All kinds share one interface: a KL autoencoder, trained by the pipeline or imported (ear.tokenizer.importing), or the
+identity, whose latents are the pixels.
 """
 
 import abc
@@ -17,16 +17,16 @@ from ear.files.tensors import read_tensors, write_tensors
 from ear.files.weights import load_weights
 
 FORMAT = "ear-tokenizer-1"
-LOG_VARIANCE_RANGE = (-30.0, 20.0)  # of published KL autoencoders
-_MOST_GROUPS = 32  # of group normalisation in published KL autoencoders ...
-_LEAST_GROUP = 4  # ... where the narrowest level has 4 channels per group
+LOG_VARIANCE_RANGE = (-30.0, 20.0)  # as in published KL autoencoders
+_MOST_GROUPS = 32  # groups of group normalisation in published KL autoencoders, ...
+_LEAST_GROUP = 4  # ... whose narrowest level has 4 channels per group
 
 
 class Tokenizer(nn.Module, abc.ABC):
-    """What every tokenizer has.
+    """The interface of all tokenizers.
 
-    image_size: the side in pixels that it was made for; it works for every side that `downsample` divides.
-    downsample: pixels per latent cell along a side. latent_channels: C.
+    image_size: side in pixels of the images it was made for; any side that `downsample` divides works. downsample:
+    pixels per latent cell along a side. latent_channels: C.
     """
 
     kind: str
@@ -37,15 +37,15 @@ class Tokenizer(nn.Module, abc.ABC):
 
     @abc.abstractmethod
     def encode(self, images: Tensor) -> Tensor:
-        """Images [B, 3, H, W] in [-1, 1] => moments [B, 2C, H / downsample, W / downsample] (see `ear.posterior`)."""
+        """Images [B, 3, H, W] in [-1, 1] => moments [B, 2C, H / downsample, W / downsample] (see `posterior`)."""
 
     @abc.abstractmethod
     def decode(self, latents: Tensor) -> Tensor:
-        """Latents [B, C, h, w] => images [B, 3, H, W], about in [-1, 1] and not clipped."""
+        """Latents [B, C, h, w] => images [B, 3, H, W], approximately in [-1, 1], not clipped."""
 
     @abc.abstractmethod
     def config(self) -> dict:
-        """The keywords, beside `image_size`, that build a tokenizer of this structure."""
+        """The keywords, besides `image_size`, that construct a tokenizer of this structure."""
 
 
 class Identity(Tokenizer):
@@ -57,7 +57,7 @@ class Identity(Tokenizer):
         super().__init__(image_size=image_size, downsample=downsample, latent_channels=3 * downsample**2)
 
     def encode(self, images: Tensor) -> Tensor:
-        """The pixels are the means; the log-variance is the least possible one."""
+        """Moments whose means are the pixels; the log-variance is the smallest possible."""
         mean = nn.functional.pixel_unshuffle(images, self.downsample)
         return torch.cat([mean, torch.full_like(mean, LOG_VARIANCE_RANGE[0])], dim=1)
 
@@ -73,8 +73,8 @@ class Identity(Tokenizer):
 class KL(Tokenizer):
     """The convolutional autoencoder of latent diffusion (Rombach et al. 2022), as diffusers implements it.
 
-    `structure` holds keywords of diffusers' AutoencoderKL; see `kl_structure`. Its scaling and shift factors have no
-    place here: latents are normalised by the statistics that the cache stage measures.
+    `structure` holds keywords of diffusers' AutoencoderKL; see `kl_structure`. Its scaling and shift factors are not
+    used: latents are normalised by the statistics that the cache stage measures.
     """
 
     kind = "kl"
@@ -84,7 +84,7 @@ class KL(Tokenizer):
         super().__init__(
             image_size=image_size, downsample=2 ** (levels - 1), latent_channels=structure["latent_channels"]
         )
-        # Importing diffusers takes seconds, which programs without a KL autoencoder need not spend.
+        # Importing diffusers takes seconds; programs without a KL autoencoder do not need it.
         from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
         self.structure = dict(structure)
@@ -101,7 +101,7 @@ class KL(Tokenizer):
 
     @property
     def last_layer(self) -> nn.Parameter:
-        """The decoder's last weights."""
+        """Weights of the decoder's last layer."""
         return self.network.decoder.conv_out.weight
 
     def config(self) -> dict:
@@ -115,12 +115,12 @@ _KINDS = {kind.kind: kind for kind in (Identity, KL)}
 def kl_structure(
     *,
     channels: int,  # of the latents
-    block_channels: Sequence[int],  # per level, from the image's side on; each level but the last halves both sides
+    block_channels: Sequence[int],  # per level, starting at the image's resolution; each level but the last halves it
     layers: int,  # residual blocks per level; the decoder has one more
 ) -> dict:
-    """Keywords of diffusers' AutoencoderKL: attention in the encoder's last level and in both middles.
+    """Keywords of diffusers' AutoencoderKL, with attention in the encoder's last level and in both middle blocks.
 
-    Channels 128, 128, 256, 256, 512 with two layers and 16 latent channels are the published KL-16 autoencoder.
+    Channels 128, 128, 256, 256, 512, two layers and 16 latent channels give the published KL-16 autoencoder.
     """
     plain = len(block_channels) - 1
     return {
@@ -134,23 +134,23 @@ def kl_structure(
 
 
 def _groups(block_channels: Sequence[int]) -> int:
-    """Groups of group normalisation: as many as divide all widths, with 4 channels or more each, 32 at most."""
+    """Groups of group normalisation: the most that divide all widths with at least 4 channels each, at most 32."""
     common = math.gcd(*block_channels)
     return max(g for g in range(1, _MOST_GROUPS + 1) if common % g == 0 and (g == 1 or common // g >= _LEAST_GROUP))
 
 
 def new_kl(*, seed: int, image_size: int, structure: Mapping) -> KL:
-    """An untrained KL autoencoder whose weights depend on `seed` alone."""
-    # Torch's modules draw their first weights from the global state, which is put back afterwards.
+    """An untrained KL autoencoder whose weights depend only on `seed`."""
+    # Torch's modules draw initial weights from the global random state, which is restored afterwards.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return KL(image_size=image_size, structure=structure)
 
 
 def save_tokenizer(path: str | Path, tokenizer: Tokenizer, source: Mapping | None = None) -> None:
-    """Write weights and structure as one safetensors file; its SHA-256 is the tokenizer's fingerprint.
+    """Write weights and structure to one safetensors file, whose SHA-256 identifies the tokenizer.
 
-    `source` says where imported weights come from; see `ear.autoencoder_import`.
+    `source` says where imported weights come from; see ear.tokenizer.importing.
     """
     description = {
         "format": FORMAT,
@@ -163,9 +163,9 @@ def save_tokenizer(path: str | Path, tokenizer: Tokenizer, source: Mapping | Non
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
-    """A tokenizer in eval mode.
+    """Load a tokenizer, in eval mode.
 
-    Raises FileNotFoundError, or ValueError for a file that is no tokenizer or whose tensors do not fit its structure.
+    Raises MissingFileError; UserError if the file is not a tokenizer or its tensors do not fit its structure.
     """
     tensors, description = read_tensors(path)
     if description.get("format") != FORMAT:

@@ -1,7 +1,7 @@
-"""The patch critic that sharpens an autoencoder's reconstructions, trained beside it.
+"""The patch critic (discriminator) that sharpens reconstructions, trained together with the autoencoder.
 
-Isola et al. 2017, "Image-to-Image Translation with Conditional Adversarial Networks", for the network; Esser et al.
-2021, "Taming Transformers", for the loss and its adaptive weight.
+Network: Isola et al. 2017, "Image-to-Image Translation with Conditional Adversarial Networks". Loss and adaptive
+weight: Esser et al. 2021, "Taming Transformers".
 """
 
 from collections.abc import Callable
@@ -14,17 +14,17 @@ from ear.training import checkpoint
 from ear.training.optimizer import Group, adamw, set_rate
 
 _WIDTH, _LAYERS, _GROUPS = 64, 3, 32
-_PREFIX = "critic."  # of its tensors in a checkpoint
+_PREFIX = "critic."  # of its tensors' names in a checkpoint
 _BETAS = (0.5, 0.9)  # of AdamW, as published
 _DELTA = 1e-6  # in the adaptive weight's denominator, as published
-_MOST_WEIGHT = 100.0  # of the adaptive weight; published code allows 1e4, where a satisfied critic can wreck a decoder
+_MOST_WEIGHT = 100.0  # limit of the adaptive weight; published code allows 1e4 on a summed loss
 
 
 class PatchCritic(nn.Module):
-    """Images [B, 3, H, W] in [-1, 1], 24 pixels a side or more => a map of logits [B, 1, h, w], high for real patches.
+    """Images [B, 3, H, W] in [-1, 1], at least 24 pixels a side => logits [B, 1, h, w], high for real patches.
 
-    Group normalisation instead of the published batch normalisation: a judgement does not depend on what else is in
-    the batch, and there are no running figures to keep.
+    Uses group normalisation instead of the published batch normalisation, so a judgement does not depend on the rest of
+    the batch and there are no running statistics.
     """
 
     def __init__(self):
@@ -42,7 +42,7 @@ class PatchCritic(nn.Module):
         self.layers = nn.Sequential(*layers, nn.Conv2d(width, 1, 4, padding=1))
 
     def initialise(self, generator: torch.Generator) -> "PatchCritic":
-        """Convolutions from N(0, 0.02), as published, drawn from a CPU generator alone; biases 0."""
+        """Draw convolutions from N(0, 0.02), as published, from a CPU generator; biases 0."""
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.normal_(module.weight, std=0.02, generator=generator)
@@ -56,12 +56,12 @@ class PatchCritic(nn.Module):
 
 
 def hinge_loss(real: Tensor, fake: Tensor) -> Tensor:
-    """What the critic minimises, over logits of real images and of reconstructions."""
+    """The critic's loss, from its logits for real images and for reconstructions."""
     return 0.5 * ((1 - real).relu().mean() + (1 + fake).relu().mean())
 
 
 def adaptive_weight(reconstruction: Tensor, adversarial: Tensor, last_layer: nn.Parameter) -> Tensor:
-    """Esser et al. 2021, eq. 7: the ratio of both losses' gradient norms at the decoder's last layer, clamped."""
+    """Ratio of both losses' gradient norms at the decoder's last layer, clamped (Esser et al. 2021, eq. 7)."""
     norms = [
         torch.autograd.grad(loss, last_layer, retain_graph=True)[0].norm() for loss in (reconstruction, adversarial)
     ]
@@ -69,9 +69,9 @@ def adaptive_weight(reconstruction: Tensor, adversarial: Tensor, last_layer: nn.
 
 
 class CriticTraining:
-    """A critic with its optimiser: it learns from `start` / 2 images on, and is heard from `start` on.
+    """A critic with its optimiser. It trains from image `start` / 2, and contributes to the loss from image `start`.
 
-    So the autoencoder never meets an untrained critic, whose noise would undo its reconstructions.
+    So the autoencoder never meets an untrained critic, whose noise would damage its reconstructions.
     """
 
     def __init__(
@@ -83,31 +83,31 @@ class CriticTraining:
     ):
         self.network, self.rate = network, rate
         self.weight, self.start = options.adversarial_weight, options.adversarial_start
-        self.batch_size = options.batch_size  # of a step, which may come in several micro-batches
+        self.batch_size = options.batch_size  # images of a step, over all its micro-batches
         groups = [Group(list(network.parameters()), weight_decay=0.0)]
         self.optimizer = adamw(groups, learning_rate=options.learning_rate, beta1=_BETAS[0], beta2=_BETAS[1])
 
     def __call__(
         self,
         images: Tensor,  # [B, 3, H, W] in [-1, 1]
-        decoded: Tensor,  # the autoencoder's reconstructions of them, with their graph
-        reconstruction: Tensor,  # their loss, with its graph
+        decoded: Tensor,  # their reconstructions, with autograd graph
+        reconstruction: Tensor,  # reconstruction loss, with autograd graph
         last_layer: nn.Parameter,  # of the decoder
         position: int,  # images seen before these
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """What its judgement adds to the autoencoder's loss, and figures to log; it learns from the images on the way.
+        """The critic's term of the autoencoder's loss, and figures to log; also trains the critic on the images.
 
-        All micro-batches of a step meet the same critic, and each has an adaptive weight of its own, as each device's
-        part of a batch has in the published training.
+        All micro-batches of a step see the same critic; each has its own adaptive weight, like each device's part of a
+        batch in the published training.
         """
         zero = torch.zeros((), device=images.device)
         names = ("critic_loss", "critic_real", "critic_fake", "adversarial", "adversarial_weight")
         figures = dict.fromkeys(names, zero)
-        begun = position - position % self.batch_size  # the step, so that its micro-batches are treated alike
+        begun = position - position % self.batch_size  # start of the step, so all its micro-batches are treated alike
         if begun < self.start // 2:
             return zero, figures
         figures |= self._learn(images, decoded.detach())
-        # 0, but NaN with its gradient where the critic has diverged: then the trainer stops as for any other loss.
+        # 0, or NaN (also its gradient) if the critic has diverged: then the trainer stops as for any other loss.
         term = 0.0 * figures["critic_loss"] * last_layer.sum()
         if begun < self.start:
             return term, figures
@@ -117,7 +117,7 @@ class CriticTraining:
         return term + weight * adversarial, figures
 
     def _learn(self, images: Tensor, decoded: Tensor) -> dict[str, Tensor]:
-        """Add to the critic's gradients the images' share in the step; the critic is frozen outside of it."""
+        """Accumulate the critic's gradients for these images; outside of this, the critic is frozen."""
         self.network.requires_grad_(True)
         real, fake = self.network(images), self.network(decoded)
         loss = hinge_loss(real, fake)
@@ -127,17 +127,17 @@ class CriticTraining:
         return dict(zip(("critic_loss", "critic_real", "critic_fake"), means, strict=True))
 
     def step(self, position: int) -> None:
-        """The critic's own step, behind the autoencoder's that began at image `position`; none before it learns."""
+        """The critic's optimiser step, after the autoencoder's step that began at image `position`."""
         set_rate(self.optimizer, self.rate(position))
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 
     def state(self) -> dict[str, Tensor]:
-        """What a checkpoint must hold of it."""
+        """Tensors that a checkpoint needs."""
         packed = checkpoint.pack({"weights": self.network}, self.optimizer)
         return {_PREFIX + name: tensor for name, tensor in packed.items()}
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
-        """Take up what `state` gave; other tensors are ignored. Raises ValueError where one is missing."""
+        """Load what `state` returned, ignoring other tensors. Raises UserError if one is missing."""
         ours = {name.removeprefix(_PREFIX): t for name, t in tensors.items() if name.startswith(_PREFIX)}
         checkpoint.unpack(ours, {"weights": self.network}, self.optimizer)

@@ -1,7 +1,7 @@
-"""KL autoencoders from elsewhere: a published checkpoint, or a folder that diffusers wrote.
+"""Import KL autoencoders: from a published checkpoint, or from a folder that diffusers wrote.
 
-Both become the pipeline's own `KL`, strictly: a tensor that is missing, too many or of another shape is named. Nothing
-is unpickled but weights, and nothing is downloaded. Scaling and shift factors are left behind (see `KL`).
+Both become the pipeline's own `KL`, strictly: a tensor that is missing, extra or of another shape is named. Only
+weights are unpickled, and nothing is downloaded. Scaling and shift factors are dropped (see `KL`).
 """
 
 import re
@@ -19,11 +19,11 @@ from ear.files.tensors import read_tensors
 from ear.files.weights import load_weights, read_pickled, tensors_by_name
 from ear.tokenizer.autoencoder import KL
 
-_ENTRIES = ("model", "state_dict")  # of published files: either holds the weights
-_CRITIC = "loss."  # what training alone needs: perceptual network and critic
-_GROUPS = 32  # of group normalisation in published autoencoders; no tensor shows it
-# Published name => diffusers' name; rules apply in turn, wherever they match. Levels of the decoder count from the
-# other end, which `our_name` sees to.
+_ENTRIES = ("model", "state_dict")  # one of these entries of a published file holds the weights
+_CRITIC = "loss."  # prefix of what only training needs: perceptual network and critic
+_GROUPS = 32  # groups of group normalisation in published autoencoders; no tensor shows their number
+# Published name => diffusers' name; all matching rules apply, in order. Decoder levels are numbered from the other end;
+# `our_name` converts them.
 _RULES = (
     (r"^encoder\.down\.(\d+)\.block\.", r"encoder.down_blocks.\1.resnets."),
     (r"^encoder\.down\.(\d+)\.attn\.", r"encoder.down_blocks.\1.attentions."),
@@ -37,12 +37,12 @@ _RULES = (
     (r"^(encoder|decoder)\.norm_out\.", r"\1.conv_norm_out."),
     (r"\.nin_shortcut\.", r".conv_shortcut."),
     (r"(attentions\.\d+)\.norm\.", r"\1.group_norm."),
-    (r"(attentions\.\d+)\.(?:q|query)\.", r"\1.to_q."),  # query, key, ... stand in older folders of diffusers
+    (r"(attentions\.\d+)\.(?:q|query)\.", r"\1.to_q."),  # older versions of diffusers wrote query, key, ...
     (r"(attentions\.\d+)\.(?:k|key)\.", r"\1.to_k."),
     (r"(attentions\.\d+)\.(?:v|value)\.", r"\1.to_v."),
     (r"(attentions\.\d+)\.(?:proj_out|proj_attn)\.", r"\1.to_out.0."),
 )
-_STRUCTURE = {  # what a folder's config.json says about the network itself; diffusers' defaults for absent keys
+_STRUCTURE = {  # keys of config.json that describe the network, with diffusers' defaults
     "act_fn": "silu",
     "block_out_channels": [64],
     "down_block_types": ["DownEncoderBlock2D"],
@@ -82,11 +82,11 @@ def import_tokenizer(options: config.Tokenizer, *, image_size: int) -> Imported:
 
 
 def import_published(path: str | Path, *, image_size: int) -> Imported:
-    """The weights of a published checkpoint: a pickled dict whose `model` or `state_dict` maps names to tensors.
+    """Import a published checkpoint: a pickled dict whose `model` or `state_dict` maps names to tensors.
 
-    Names are those of latent diffusion's repository (KL-16 is such a file). All sizes are read off the tensors.
-    Raises FileNotFoundError; ValueError for a file that is no such checkpoint, that would run code when unpickled, or
-    whose tensors (named) do not make an autoencoder.
+    Names are those of the latent diffusion repository (KL-16 is such a file). All sizes are read off the tensors.
+    Raises MissingFileError; UserError if the file is no such checkpoint, would run code when unpickled, or its tensors
+    (named) do not make an autoencoder.
     """
     path = Path(path)
     published = _entry(read_pickled(path), path)
@@ -96,9 +96,9 @@ def import_published(path: str | Path, *, image_size: int) -> Imported:
 
 
 def import_diffusers(folder: str | Path, *, image_size: int) -> Imported:
-    """The weights of a folder with config.json and diffusion_pytorch_model.safetensors, of class AutoencoderKL.
+    """Import a folder with config.json and diffusion_pytorch_model.safetensors, of class AutoencoderKL.
 
-    Raises FileNotFoundError; ValueError for another class, images that are not RGB, an impossible structure, or tensors
+    Raises MissingFileError; UserError for another class, images that are not RGB, an impossible structure, or tensors
     (named) that are missing, extra or of another shape.
     """
     description, path = Path(folder) / "config.json", Path(folder) / "diffusion_pytorch_model.safetensors"
@@ -116,14 +116,14 @@ def import_diffusers(folder: str | Path, *, image_size: int) -> Imported:
 
 
 def published_structure(weights: Mapping[str, Tensor], *, origin: str) -> dict:
-    """Keywords of diffusers' AutoencoderKL, read off published tensors; raises ValueError naming a missing one."""
+    """Keywords of diffusers' AutoencoderKL, from published tensors; raises UserError naming a missing one."""
 
     def size(name: str) -> int:
         if name not in weights or not weights[name].dim():
             raise UserError(f"{origin} lacks {name}; it is no whole KL autoencoder of latent diffusion.")
         return weights[name].shape[0]
 
-    levels = max(_count(weights, "encoder.down."), 1)  # where there is none, the first one is missed by name
+    levels = max(_count(weights, "encoder.down."), 1)  # if there is none, the error names the first one
     attending = {name.partition(".attn.")[0] for name in weights if ".attn." in name}
 
     def kind(level: str, block: str) -> str:
@@ -140,7 +140,7 @@ def published_structure(weights: Mapping[str, Tensor], *, origin: str) -> dict:
 
 
 def our_name(name: str, levels: int) -> str:
-    """The name in `KL` of a published tensor, or of one of diffusers' own, older or newer."""
+    """The name in `KL` of a published tensor, or of one of diffusers' own (older or newer)."""
     name = re.sub(r"^decoder\.up\.(\d+)", lambda found: f"decoder.up.{levels - 1 - int(found[1])}", name)
     for pattern, ours in _RULES:
         name = re.sub(pattern, ours, name)
@@ -151,21 +151,21 @@ def _entry(content: object, path: Path) -> Mapping[str, Tensor]:
     """The weights of an unpickled file."""
     names = list(content) if isinstance(content, dict) else [type(content).__name__]
     found = [name for name in _ENTRIES if name in names]
-    if not found:
+    if not isinstance(content, dict) or not found:
         shown = ", ".join(map(str, names[:5]))
         raise UserError(f"{path} has neither an entry 'model' nor 'state_dict' (it holds: {shown}).")
     return tensors_by_name(content[found[0]], origin=f"the entry {found[0]!r} of {path}")
 
 
 def _count(weights: Mapping[str, Tensor], prefix: str) -> int:
-    """How many different numbers follow the prefix."""
+    """How many different numbers follow the prefix in the names."""
     return len({name.removeprefix(prefix).partition(".")[0] for name in weights if name.startswith(prefix)})
 
 
 def _imported(weights: Mapping[str, Tensor], structure: dict, *, image_size: int, path: Path, kind: str) -> Imported:
     try:
         tokenizer = KL(image_size=image_size, structure=structure)
-    except (TypeError, ValueError, IndexError) as error:  # diffusers checks nothing
+    except (TypeError, ValueError, IndexError) as error:  # diffusers does not check its arguments
         raise UserError(f"{path}: no AutoencoderKL has its structure ({error}); give a whole one.") from error
     levels, expected, named = len(structure["block_out_channels"]), tokenizer.state_dict().keys(), {}
     for name, tensor in weights.items():
@@ -179,6 +179,6 @@ def _imported(weights: Mapping[str, Tensor], structure: dict, *, image_size: int
 
 
 def _as_linear(name: str, tensor: Tensor) -> Tensor:
-    """Attention's 1 x 1 convolutions are linear maps in diffusers; half precision becomes float32."""
+    """Convert attention's 1 x 1 convolutions to linear maps, as diffusers has them, and half precision to float32."""
     inside = re.search(r"attentions\.\d+\.to_", name)
     return (tensor.flatten(1) if inside and tensor.dim() == 4 else tensor).float()

@@ -1,4 +1,4 @@
-"""The loss that a KL autoencoder is trained on."""
+"""The training loss of a KL autoencoder."""
 
 from dataclasses import dataclass
 
@@ -11,21 +11,21 @@ from ear.tokenizer.perceptual import Perceptual
 
 @dataclass(frozen=True)
 class Terms:
-    """What training makes of one batch; all but `figures` carry their graph."""
+    """Loss terms of one batch; all but `figures` carry an autograd graph."""
 
     loss: Tensor
-    reconstruction: Tensor  # the part of the loss that compares images
+    reconstruction: Tensor  # the terms that compare images
     decoded: Tensor  # [B, 3, H, W]
-    figures: dict[str, Tensor]  # to log
+    figures: dict[str, Tensor]  # for the log
 
 
 @dataclass(frozen=True)
 class AutoencoderLoss:
-    """The loss of latent diffusion's autoencoders (Rombach et al. 2022, appendix G), without critic.
+    """The loss of latent diffusion's autoencoders (Rombach et al. 2022, appendix G), without the critic.
 
-    Per image, (sum |x - decoded| + kl_weight * KL) / P + perceptual_weight * LPIPS, where the sum runs over the
-    P = 3 H W pixel values and KL is in nats over all latent dimensions; the mean over images. Dividing by P makes
-    `reconstruction` the mean absolute error and leaves the published meaning of `kl_weight` (1e-6) as it is.
+    Per image: (sum |x - decoded| + kl_weight * KL) / P + perceptual_weight * LPIPS, with the sum over the P = 3 H W
+    pixel values and KL in nats over all latent dimensions; then the mean over images. Dividing by P makes
+    `reconstruction` the mean absolute error and keeps the published meaning of `kl_weight` (1e-6).
     """
 
     kl_weight: float
@@ -36,9 +36,9 @@ class AutoencoderLoss:
         self,
         tokenizer: Tokenizer,
         images: Tensor,  # [B, 3, H, W] in [-1, 1]
-        noise: Tensor,  # [B, C, h, w], standard normal, of the posterior sample that is decoded
+        noise: Tensor,  # standard normal [B, C, h, w], for the posterior sample that is decoded
     ) -> Terms:
-        """Figures: the mean absolute error `reconstruction`, `perceptual` where it is used, `kl` in nats per image."""
+        """Figures: `reconstruction` (mean absolute error), `perceptual` if used, `kl` in nats per image."""
         moments = tokenizer.encode(images)
         decoded = tokenizer.decode(posterior.posterior_sample(moments, noise))
         reconstruction = (images - decoded).abs().mean()

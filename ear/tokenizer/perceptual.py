@@ -1,8 +1,8 @@
 """LPIPS, the perceptual distance of Zhang et al. 2018, as a differentiable loss.
 
-The numbers are torch-fidelity's, whose own module cannot be trained through: it is built by downloading alone, and its
-gradient is NaN wherever all features of a place vanish. The weights are the same two files: torchvision's VGG16 and the
-learned weights of its channels.
+The values equal torch-fidelity's. Its own module cannot be used for training: it can only be built by downloading, and
+its gradient is NaN wherever all features of a position are 0. The weights are the same two files: torchvision's VGG16
+and the learned channel weights.
 """
 
 from pathlib import Path
@@ -14,9 +14,15 @@ from ear.errors import MissingFileError
 from ear.files.downloads import downloaded
 from ear.files.weights import load_weights, read_pickled, tensors_by_name
 
-_CONVOLUTIONS = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))  # of VGG16, per level
+_CONVOLUTIONS = (
+    (64, 64),
+    (128, 128),
+    (256, 256, 256),
+    (512, 512, 512),
+    (512, 512, 512),
+)  # widths of VGG16's layers, per level
 _MEAN, _STD = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)  # of ImageNet's colours, for images in [-1, 1]
-_TINY = 1e-20  # under the root of a squared norm: no change in float32, but a finite gradient where it is 0
+_TINY = 1e-20  # added to a squared norm: no change in float32, but a finite gradient at 0
 _ELSEWHERE = (
     "put it and the other file of LPIPS into a folder that tokenizer.perceptual_folder names, or set "
     "tokenizer.perceptual_weight to 0"
@@ -25,6 +31,9 @@ _ELSEWHERE = (
 
 class Perceptual(nn.Module):
     """LPIPS with VGG16, frozen."""
+
+    mean: Tensor
+    std: Tensor
 
     def __init__(self):
         super().__init__()
@@ -42,7 +51,7 @@ class Perceptual(nn.Module):
         self.eval().requires_grad_(False)
 
     def forward(self, images: Tensor, others: Tensor) -> Tensor:
-        """Images [B, 3, H, W] in [-1, 1], 16 pixels a side or more => distances [B]; 0 for equal images."""
+        """Images [B, 3, H, W] in [-1, 1], at least 16 pixels a side => distances [B]; 0 for equal images."""
         both = (torch.cat([images, others]) - self.mean) / self.std
         distance = both.new_zeros(len(images))
         for level, weights in zip(self.levels, self.channel_weights, strict=True):
@@ -55,8 +64,8 @@ class Perceptual(nn.Module):
 def load_perceptual(folder: str | Path = "") -> Perceptual:
     """Read vgg16-397923af.pth and weights-vgg16-lpips.pth from `folder`.
 
-    Without a folder they are torch's own copies, downloaded where absent. Raises FileNotFoundError or ValueError naming
-    the file that is missing, cannot be downloaded, is damaged, or holds other tensors.
+    Without a folder, use torch's own copies, downloaded if absent. Raises MissingFileError or UserError naming the file
+    that is missing, cannot be downloaded, is damaged, or holds other tensors.
     """
     from torch_fidelity.sample_similarity_lpips import URL_VGG16_LPIPS
     from torchvision.models import VGG16_Weights
@@ -74,12 +83,12 @@ def load_perceptual(folder: str | Path = "") -> Perceptual:
 
 
 def _published_names(network: Perceptual) -> dict[str, str]:
-    """Our names of VGG16's tensors => torchvision's, which numbers the layers of all levels through."""
+    """Names of this module's tensors => torchvision's names, which number the layers of all levels consecutively."""
     names, start = {}, 0
     for number, level in enumerate(network.levels):
         for place, kind in (name.split(".") for name in level.state_dict()):
             names[f"levels.{number}.{place}.{kind}"] = f"features.{start + int(place)}.{kind}"
-        start += len(level)
+        start += len(list(level.children()))
     return names
 
 

@@ -1,6 +1,6 @@
-"""Posterior moments: the Gaussians over latents that a tokenizer gives for an image.
+"""Posterior moments: the Gaussian over latents that a tokenizer assigns to an image.
 
-Moments are [B, 2C, h, w]: C means, then C natural logarithms of the variances, all dimensions independent.
+Moments are [B, 2C, h, w]: C means, then C natural logarithms of variances; all dimensions are independent.
 """
 
 import torch
@@ -21,28 +21,27 @@ def posterior_sample(moments: Tensor, noise: Tensor) -> Tensor:
 
 
 def kl_divergence(moments: Tensor) -> Tensor:
-    """[B]: nats from the posterior of each image to the standard normal, summed over all its latent dimensions.
+    """[B]: KL divergence from each posterior to the standard normal, in nats, summed over all latent dimensions.
 
-    KL = 1/2 sum(mean^2 + variance - log variance - 1); Kingma & Welling, "Auto-Encoding Variational Bayes",
-    appendix B.
+    KL = 1/2 sum(mean^2 + variance - log variance - 1); Kingma & Welling, "Auto-Encoding Variational Bayes", appendix B.
     """
     mean, log_variance = split(moments)
     return 0.5 * (mean.square() + log_variance.exp() - log_variance - 1).flatten(1).sum(dim=1)
 
 
 def sums(moments: Tensor) -> Tensor:
-    """float64 [4, C], additive over batches: per channel the count, and the sums of mean, mean^2 and variance."""
+    """float64 [4, C] per channel, additive over batches: count, sum of means, of squared means, of variances."""
     mean, log_variance = split(moments.double())
     parts = (torch.ones_like(mean), mean, mean.square(), log_variance.exp())
     return torch.stack([part.sum(dim=(0, 2, 3)) for part in parts]).cpu()
 
 
 def spread(total: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """`sums` over a data set => mean, standard deviation and posterior standard deviation, float64 [C] each.
+    """`sums` of a data set => mean, standard deviation and posterior standard deviation, float64 [C] each.
 
-    They describe *sampled* latents, exactly and without sampling, by the law of total variance: the variance is that
-    of the means plus the average variance of the posteriors; the root of the latter is the posterior one.
-    Give `total.sum(dim=1, keepdim=True)` for the figures of all channels together.
+    They describe *sampled* latents, exactly and without sampling, by the law of total variance: the variance is the
+    variance of the means plus the mean of the posterior variances; the root of the latter is the posterior standard
+    deviation. For all channels together, pass `total.sum(dim=1, keepdim=True)`.
     """
     count, mean, square, variance = total
     mean, within = mean / count, variance / count

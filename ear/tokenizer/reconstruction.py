@@ -1,4 +1,4 @@
-"""What is left of images after a tokenizer: reconstructions, and the figures that describe a trained tokenizer."""
+"""Reconstructions of images by a tokenizer, and the metrics that describe a trained tokenizer."""
 
 from collections.abc import Iterable
 
@@ -16,10 +16,10 @@ _HIGHEST_PSNR = 100.0
 
 
 def psnr(images: Tensor, others: Tensor) -> Tensor:
-    """float64 [B]: peak signal-to-noise ratio in dB of uint8 images [B, H, W, 3], 100 dB at most.
+    """float64 [B]: peak signal-to-noise ratio in dB of uint8 images [B, H, W, 3], at most 100 dB.
 
-    10 log10(255^2 / mean squared error), the mean over the pixels and colours of one image. The limit keeps equal
-    images finite; no unequal ones below 1700 pixels a side come near it.
+    10 log10(255^2 / mean squared error), with the mean over pixels and colours of one image. The limit keeps equal
+    images finite; unequal images of less than 1700 pixels a side stay below it.
     """
     assert images.dtype == others.dtype == torch.uint8
     error = (images.double() - others.double()).square().flatten(1).mean(dim=1)
@@ -28,12 +28,12 @@ def psnr(images: Tensor, others: Tensor) -> Tensor:
 
 @torch.inference_mode()
 def reconstruct(tokenizer: Tokenizer, images: Tensor) -> Tensor:
-    """uint8 images [B, H, W, 3] => the same through the posterior mean."""
+    """Encode and decode uint8 images [B, H, W, 3] through the posterior mean => uint8 [B, H, W, 3]."""
     return to_uint8(tokenizer.decode(posterior.split(tokenizer.encode(to_signed(images)))[0]))
 
 
 class Reconstructions:
-    """Prepared images through the posterior mean of a tokenizer, made while read; a source for `ear.features`."""
+    """Prepared images through the posterior mean of a tokenizer, computed when read (ear.evaluation.extraction)."""
 
     def __init__(self, originals: PreparedImages, tokenizer: Tokenizer, device: torch.device):
         self._originals, self._tokenizer, self._device = originals, tokenizer.to(device).eval(), device
@@ -50,14 +50,15 @@ class Reconstructions:
 
 @torch.inference_mode()
 def describe(tokenizer: Tokenizer, batches: Iterable[Tensor], generator: torch.Generator) -> dict:
-    """Figures over all images of `batches` (uint8 [B, H, W, 3] on the tokenizer's device).
+    """Metrics over all images of `batches` (uint8 [B, H, W, 3] on the tokenizer's device).
 
-    psnr: mean over the images, in dB, through the posterior mean; psnr_sampled: through a sample.
-    kl: nats per image. latent_std: of sampled latents, over all channels. posterior_ratio: the posterior's share of
-    that standard deviation, from 0 (deterministic) to 1 (nothing about the image is left).
-    channel_mean, channel_std, channel_posterior_std: lists over the channels.
+    psnr: mean over images, in dB, through the posterior mean; psnr_sampled: through a posterior sample. kl: nats per
+    image. latent_std: of sampled latents, over all channels. posterior_ratio: posterior standard deviation over
+    latent_std, from 0 (deterministic) to 1 (no information about the image). channel_mean, channel_std,
+    channel_posterior_std: per channel.
     """
-    count, totals, moment_sums = 0, torch.zeros(3, dtype=torch.float64), 0
+    count, totals = 0, torch.zeros(3, dtype=torch.float64)
+    moment_sums = torch.zeros((), dtype=torch.float64)  # float64 [4, C] after the first batch
     for images in batches:
         moments = tokenizer.encode(to_signed(images))
         mean, _ = posterior.split(moments)

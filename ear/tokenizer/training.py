@@ -17,7 +17,7 @@ from ear.training.optimizer import Group, adamw, schedule
 from ear.training.trainer import History, Trainer
 
 _WARMUP = 0.05  # share of the images
-_PARTS = 10  # the training has as many checkpoints and validations
+_PARTS = 10  # checkpoints and validations per training
 _VALIDATION_IMAGES = 1024  # at most; held-out shards are stored shuffled
 _CLIP_NORM = 1.0
 
@@ -29,7 +29,7 @@ class Objective:
         self.loss, self.seed, self.device = loss, seed, device
 
     def terms(self, tokenizer: Tokenizer, images: torch.Tensor, purpose: str, position: int) -> Terms:
-        """Of one batch, [B, 3, H, W] in [-1, 1]."""
+        """Loss terms of one batch, [B, 3, H, W] in [-1, 1]."""
         side = images.shape[-1] // tokenizer.downsample
         generator = randomness.generator(self.seed, purpose, position)
         noise = randomness.normal((len(images), tokenizer.latent_channels, side, side), generator, self.device)
@@ -41,8 +41,9 @@ class Objective:
 
     @torch.no_grad()
     def held_out(self, tokenizer: Tokenizer, images: PreparedImages, batch_size: int) -> dict[str, float]:
-        """Loss and its figures, means over up to 1024 images."""
-        rows, means = min(len(images), _VALIDATION_IMAGES), {}
+        """Loss and figures on held-out images: means over at most 1024 images."""
+        rows = min(len(images), _VALIDATION_IMAGES)
+        means: dict[str, float] = {}
         for start in range(0, rows, batch_size):
             batch = self.signed(images.images(np.arange(start, min(start + batch_size, rows))))
             terms = self.terms(tokenizer, batch, "validation", start)
@@ -84,27 +85,29 @@ class AutoencoderTraining:
         )
 
     def run(self, folder: Path) -> tuple[KL, History]:
-        """The averaged weights and the logs; goes on from the newest checkpoint in `folder`."""
+        """Train, resuming from the newest checkpoint in `folder` => (EMA weights, logs)."""
         part = max(self.options.images // _PARTS, 1)
         self.trainer.fit(
             self.batches,
             total_images=self.options.images,
             folder=folder,
             checkpoint_images=part,
-            validate=lambda: self.objective.held_out(self.trainer.average.module, self.held_out, self.options.batch_size),
+            validate=lambda: self.objective.held_out(
+                self.trainer.average.module, self.held_out, self.options.batch_size
+            ),
             validate_images=part,
             title="tokenizer",
         )
         return self.trainer.average.module, self.trainer.history
 
     def batches(self, positions: Iterator[int]) -> Iterator[np.ndarray]:
-        """The uint8 micro-batches that start at the given positions of the training."""
+        """The uint8 micro-batches that start at the given positions."""
         order = randomness.DataOrder(len(self.images), self.objective.seed)
         for position in positions:
             yield self.images.images(order.indices(position, self.options.micro_batch_size).numpy())
 
     def loss(self, batch: np.ndarray, position: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Of one uint8 micro-batch, for the trainer; the critic learns on the way."""
+        """The loss of one uint8 micro-batch, for the trainer; also trains the critic."""
         images = self.objective.signed(batch)
         terms = self.objective.terms(self.tokenizer, images, "training", position)
         if self.critic is None:
@@ -116,7 +119,7 @@ class AutoencoderTraining:
 
 
 class _Trainer(Trainer):
-    """A trainer whose steps and checkpoints are the critic's, too."""
+    """A trainer whose steps and checkpoints include the critic's."""
 
     def __init__(self, module: KL, *, critic: CriticTraining | None, **options):
         super().__init__(module, **options)

@@ -1,4 +1,4 @@
-"""Training state on disk: weights, their average, optimiser and progress, in safetensors (nothing is unpickled)."""
+"""Training state on disk: weights, EMAs, optimiser and progress, in safetensors (nothing is unpickled)."""
 
 import re
 from pathlib import Path
@@ -10,12 +10,12 @@ from ear.errors import UserError
 from ear.files.tensors import read_description, write_tensors
 from ear.files.weights import load_weights
 
-_KEPT = 2  # the newest, and one to fall back on
+_KEPT = 2  # checkpoints: the newest, and one to fall back to
 
 
 def pack(modules: dict[str, nn.Module], optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    """All tensors of a training state by name: MODULE.* of each module; of the first one, optimizer.KEY.PARAMETER."""
-    tensors = {}
+    """All tensors of a training state by name: MODULE.* for each module, optimizer.KEY.PARAMETER for the first one."""
+    tensors: dict[str, torch.Tensor] = {}
     for prefix, module in modules.items():
         tensors |= {f"{prefix}.{name}": tensor for name, tensor in module.state_dict().items()}
     for name, parameter in _trained(modules).named_parameters():
@@ -25,7 +25,7 @@ def pack(modules: dict[str, nn.Module], optimizer: torch.optim.Optimizer) -> dic
 
 
 def unpack(tensors: dict[str, torch.Tensor], modules: dict[str, nn.Module], optimizer: torch.optim.Optimizer) -> None:
-    """The inverse of `pack`, in place; raises ValueError naming a tensor that is missing, extra or of another shape."""
+    """The inverse of `pack`, in place; raises UserError naming a tensor that is missing, extra or of another shape."""
     for prefix, module in modules.items():
         load_weights(module, _under(tensors, f"{prefix}."))
     moments = _under(tensors, "optimizer.")
@@ -49,14 +49,14 @@ def _of_parameter(moments: dict[str, torch.Tensor], parameter: str) -> dict[str,
 
 
 def save(folder: Path, images: int, tensors: dict[str, torch.Tensor], description: dict) -> None:
-    """Write the state after `images` images, whole or not at all, and keep only the newest ones."""
+    """Write the state after `images` images, complete or not at all, and delete all but the newest two."""
     write_tensors(folder / f"checkpoint-{images:012d}.safetensors", tensors, description)
     for path in _by_progress(folder)[:-_KEPT]:
         path.unlink()
 
 
 def newest(folder: Path) -> Path | None:
-    """The newest readable checkpoint, for `read_tensors`, or None; an unreadable one is passed over aloud."""
+    """Newest readable checkpoint, or None; skips damaged ones with a warning."""
     for path in reversed(_by_progress(folder)):
         try:
             read_description(path)

@@ -1,7 +1,7 @@
-"""Gradients summed over processes while the backward pass still runs.
+"""Gradients summed over ranks while the backward pass still runs.
 
-DistributedDataParallel does this too, but regroups its buckets after the first step, and the last bits of a sum over
-three or more processes depend on the groups: a resumed run would end in other bits. Here the groups never change.
+DistributedDataParallel does this too, but regroups its buckets after the first step. A sum over three or more ranks is
+rounded differently in other groups, so a resumed run would end in other bits. Here the buckets never change.
 """
 
 import contextlib
@@ -12,27 +12,27 @@ from torch import Tensor, nn
 
 from ear.runtime import distributed
 
-_BUCKET_BYTES = 32 * 2**20  # large enough for a network's full speed, small enough to start early
+_BUCKET_BYTES = 32 * 2**20  # large enough for full bandwidth, small enough to start early
 
 
 class SharedGradients:
-    """The gradients of `parameters`; of several processes, kept in flat buckets in the order in which they arrive.
+    """The gradients of `parameters`. With several ranks, they are views of flat buckets that are summed over ranks.
 
-    In one process, nothing is summed and gradients are what autograd makes them.
+    In a single process nothing is summed, and gradients are what autograd makes them.
     """
 
     def __init__(self, parameters: Iterable[nn.Parameter], *, bucket_bytes: int = _BUCKET_BYTES):
         self.parameters = [p for p in parameters if p.requires_grad]
         self.buckets: list[Tensor] = []
-        self._members: list[int] = []  # parameters of each bucket
-        self._missing: list[int] = []  # gradients of each bucket that have yet to arrive, inside `summed`
-        self._sums: list = []  # all-reduces under way, in the order of the buckets
+        self._members: list[int] = []  # number of parameters in each bucket
+        self._missing: list[int] = []  # number of gradients per bucket that have not arrived yet, inside `summed`
+        self._sums: list = []  # running all-reduces, in the order of the buckets
         if distributed.size() > 1:
             for group in _groups(self.parameters[::-1], bucket_bytes):  # the last layer's gradients arrive first
                 self._store(group)
 
     def _store(self, group: list[nn.Parameter]) -> None:
-        """Make the gradients of `group` views of a new bucket, and watch them arrive."""
+        """Make the gradients of `group` views of a new bucket, and register hooks for their arrival."""
         number, sizes = len(self.buckets), [p.numel() for p in group]
         bucket = torch.zeros(sum(sizes), dtype=group[0].dtype, device=group[0].device)
         for parameter, part in zip(group, bucket.split(sizes), strict=True):
@@ -42,7 +42,7 @@ class SharedGradients:
         self._members.append(len(group))
 
     def clear(self) -> None:
-        """Forget the gradients of the last step."""
+        """Reset the gradients before a step."""
         for bucket in self.buckets:
             bucket.zero_()
         if not self.buckets:
@@ -51,29 +51,29 @@ class SharedGradients:
 
     @contextlib.contextmanager
     def summed(self) -> Iterator[None]:
-        """Around the last backward pass of a step: when it ends, every gradient is the sum over all processes."""
+        """Wrap the last backward pass of a step: at the end of the block, every gradient is the sum over all ranks."""
         self._missing = list(self._members)
         yield
-        self._start(len(self.buckets))  # also those in which a parameter had no part in the loss
+        self._start(len(self.buckets))  # also buckets with a parameter that the loss does not use
         for running in self._sums:
             running.wait()
         self._missing, self._sums = [], []
 
     def _arrived(self, number: int) -> None:
         if not self._missing:
-            return  # an earlier pass of the step
+            return  # an earlier backward pass of the step
         self._missing[number] -= 1
         complete = next((k for k, missing in enumerate(self._missing) if missing), len(self.buckets))
         self._start(complete)
 
     def _start(self, count: int) -> None:
-        """Start the sums of the first `count` buckets: all processes start them in the same order."""
+        """Start summing the first `count` buckets; all ranks start them in the same order."""
         for bucket in self.buckets[len(self._sums) : count]:
             self._sums.append(torch.distributed.all_reduce(bucket, async_op=True))
 
 
 def _groups(parameters: list[nn.Parameter], limit: int) -> Iterator[list[nn.Parameter]]:
-    """Consecutive parameters of one type and of about `limit` bytes together."""
+    """Consecutive parameters of one dtype, about `limit` bytes together."""
     group: list[nn.Parameter] = []
     for parameter in parameters:
         if group and (parameter.dtype != group[0].dtype or sum(p.nbytes for p in group) >= limit):

@@ -1,4 +1,4 @@
-"""AdamW over declared parameter groups, and rates as functions of images seen."""
+"""AdamW over parameter groups, and learning rates as functions of images seen."""
 
 import math
 from collections.abc import Callable

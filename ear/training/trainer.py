@@ -1,17 +1,18 @@
-"""One training loop for every network of the pipeline: the loss, the data and the model are handed in.
+"""The training loop of every network in the pipeline; model, loss and data are passed in.
 
-Progress is counted in images. A run that is killed and started again continues from its newest checkpoint and ends in
-the same bytes: data order, masks and noise are functions of (seed, images seen). Processes share the micro-batches of a
-step, which are the same for any number of them; every process holds the same weights, averages and moments.
+Progress is counted in images. A killed run that is started again resumes from its newest checkpoint and ends in the
+same bytes: data order, masks and noise are functions of (seed, images seen). A step consists of the same micro-batches
+for any world size; ranks share them, and every rank holds the same weights, EMAs and optimiser moments.
 """
 
 import contextlib
 import itertools
 import signal
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -26,38 +27,40 @@ from ear.training.gradients import SharedGradients
 from ear.training.means import Means
 from ear.training.optimizer import set_rate
 
-_LOG_STEPS = 25  # steps between readings of the loss; each reading waits for the device
+Network = TypeVar("Network", bound=nn.Module)
+_LOG_STEPS = 25  # steps between log rows; reading the loss waits for the device
 
 
 @dataclass
 class History:
-    """Rows of the training and validation logs, in the order of images seen."""
+    """Rows of the training log and of the validation log, in the order of images seen."""
 
     training: list[dict] = field(default_factory=list)
     validation: list[dict] = field(default_factory=list)
 
 
-class Trainer:
-    """A module with its averages, its optimiser, its progress and its log.
+class Trainer(Generic[Network]):
+    """A network in training: weights, EMAs, optimiser, progress and log.
 
-    loss(micro_batch, position) gives the mean loss of a micro-batch that starts at image `position`, and further means
-    to log; `rate` maps images seen to a factor of the base rates. `average` is the first of `averages`.
+    `loss(micro_batch, position)` returns the mean loss of a micro-batch, whose first image is image `position` of the
+    training, and a dict of further means to log. `rate(images)` returns the factor of the base learning rates after
+    that many images.
 
-    Raises ValueError where the processes cannot share the micro-batches of a step evenly.
+    Raises UserError if the ranks cannot share the micro-batches of a step evenly.
     """
 
     def __init__(
         self,
-        module: nn.Module,
+        module: Network,
         *,
         optimizer: torch.optim.Optimizer,
         loss: Callable[[object, int], tuple[Tensor, dict[str, Tensor]]],
         rate: Callable[[int], float],
-        ema_decays: Mapping[str, float],  # name of an average => its decay per step
+        ema_decays: Mapping[str, float],  # name of an EMA => its decay per step
         clip_norm: float,
         global_batch_size: int,  # images per optimiser step
         micro_batch_size: int,  # images per forward pass
-        earlier_images: int = 0,  # seen in earlier phases; the averages' warm-up counts them
+        earlier_images: int = 0,  # seen in earlier phases; they count towards the EMA warm-up
     ):
         check_shares(global_batch_size, micro_batch_size, distributed.size())
         self.module, self.optimizer, self.loss, self.rate = module, optimizer, loss, rate
@@ -70,18 +73,18 @@ class Trainer:
         self._means = Means()
         self._gradients = SharedGradients(module.parameters())
         device = next(module.parameters()).device
-        # The fused optimiser skips its update where this flag is 1: the device decides, without waiting for the host.
+        # The fused optimiser skips its update while this flag is 1: the device decides, and the host need not wait.
         self._broken = torch.zeros((), device=device)
         self._broken_at = torch.full((), -1, dtype=torch.int64, device=device)
 
     @property
-    def average(self) -> Average:
-        """The first average, which is what a training publishes."""
+    def average(self) -> Average[Network]:
+        """The first EMA, whose weights a training publishes."""
         return next(iter(self.averages.values()))
 
     def fit(
         self,
-        batches: Callable[[Iterator[int]], Iterable],  # endless positions => the micro-batches that start there
+        batches: Callable[[Iterator[int]], Iterable],  # endless positions => the micro-batches that start at them
         *,
         total_images: int,
         folder: Path,  # for checkpoints
@@ -91,14 +94,17 @@ class Trainer:
         validate_images: int = 0,
         title: str = "training",
     ) -> None:
-        """Train until `total_images` (rounded up to whole steps) have been seen, from the newest checkpoint on.
+        """Train until `total_images` (rounded up to full steps) have been seen, starting from the newest checkpoint.
 
-        Raises ValueError, before any harm to the weights, where a loss or a gradient is not finite; InterruptedError,
-        after a checkpoint, where SIGTERM asks any of the processes to end.
+        Raises UserError if a loss or a gradient is not finite, before it reaches the weights; InterruptedError if any
+        rank receives SIGTERM, after writing a checkpoint.
         """
         self.resume(folder)
-        with _termination() as asked, Progress(title, total_images, start=self.images) as progress:
-            stream = iter(batches(self._positions()))
+        with (
+            _termination() as asked,
+            Progress(title, total_images, start=self.images) as progress,
+            contextlib.closing(self._stream(batches)) as stream,
+        ):
             while self.images < total_images:
                 before = self.images
                 self.step(stream)
@@ -113,19 +119,23 @@ class Trainer:
                 progress.advance(self.images - before, note=self._note())
                 if stop and not last:
                     raise InterruptedError(
-                        f"SIGTERM ended {title} after {self.images} images, with a checkpoint; start it again to go on."
+                        f"SIGTERM ended {title} after {self.images} images, with a checkpoint; run it again to resume."
                     )
 
-    def _own(self, start: int) -> range:
-        """Where this process's micro-batches start in the step that begins at image `start`."""
+    def _own(self, start: int) -> Sequence[int]:
+        """Positions of this rank's micro-batches in the step that begins at image `start`."""
         return distributed.own_slice(range(start, start + self.global_batch_size, self.micro_batch_size))
+
+    def _stream(self, batches: Callable[[Iterator[int]], Iterable]) -> Generator:
+        """The micro-batches of this rank. Closing it ends the workers that read ahead; they would block the exit."""
+        yield from batches(self._positions())
 
     def _positions(self) -> Iterator[int]:
         for start in itertools.count(self.images, self.global_batch_size):
             yield from self._own(start)
 
     def step(self, micro_batches: Iterator) -> None:
-        """One optimiser step on a global batch, of which this process takes its micro-batches from the iterator."""
+        """One optimiser step; `micro_batches` yields this rank's part of the global batch."""
         self.module.train()
         self._gradients.clear()
         set_rate(self.optimizer, self.rate(self.images))
@@ -152,27 +162,28 @@ class Trainer:
         self._means.add({"loss": loss, **figures}, share)
 
     def _guard(self, norm: Tensor) -> None:
-        """Have the optimiser skip a non-finite update, and remember where the first one was.
+        """Make the optimiser skip non-finite updates, and remember the first one.
 
-        The norm is that of the summed gradients: all processes decide alike.
+        The gradient norm is taken after summing over ranks, so all ranks decide alike.
         """
         broken = ~torch.isfinite(norm)
         first = broken & (self._broken_at < 0)
         self._broken_at = torch.where(first, torch.full_like(self._broken_at, self.images), self._broken_at)
         self._broken = torch.maximum(self._broken, broken.float())
-        self.optimizer.found_inf = self._broken
-        self.optimizer.grad_scale = None
+        # Attributes that torch.amp.GradScaler sets for fused optimisers.
+        self.optimizer.found_inf = self._broken  # type: ignore[attr-defined]
+        self.optimizer.grad_scale = None  # type: ignore[attr-defined]
 
     def _check_finite(self) -> None:
         at = int(self._broken_at)
         if at >= 0:
             raise UserError(
-                f"the loss or its gradient became infinite or NaN in the step from image {at}, and no update was made "
-                "since; lower the learning rate or look at the data, the last checkpoint is intact."
+                f"the loss or its gradient became infinite or NaN in the step from image {at}, and the weights were "
+                "not updated since; lower the learning rate or check the data. The last checkpoint is intact."
             )
 
     def log(self) -> None:
-        """Read the means since the last reading; raises ValueError where an update was not finite."""
+        """Append a row with the means since the last row; raises UserError if an update was not finite."""
         self._check_finite()
         rate = self.optimizer.param_groups[0]["lr"]
         self.history.training.append({"images": self.images, **self._means.read(), "rate": rate})
@@ -181,18 +192,19 @@ class Trainer:
         return f"loss {self.history.training[-1]['loss']:.4f}" if self.history.training else ""
 
     def _modules(self) -> dict[str, nn.Module]:
-        return {"weights": self.module} | {name: average.module for name, average in self.averages.items()}
+        weights: dict[str, nn.Module] = {"weights": self.module}
+        return weights | {name: average.module for name, average in self.averages.items()}
 
     def state(self) -> dict[str, Tensor]:
-        """The tensors from which training goes on, by name."""
+        """All tensors needed to resume, by name: weights, EMAs, optimiser moments."""
         return checkpoint.pack(self._modules(), self.optimizer)
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
-        """Take up what `state` gave; raises ValueError where it belongs to another model."""
+        """Load what `state` returned; raises UserError if it belongs to another model."""
         checkpoint.unpack(tensors, self._modules(), self.optimizer)
 
     def save(self, folder: Path) -> None:
-        """Write a checkpoint, which any number of processes can read."""
+        """Write a checkpoint that any world size can resume from."""
         self._check_finite()
         sums, means = self._means.state()
         description = {
@@ -205,7 +217,7 @@ class Trainer:
             checkpoint.save(folder, self.images, {**self.state(), "sums": sums}, description)
 
     def resume(self, folder: Path) -> None:
-        """Continue from the newest checkpoint in `folder`, if there is one."""
+        """Load the newest checkpoint in `folder`, if there is one."""
         path = distributed.from_main(lambda: checkpoint.newest(folder))
         if path is not None:
             tensors, description = read_tensors(path)
@@ -214,42 +226,42 @@ class Trainer:
             self.images = description["images"]
             self.history = History(description["training"], description["validation"])
             if distributed.is_main():
-                print(f"continuing after {self.images} images", flush=True)
-        for module in self._modules().values():  # other machines may have drawn other last bits
+                print(f"resuming after {self.images} images", flush=True)
+        for module in self._modules().values():  # initial weights may differ in rounding between machines
             distributed.copy_from_main(module.state_dict().values())
 
 
 def check_shares(global_batch_size: int, micro_batch_size: int, processes: int) -> None:
-    """Raise ValueError, with the remedy, where processes cannot share the micro-batches of a global batch evenly."""
+    """Raise UserError, with a fix, if ranks cannot share the micro-batches of a global batch evenly."""
     each, rest = divmod(global_batch_size, processes)
     if rest:
         raise UserError(
-            f"the global batch of {global_batch_size} images cannot be shared by {processes} processes; make "
+            f"global_batch_size is {global_batch_size}, which {processes} processes cannot share evenly; make "
             f"global_batch_size a multiple of {processes}, or use another number of processes."
         )
     if each % micro_batch_size:
         fitting = max(size for size in range(1, min(micro_batch_size, each) + 1) if each % size == 0)
         raise UserError(
-            f"micro_batch_size is {micro_batch_size} and does not divide {each}, the share of each of {processes} "
+            f"micro_batch_size is {micro_batch_size}, but must divide {each}, the part of each of {processes} "
             f"process(es) in a global batch of {global_batch_size}; set it to {fitting} or another divisor of {each}."
         )
 
 
 @contextlib.contextmanager
 def _termination() -> Iterator[Callable[[], bool]]:
-    """Catch SIGTERM in the block; the function given says whether it has reached any process, and must run in all."""
-    came = False
+    """Catch SIGTERM; yields a function that says if any rank has received it. All ranks must call it together."""
+    received = False
 
-    def note(*_) -> None:
-        nonlocal came
-        came = True
+    def receive(*_) -> None:
+        nonlocal received
+        received = True
 
-    if threading.current_thread() is not threading.main_thread():  # where Python cannot catch signals
+    if threading.current_thread() is not threading.main_thread():  # only the main thread can catch signals
         yield lambda: False
         return
-    before = signal.signal(signal.SIGTERM, note)
+    before = signal.signal(signal.SIGTERM, receive)
     try:
-        yield lambda: distributed.any_of(came)
+        yield lambda: distributed.any_of(received)
     finally:
         signal.signal(signal.SIGTERM, before)
 

@@ -283,9 +283,9 @@ def test_overrides_change_only_their_lines(tmp_path):
         ({"sample.guidnce": 2.0}, "sample.guidnce is not a known key; did you mean sample.guidance?"),
         ({"guidance": 2.0}, "guidance is not a known key"),
         ({"sample.guidance.x": 2.0}, "sample.guidance is a single value"),
-        ({"sample": 2.0}, "sample is 2.0; it must be a section of keys"),
-        ({"sample.guidance": "much"}, "sample.guidance is 'much'; it must be a number"),
-        ({"sample.steps": 4, "sample.guidance": -1}, "sample.guidance is -1.0; it must be at least 0"),
+        ({"sample": 2.0}, "sample is 2.0, but must be a section of keys"),
+        ({"sample.guidance": "much"}, "sample.guidance is 'much', but must be a number"),
+        ({"sample.steps": 4, "sample.guidance": -1}, "sample.guidance is -1, but must be at least 0"),
     ],
 )
 def test_a_wrong_override_leaves_the_file_alone(tmp_path, values, message):
@@ -363,7 +363,7 @@ def test_a_half_written_upstream_is_repaired_first(repo, client):
     assert Path("out/first").read_text() == "source\nfirst 8\n"
     assert [row["why"] for row in table("stages")] == [
         "outputs: out/first modified",
-        "nothing that it depends on has changed",
+        "none of its dependencies changed",
         "forced",
     ]
 
@@ -435,7 +435,7 @@ def test_a_server_that_is_down_is_said_in_one_line(repo):
     assert done.returncode == 1
     assert done.stderr == (
         "pipeline: no Prefect server answers at http://127.0.0.1:1/api, the PREFECT_API_URL; start it with `prefect "
-        "server start`, or unset PREFECT_API_URL to do without one.\n"
+        "server start`, or unset PREFECT_API_URL to run without one.\n"
     )
 
 
@@ -455,7 +455,8 @@ def test_a_signal_stops_the_stage_and_its_children(repo, server, number):
 
 
 def test_deployments_run_and_cancel(repo, server):
-    shutil.copytree(ROOT / "flows", repo / "flows", ignore=shutil.ignore_patterns("__pycache__"))
+    for folder in ("flows", "benchmarks"):
+        shutil.copytree(ROOT / folder, repo / folder, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "prefect.yaml", repo)
     assert str(ROOT) not in (repo / "prefect.yaml").read_text()
 

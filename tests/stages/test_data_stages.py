@@ -121,8 +121,8 @@ def test_fetch_says_which_file_a_later_stage_will_miss(repository):
     code, errors = repository.run("fetch")
     assert code == 1
     assert one_line(errors, "fetch") == (
-        "fetch: reference.statistics is 'weights/adm.npz', which does not exist; provide it, or set it to '' to use the "
-        "training images."
+        "fetch: reference.statistics is 'weights/adm.npz', which does not exist; provide it, or set it to '' to use "
+        "the training images."
     )
     assert not (repository.path / "data/raw").exists()
     (repository.path / "weights").mkdir()

@@ -122,9 +122,7 @@ def test_foreign_files_are_named(tmp_path):
         load_tokenizer(path)
     save_tokenizer(path, tiny())
     tensors, description = read_tensors(path)
-    write_tensors(
-        path, tensors, {**description, "config": {"structure": kl_structure(**{**TINY, "channels": 4})}}
-    )
+    write_tensors(path, tensors, {**description, "config": {"structure": kl_structure(**{**TINY, "channels": 4})}})
     with pytest.raises(ValueError, match=r"tokenizer\.safetensors holds network\.encoder\.conv_out\.weight with shape"):
         load_tokenizer(path)
     del tensors["network.encoder.conv_in.bias"]

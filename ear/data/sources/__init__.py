@@ -1,7 +1,7 @@
-"""Where raw images come from: class folders, or ImageNet unpacked, as Kaggle lays it out, or in its official archives.
+"""Sources of raw images: class folders, and ImageNet (unpacked, in Kaggle's layout, or in its official archives).
 
-`find` tells the layouts apart and lists the images of any of them; `write_digits` makes the embedded example. One file
-per layout; what they share is in `listing`, and in `imagenet` what is known of ImageNet's own files.
+`find` recognises the layout and lists the images; `write_digits` writes the built-in example. One file per layout;
+`listing` has what they share, `imagenet` the facts about ImageNet's files.
 """
 
 from pathlib import Path
@@ -15,16 +15,16 @@ __all__ = ["EXTENSIONS", "Source", "check_imagenet", "find", "is_imagenet", "wri
 
 
 def find(path: str | Path, *, val_fraction: float) -> Source:
-    """List the images at a path. Its layout is the first of these that fits:
+    """List the images at a path. Its layout is the first that fits:
 
-    - PATH/train/CLASS/** with PATH/val/CLASS/** or without; or, for ImageNet's class names, with the images of PATH/val
-      side by side and their classes in Kaggle's table or the development kit, at PATH or above;
-    - PATH/ILSVRC/Data/CLS-LOC/{train,val}, as Kaggle lays ImageNet out;
-    - PATH/ILSVRC2012_img_train.tar, with ILSVRC2012_img_val.tar and the development kit or without both;
+    - PATH/train/CLASS/**, with or without PATH/val/CLASS/**. If the classes are ImageNet's, the images of PATH/val may
+      lie side by side; Kaggle's table or the development kit, at PATH or above, then gives their classes.
+    - PATH/ILSVRC/Data/CLS-LOC/{train,val}, Kaggle's layout of ImageNet.
+    - PATH/ILSVRC2012_img_train.tar, with or without ILSVRC2012_img_val.tar (which needs the development kit).
     - PATH/CLASS/**.
 
-    Without validation images `val_fraction` of each class is held out. Nothing is written, and of archives only headers
-    are read. Raises ValueError naming the file or folder that is not as it should be.
+    Without validation images, `val_fraction` of each class is held out. Nothing is written, and only the headers of
+    archives are read. Raises UserError naming the file or folder that is wrong.
     """
     root = Path(path)
     if root.is_file():
@@ -42,12 +42,12 @@ def find(path: str | Path, *, val_fraction: float) -> Source:
 
 
 def is_imagenet(source: Source) -> bool:
-    """Whether the classes are those of ImageNet's thousand, so that labels are the published ones."""
+    """Whether the classes are ImageNet's 1000, so that labels equal the published ones."""
     return len(source.classes) == imagenet.CLASSES and imagenet.are_wnids(source.classes)
 
 
 def check_imagenet(source: Source) -> None:
-    """Raise ValueError unless `is_imagenet`."""
+    """Raise UserError unless `is_imagenet`."""
     if not is_imagenet(source):
         raise UserError(
             f"data.source is imagenet, but {source.root} has {len(source.classes)} classes (such as "

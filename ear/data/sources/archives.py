@@ -1,6 +1,6 @@
-"""ImageNet in its official archives, read in place: their headers say where in the archives the images lie.
+"""ImageNet in its official archives, read in place: headers give the offset of each image in its archive.
 
-Nothing is unpacked, so that no member's name can lead out of a folder; names that would are refused all the same.
+Nothing is unpacked, so no member can be written outside a folder; names that point outside are refused all the same.
 """
 
 import os
@@ -19,15 +19,15 @@ from ear.errors import UserError
 
 _BLOCK = 512  # bytes; headers and contents start at multiples of it
 _MOST_EXTRA = 1 << 20  # bytes of a pax header
-# Two blocks of zeros end an archive, and more of them fill its last record of 20 blocks: what `tar` writes by default,
-# and the official archives' form. Were larger records allowed, an archive whose end never arrived could pass for whole.
+# Two blocks of zeros end an archive, and more fill its last record of 20 blocks, which is the default of `tar` and the
+# form of the official archives. If larger records were allowed, a truncated archive could pass for complete.
 _MOST_ZEROS = (20 + 1) * _BLOCK  # bytes; the first of the two may end a record
 _REGULAR = (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE)
 _PAX = (tarfile.XHDTYPE, tarfile.XGLTYPE)
 
 
 class Member(NamedTuple):
-    """A regular file in an archive: its name, where its content starts and how long it is, in bytes."""
+    """A regular file in an archive: its name, the offset of its content and its length, in bytes."""
 
     name: str
     offset: int
@@ -37,19 +37,20 @@ class Member(NamedTuple):
 def find(root: Path, *, val_fraction: float) -> Source:
     """List the images of ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar in `root`.
 
-    The first holds a tar archive per class, WNID.tar; the second holds images, and the development kit or Kaggle's
-    table their classes (`imagenet.find_truth`). Without the second, `val_fraction` of each class is held out.
+    The first archive holds one tar archive per class, WNID.tar. The second holds images; the development kit or
+    Kaggle's table gives their classes (`imagenet.find_truth`). Without the second, `val_fraction` of each class is held
+    out.
 
-    Raises ValueError naming archive and byte or member: an archive is cut short or damaged, a member is a link or has a
-    name that leads out of a folder, a class has no images or is none of ImageNet's, or nothing says the classes of the
-    validation images.
+    Raises UserError naming archive and byte or member if an archive is truncated or damaged, a member is a link or has
+    a name that points outside, a class has no images or is not ImageNet's, or the classes of the validation images are
+    unknown.
     """
     train, val = root / imagenet.TRAIN_ARCHIVE, root / imagenet.VAL_ARCHIVE
     layout, truth = "ImageNet, official archives", imagenet.find_truth(root)
     if not val.exists():
         names = truth.names if truth else {}
         return Source(layout, root, hold_out(_training(train), val_fraction), names, has_val=False)
-    truth = imagenet.needed(truth, root, val)  # said before the long walk
+    truth = imagenet.needed(truth, root, val)  # checked before the long walk
     held_out = [
         Found("val", wnid, f"val/{wnid}/{name}", val.name, member.offset, member.bytes)
         for name, member in _images(members(val))
@@ -64,17 +65,17 @@ def find(root: Path, *, val_fraction: float) -> Source:
 
 
 def _training(archive: Path) -> list[Found]:
-    """The images of an archive of one archive per class."""
+    """The training images: the archive holds one archive per class."""
     classes = [member for member in members(archive) if member.name.endswith(".tar")]
     if not classes:
         raise UserError(f"{archive} has no archives of classes, such as n01440764.tar; download it again.")
-    with ThreadPoolExecutor(8) as pool:  # a network file system answers each of a million questions slowly
+    with ThreadPoolExecutor(8) as pool:  # a network file system takes long for a million reads
         parts = pool.map(lambda member: _class(archive, member), classes)
         return [image for part in track(parts, "listing", len(classes), unit="class") for image in part]
 
 
 def _class(archive: Path, whole: Member) -> list[Found]:
-    """The images of the archive of one class inside the training archive."""
+    """The images of one class, whose archive lies inside the training archive."""
     wnid = PurePosixPath(whole.name).stem
     if not imagenet.are_wnids([wnid]):
         raise UserError(f"{archive}: {whole.name!r} is not named by a WordNet id, such as n01440764.tar; remove it.")
@@ -88,16 +89,16 @@ def _class(archive: Path, whole: Member) -> list[Found]:
 
 
 def _images(found: Iterable[Member]) -> list[tuple[str, Member]]:
-    """The members that are images, by their names without folders."""
+    """The members that are images, with their file names."""
     named = [(PurePosixPath(member.name).name, member) for member in found]
     return [(name, member) for name, member in named if is_image(name)]
 
 
 def members(archive: Path, *, inside: Member | None = None) -> Iterator[Member]:
-    """Yield the regular files of an uncompressed tar archive, or of one that is a member of it, reading headers alone.
+    """Yield the regular files of an uncompressed tar archive, or of one that is a member of it; only headers are read.
 
-    Offsets are from the start of the outer archive. Raises ValueError naming the archive and the byte where it is cut
-    short or damaged, and the member that is no regular file or folder, or whose name is absolute or has `..`.
+    Offsets count from the start of the outer archive. Raises UserError naming the archive and the byte at which it is
+    truncated or damaged, or the member that is not a regular file or folder or whose name is absolute or has `..`.
     """
     title = f"{archive}: {inside.name}" if inside else f"{archive}"
     with archive.open("rb", buffering=0) as file:
@@ -125,7 +126,7 @@ def members(archive: Path, *, inside: Member | None = None) -> Iterator[Member]:
 
 
 def _header(block: bytes, title: str, position: int) -> tarfile.TarInfo:
-    """A checked header. The library's own reader of archives can be led astray by sizes below zero."""
+    """Parse and check a header; tarfile itself accepts negative sizes."""
     try:
         header = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
     except tarfile.HeaderError as error:
@@ -141,7 +142,7 @@ def _header(block: bytes, title: str, position: int) -> tarfile.TarInfo:
 
 
 def _check_end(rest: bytes, title: str, position: int, end: int) -> None:
-    """Zeros end an archive, but they are also what a download has claimed on the disk and not yet filled."""
+    """Check that zeros are the end mark: a download may have reserved disk space that it never filled."""
     if end - position < 2 * _BLOCK:
         raise UserError(f"{title} is cut short: it ends at byte {end} inside its end mark; download it again.")
     if any(rest) or end - position > _MOST_ZEROS:
@@ -152,7 +153,7 @@ def _check_end(rest: bytes, title: str, position: int, end: int) -> None:
 
 
 def _check_extra(records: bytes, title: str, position: int) -> None:
-    """A pax header may hold times, but no name or size that would replace the next header's."""
+    """Refuse a pax header that sets the next member's name or size; times are fine."""
     if found := re.search(rb"(?:^|\n)\d+ (path|size|GNU\.sparse[^=]*)=", records):
         raise UserError(
             f"{title}: the pax header at byte {position} sets {found[1].decode()!r}, which ImageNet's do "

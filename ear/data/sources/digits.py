@@ -11,8 +11,8 @@ from ear.data.sources.listing import held_out
 def write_digits(folder: str | Path, *, val_fraction: float) -> None:
     """Write the 1797 digits as folder/{train,val}/{0..9}/NNNN.png.
 
-    8 x 8 pixels of 8-bit grey; the source's 0..16 become 0..255, rounded. NNNN is the digit's place in the source.
-    Of each class `val_fraction` is held out.
+    8 x 8 pixels of 8-bit grey; scikit-learn's values 0..16 become 0..255, rounded. NNNN is the index in scikit-learn's
+    set. `val_fraction` of each class is held out.
     """
     from sklearn.datasets import load_digits
 

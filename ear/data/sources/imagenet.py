@@ -1,7 +1,7 @@
-"""What is known of ImageNet (ILSVRC 2012): its files, its counts, and which class each validation image has.
+"""Facts about ImageNet (ILSVRC 2012): its files, its counts, and the class of each validation image.
 
-Classes are named by WordNet ids ("wnids", such as n01440764); label k is the k-th of the 1000 in sorted order. The
-validation images come without class folders: the development kit says their classes, or the table that Kaggle adds.
+Classes are named by WordNet ids ("wnids", such as n01440764); label k is the k-th of the 1000 in sorted order.
+Validation images have no class folders: the development kit or Kaggle's table gives their classes.
 """
 
 import csv
@@ -20,12 +20,12 @@ TRAIN_ARCHIVE, VAL_ARCHIVE = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar
 KAGGLE = "ILSVRC/Data/CLS-LOC"
 _KIT, _TABLE, _NAMES = "ILSVRC2012_devkit_t12", "LOC_val_solution.csv", "LOC_synset_mapping.txt"
 _KIT_FILES = ("meta.mat", "ILSVRC2012_validation_ground_truth.txt")
-_MOST_BYTES = 1 << 26  # of a file of the kit; the real ones have under 1 MB
+_MOST_BYTES = 1 << 26  # of a file of the kit; the real ones have less than 1 MB
 
 
 @dataclass(frozen=True)
 class Truth:
-    """What accompanies the images: wnids by validation image (its file name without ending), human names by wnid."""
+    """Classes of the validation images (file name without suffix => wnid), and human-readable names (wnid => name)."""
 
     origin: Path
     wnids: Mapping[str, str]
@@ -38,10 +38,10 @@ def are_wnids(names: Iterable[str]) -> bool:
 
 
 def find_truth(root: Path) -> Truth | None:
-    """The truth that lies in `root` or in one of the three folders above it; None where there is none.
+    """The truth found in `root` or one of the three folders above it, or None.
 
-    It is Kaggle's LOC_val_solution.csv (names from LOC_synset_mapping.txt), or the development kit, packed or unpacked.
-    Raises ValueError where one is there but not readable.
+    It is Kaggle's LOC_val_solution.csv (with names from LOC_synset_mapping.txt) or the development kit, packed or
+    unpacked. Raises UserError if one exists but cannot be read.
     """
     for place in [root, *root.absolute().parents[:3]]:
         if (place / _TABLE).is_file():
@@ -53,7 +53,7 @@ def find_truth(root: Path) -> Truth | None:
 
 
 def needed(truth: Truth | None, root: Path, images: Path) -> Truth:
-    """The truth that was found for `root`; raises ValueError where there is none for its validation `images`."""
+    """Return the truth found for `root`; raises UserError if there is none for the validation `images`."""
     if truth is None:
         raise UserError(
             f"{images} has validation images without class folders, and nothing says their classes; put {_KIT}.tar.gz "
@@ -63,7 +63,7 @@ def needed(truth: Truth | None, root: Path, images: Path) -> Truth:
 
 
 def class_of(image: str, truth: Truth) -> str:
-    """The wnid of a validation image, by its file name. Raises ValueError where the truth does not know it."""
+    """The wnid of a validation image, by its file name. Raises UserError if the truth does not have it."""
     wnid = truth.wnids.get(PurePosixPath(image).stem)
     if wnid is None:
         raise UserError(f"{truth.origin} does not say the class of validation image {image}; remove one or the other.")
@@ -71,7 +71,7 @@ def class_of(image: str, truth: Truth) -> str:
 
 
 def _read_table(path: Path) -> dict[str, str]:
-    """Lines of ImageId, PredictionString: the second is a wnid and a box, once or several times."""
+    """Read lines of ImageId, PredictionString; the latter is a wnid and a box, once or several times."""
     with path.open(newline="") as file:
         lines = csv.DictReader(file)
         if lines.fieldnames != ["ImageId", "PredictionString"]:
@@ -84,15 +84,15 @@ def _read_table(path: Path) -> dict[str, str]:
 
 
 def _read_names(path: Path) -> dict[str, str]:
-    """Lines of a wnid, a space and names; nothing where there is no such file."""
+    """Read lines of a wnid, a space and names; empty if the file does not exist."""
     lines = path.read_text().splitlines() if path.is_file() else []
     return {wnid: names for wnid, _, names in (line.partition(" ") for line in lines)}
 
 
 def _read_kit(path: Path) -> Truth:
-    """The development kit, from its archive or its unpacked folder `data`.
+    """Read the development kit, from its archive or its unpacked folder `data`.
 
-    meta.mat has `synsets`, a structure array with an entry per class: ILSVRC2012_ID, WNID, words and more. Line k of
+    meta.mat has `synsets`, a structure array with one entry per class: ILSVRC2012_ID, WNID, words and more. Line k of
     the ground truth is the ILSVRC2012_ID of validation image k, counted from 1.
     """
     from scipy.io import loadmat
@@ -103,7 +103,7 @@ def _read_kit(path: Path) -> Truth:
         wnids = {int(entry["ILSVRC2012_ID"]): str(entry["WNID"]) for entry in synsets}
         names = {str(entry["WNID"]): str(entry["words"]) for entry in synsets}
         truth = [wnids[int(line)] for line in files[_KIT_FILES[1]].split()]
-    except Exception as error:  # damaged bytes lead the reader of mat files to any of a dozen kinds of error
+    except Exception as error:  # damaged bytes make the reader of mat files raise errors of many kinds
         raise UserError(f"{path} is not a readable development kit ({error!r}); download it again.") from error
     return Truth(path, {f"ILSVRC2012_val_{k:08d}": wnid for k, wnid in enumerate(truth, 1)}, names)
 
@@ -113,7 +113,7 @@ def _unpacked(folder: Path) -> dict[str, bytes]:
 
 
 def _packed(path: Path) -> dict[str, bytes]:
-    """The two files that count, by name."""
+    """The contents of the two files needed, by name."""
     found = {}
     try:
         with tarfile.open(path, "r:gz") as archive:
@@ -122,7 +122,9 @@ def _packed(path: Path) -> dict[str, bytes]:
                 if member.isreg() and name in _KIT_FILES:
                     if member.size > _MOST_BYTES:
                         raise UserError(f"{path}: {member.name} has {member.size} bytes, more than any real one.")
-                    found[name] = archive.extractfile(member).read()
+                    content = archive.extractfile(member)
+                    assert content is not None  # a regular file
+                    found[name] = content.read()
     except (tarfile.TarError, EOFError, zlib.error, OSError) as error:
         raise UserError(f"{path} is damaged ({error}); download it again.") from error
     if missing := [name for name in _KIT_FILES if name not in found]:

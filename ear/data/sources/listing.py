@@ -1,6 +1,6 @@
-"""What all layouts of raw images share: which files are images, in which order they are listed, what is held out.
+"""What all layouts of raw images share: which files are images, their order, and which are held out.
 
-All choices are functions of names alone, never of the file system's order or of a random state.
+All choices are functions of names only, never of the order of the file system or of a random state.
 """
 
 import hashlib
@@ -18,13 +18,13 @@ EXTENSIONS = (".jpeg", ".jpg", ".png", ".webp", ".bmp")
 
 @dataclass(frozen=True)
 class Source:
-    """The images that a path holds."""
+    """The images found at a path."""
 
-    layout: str  # in words
-    root: Path  # where the files of the images start
+    layout: str  # its name, for people
+    root: Path  # folder of the image files
     images: list[Found]  # training images first, then by class and path
-    names: Mapping[str, str] = field(default_factory=dict)  # human names of classes, where the source has them
-    has_val: bool = True  # validation images of its own; otherwise they were held out of the training images
+    names: Mapping[str, str] = field(default_factory=dict)  # wnid => human-readable name, if the source has them
+    has_val: bool = True  # whether it has validation images; otherwise training images are held out
 
     @property
     def classes(self) -> list[str]:
@@ -33,12 +33,12 @@ class Source:
 
 
 def is_image(name: str) -> bool:
-    """Whether a file's name says that it is an image; a dot in front hides it."""
+    """Whether a file name has the suffix of an image; names that start with a dot do not count."""
     return name.lower().endswith(EXTENSIONS) and not name.startswith(".")
 
 
 def in_order(images: Iterable[Found]) -> list[Found]:
-    """Training images first, then by class and path. Raises ValueError where two images have one path."""
+    """Sort: training images first, then by class and path. Raises UserError if two images have the same path."""
     ordered = sorted(images, key=lambda image: (image.split, image.class_name, image.path))
     for before, after in itertools.pairwise(ordered):
         if before.path == after.path:
@@ -47,9 +47,9 @@ def in_order(images: Iterable[Found]) -> list[Found]:
 
 
 def hold_out(images: Iterable[Found], fraction: float) -> list[Found]:
-    """Turn a share of the training images of every class into held-out ones: see `held_out`.
+    """Move a share of the training images of every class to the val split: see `held_out`.
 
-    Raises ValueError where nothing can be held out.
+    Raises UserError if nothing can be held out.
     """
     by_class: dict[str, list[Found]] = {}
     for image in images:
@@ -62,6 +62,6 @@ def hold_out(images: Iterable[Found], fraction: float) -> list[Found]:
 
 
 def held_out(paths: list[str], fraction: float) -> set[str]:
-    """The images of one class to hold out: at least one, but never the last; those with the least digests."""
+    """The images of one class to hold out: those with the smallest digests; at least one, but never all."""
     count = min(max(1, round(fraction * len(paths))), len(paths) - 1)
     return set(sorted(paths, key=lambda path: hashlib.sha256(os.fsencode(path)).digest())[:count])

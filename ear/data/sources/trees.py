@@ -1,4 +1,4 @@
-"""Images in class folders: a user's own tree, or ImageNet unpacked, its validation images in folders or side by side.
+"""Images in class folders: a user's own tree, or ImageNet unpacked, whose validation images may lie side by side.
 
 No image is opened or stat'ed.
 """
@@ -15,13 +15,13 @@ from ear.errors import UserError
 def find(root: Path, *, val_fraction: float) -> Source:
     """List the images of a tree.
 
-    The tree is root/train/CLASS/** with root/val/CLASS/** or without, or root/CLASS/** alone: a folder named train
-    always means the first. Where the classes of train are ImageNet's, the images of root/val may lie side by side.
-    Images are files named as `EXTENSIONS` in any case; other files and whatever starts with a dot are passed over;
-    links to folders are followed. Without val, `val_fraction` of each class is held out.
+    The tree is root/train/CLASS/**, with or without root/val/CLASS/**, or root/CLASS/**; a folder named train always
+    means the first form. If the classes of train are ImageNet's, the images of root/val may lie side by side. Images
+    are files with a suffix of `EXTENSIONS` in any case; other files and names that start with a dot are ignored; links
+    to folders are followed. Without val, `val_fraction` of each class is held out.
 
-    Raises ValueError naming the folder: it has no class folders, images outside of them or a class folder without
-    images; val has a class that train lacks, or images whose classes nothing says; nothing could be held out.
+    Raises UserError naming the folder if it has no class folders, images outside of them, or a class folder without
+    images; if val has a class that train lacks or images of unknown class; or if nothing can be held out.
     """
     _check_names(root)
     train, val = root / "train", root / "val"
@@ -42,7 +42,7 @@ def find(root: Path, *, val_fraction: float) -> Source:
 
 
 def _check_names(root: Path) -> None:
-    """Folders that mean what train and val mean, but are not seen here, must not be taken for classes or missed."""
+    """Refuse folders such as `valid`, which would be taken for a class or ignored."""
     has = [name for name in ("train", "val", "valid", "validation") if (root / name).is_dir()]
     if has and has[0] != "train":
         raise UserError(f"{root} has {has[0]} but no train; name the folder of training images train.")
@@ -51,7 +51,7 @@ def _check_names(root: Path) -> None:
 
 
 def _side_by_side(root: Path, truth: imagenet.Truth | None) -> list[Found]:
-    """ImageNet's validation images without class folders; nothing where there are class folders."""
+    """ImageNet's validation images without class folders; empty if there are class folders."""
     folders, images = _entries(root / "val")
     if folders or not images:
         return []
@@ -61,7 +61,7 @@ def _side_by_side(root: Path, truth: imagenet.Truth | None) -> list[Found]:
 
 
 def _classes(root: Path, prefix: str, split: str) -> list[Found]:
-    """The images of all class folders, in order; `prefix` is the split's folder or nothing."""
+    """The images of all class folders, in order; `prefix` is the split's folder, such as `train/`, or ''."""
     folder = root / prefix
     names, loose = _entries(folder)
     if loose:
@@ -83,7 +83,7 @@ def _classes(root: Path, prefix: str, split: str) -> list[Found]:
 
 
 def _entries(folder: Path) -> tuple[list[str], list[str]]:
-    """Sorted names of the folders and of the images in one folder."""
+    """Sorted names of the subfolders and of the images in one folder."""
     folders, images = [], []
     with os.scandir(folder) as entries:
         for entry in entries:
@@ -97,7 +97,7 @@ def _entries(folder: Path) -> tuple[list[str], list[str]]:
 
 
 def _walk(root: Path, relative: str, above: frozenset = frozenset()) -> list[str]:
-    """Paths, relative to `root`, of all images under one folder; `above` identifies the folders it lies in."""
+    """Paths, relative to `root`, of all images below one folder; `above` identifies the folders that contain it."""
     folder = root / relative
     status = folder.stat()
     identity = (status.st_dev, status.st_ino)
