@@ -6,7 +6,7 @@ export DVC_NO_ANALYTICS := 1
 export DO_NOT_TRACK := 1
 # Tests run in parallel, one per core; each worker computes on one thread.
 WORKERS ?= auto
-TEST := OMP_NUM_THREADS=1 python -m pytest -q --numprocesses $(WORKERS) --dist worksteal
+TEST := OMP_NUM_THREADS=1 python -m pytest -q --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 .PHONY: help demo test test-slow test-gpu coverage lint format setup clean
 .DEFAULT_GOAL := help
@@ -46,7 +46,7 @@ $(BIN)/.ready: pyproject.toml requirements.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "ear needs Python 3.11 or newer; set PYTHON=python3.11")'
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv==0.13.9
-	$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint requirements.txt --editable '.[dev]'
+	$(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python --constraint requirements.txt --editable '.[dev]'
 	touch $@
 
 clean:  ## delete scratch of unfinished stages and local Prefect state, never results

@@ -12,6 +12,12 @@ from perceptual_files import generated_files
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Start the longest files first, so that parallel workers end together (`make test` gives each worker a file)."""
+    longest = ["test_pipeline.py", "test_flows.py", "test_tokenizer_stages.py", "test_training_stages.py"]
+    items.sort(key=lambda item: longest.index(item.path.name) if item.path.name in longest else len(longest))
+
+
 @pytest.fixture
 def one_thread():
     """Small networks run several times faster on one thread of a busy machine."""

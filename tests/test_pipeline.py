@@ -173,6 +173,25 @@ def test_a_parameter_reruns_the_stages_that_read_it(finished, key, value, stages
         (finished / "params.yaml").write_text(before)
 
 
+@pytest.mark.parametrize(
+    ("path", "stages"),
+    [
+        ("ear/display/progress.py", set()),
+        ("ear/config/sections.py", set()),
+        ("ear/commands/describe.py", set()),
+        ("ear/scores/energy.py", {"train", "finetune", "sample"}),
+        ("ear/evaluation/metrics.py", {"reference", "evaluate"}),
+    ],
+)
+def test_an_edit_of_code_reruns_the_stages_that_use_its_package(finished, path, stages):
+    before = (finished / path).read_text()
+    (finished / path).write_text(before + "\n# an edit\n")
+    try:
+        assert stale(finished) == stages
+    finally:
+        (finished / path).write_text(before)
+
+
 def test_a_changed_guidance_reruns_sampling_and_evaluation(repository):
     change(repository, {"sample.guidance": 3.0})
     shown = run("dvc", "repro", cwd=repository)
@@ -212,7 +231,7 @@ def test_a_killed_training_goes_on_to_the_same_bytes(repository, stage):
     assert not (repository / folder).exists()
     assert checkpoint.newest(next(scratch.iterdir())) is not None
     resumed = run(sys.executable, "-m", f"stages.{stage}", cwd=repository)
-    assert "continuing after" in resumed
+    assert "resuming after" in resumed
     assert {path.name: sha256(path) for path in (repository / folder).iterdir()} == whole
 
 

@@ -253,7 +253,7 @@ def test_weights_that_run_code_are_refused(tmp_path, capsys):
 def test_weights_of_another_network_are_refused(tmp_path):
     path, description = tmp_path / "weights.pth", tmp_path / "extractor.safetensors"
     torch.save([torch.zeros(1)], path)
-    with pytest.raises(ValueError, match=r"weights\.pth is a list, not a dict of tensors by name"):
+    with pytest.raises(ValueError, match=r"weights\.pth is a list, but must be a dict of tensors by name"):
         save_inception(description, weights=str(path))
     torch.save({"fc.weight": torch.zeros(1008, 2048)}, path)
     save_inception(description, weights=str(path))

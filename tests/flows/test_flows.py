@@ -340,6 +340,24 @@ def test_stopping_leaves_no_process_behind(deaf):
     wait_for(lambda: gone(pids), 30)
 
 
+def test_a_stopped_command_gets_time_to_save(tmp_path):
+    """It saves for a second after SIGINT, well within the grace period, and is not killed meanwhile."""
+    saved = tmp_path / "saved"
+    program = (
+        "import pathlib, sys, time\n"
+        "print('ready', flush=True)\n"
+        "try:\n    time.sleep(600)\n"
+        f"except KeyboardInterrupt:\n    time.sleep(1)\n    pathlib.Path({str(saved)!r}).write_text('all')\n"
+    )
+
+    def stop(text: str) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        command.stream([sys.executable, "-c", program], line=stop, grace=20)
+    assert saved.read_text() == "all"
+
+
 # --- the pipeline
 
 

@@ -172,7 +172,9 @@ def test_truncated_and_damaged_shards_are_named(folder):
     path = folder / "train-00002-of-00004.h5"
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(ValueError, match=rf"00002-of-00004\.h5 has {len(whole) // 2} bytes, not {len(whole)}; run"):
+    with pytest.raises(
+        ValueError, match=rf"00002-of-00004\.h5 has {len(whole) // 2} bytes, but must have {len(whole)}; run"
+    ):
         LatentStore(folder, "train")
     path.write_bytes(b"no HDF5".ljust(len(whole)))
     with pytest.raises(ValueError, match=r"00002-of-00004\.h5 is not a readable HDF5 file of latents"):
@@ -182,7 +184,7 @@ def test_truncated_and_damaged_shards_are_named(folder):
 @pytest.mark.parametrize(
     ("moments", "labels", "attributes", "message"),
     [
-        (ALL[:5], LABELS[:5], {"tokenizer": "cd" * 32}, "has tokenizer 'cdcd.*', but stats.json belongs to 'abab"),
+        (ALL[:5], LABELS[:5], {"tokenizer": "cd" * 32}, "has tokenizer 'cdcd.*', but stats.json has 'abab"),
         (ALL[:5], LABELS[:5], {"format": "ear-latents-9"}, "has format 'ear-latents-9'"),
         (ALL[:5].astype(np.float32), LABELS[:5], {}, "holds moments float32"),
         (
@@ -207,5 +209,5 @@ def test_foreign_shards_are_named(folder, moments, labels, attributes, message):
 
 def test_another_format_of_the_whole_folder_is_refused(folder):
     write_json(folder / "stats.json", read_json(folder / "stats.json") | {"format": "ear-latents-9"})
-    with pytest.raises(ValueError, match=r"stats\.json has format 'ear-latents-9', not 'ear-latents-1'"):
+    with pytest.raises(ValueError, match=r"stats\.json has format 'ear-latents-9', but must have 'ear-latents-1'"):
         LatentStore(folder, "train")

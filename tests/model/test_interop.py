@@ -91,7 +91,7 @@ def test_files_that_are_no_checkpoint_are_refused(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("averaged", "message"),
     [
-        (None, r"the entry 'model_ema' of .*file\.pth is a NoneType, not a dict of tensors by name"),
+        (None, r"the entry 'model_ema' of .*file\.pth is a NoneType, but must be a dict of tensors by name"),
         ({"class_emb.weight": [1.0]}, r"maps 'class_emb\.weight' to a list, but must map names"),
         ({"class_emb.weight": torch.zeros(3)}, r"lacks class_embedding\.weight \(our name\), or its dimension 1"),
     ],

@@ -72,7 +72,7 @@ def test_guidance_schedules():
 
 
 def test_unknown_schedule_is_refused():
-    with pytest.raises(ValueError, match=r"^schedule is 'cosine'; it must be 'linear' or 'constant'\.$"):
+    with pytest.raises(ValueError, match=r"^schedule is 'cosine', but must be 'linear' or 'constant'\.$"):
         draw(tiny_model(), schedule="cosine")
 
 

@@ -132,7 +132,7 @@ def without(name):
         ),
         (lambda w: w | {"quant_conv.bias": None}, r"'model' of .*last\.ckpt maps 'quant_conv\.bias' to a NoneType"),
         (lambda w: w | {7: torch.zeros(1)}, r"'model' of .*last\.ckpt maps 7 to a Tensor"),
-        (lambda w: None, r"the entry 'model' of .*last\.ckpt is a NoneType, not a dict of tensors"),
+        (lambda w: None, r"the entry 'model' of .*last\.ckpt is a NoneType, but must be a dict of tensors"),
     ],
 )
 def test_tensors_that_do_not_fit_are_named(tmp_path, change, message):

@@ -82,6 +82,19 @@ def test_stopped_and_resumed_ends_in_the_same_state(tmp_path):
 def test_accumulation_equals_one_pass(tmp_path):
     one, two = fit(trainer(micro=8), tmp_path / "a"), fit(trainer(micro=4), tmp_path / "b")
     torch.testing.assert_close(one.module.weight, two.module.weight, atol=1e-5, rtol=1e-5)
+    # AdamW hides a wrong scale of the gradients; their norm, which clipping acts on, does not.
+    norms = [[row["gradient_norm"] for row in t.history.training] for t in (one, two)]
+    assert norms[0] == pytest.approx(norms[1], rel=1e-4)
+
+
+def test_each_step_takes_the_rate_of_the_images_seen_before_it(tmp_path):
+    rate = schedule("cosine", total_images=400, warmup_images=80)
+    t, taken = trainer(rate=rate), []
+    step = t.optimizer.step
+    t.optimizer.step = lambda: (taken.append(t.optimizer.param_groups[0]["lr"]), step())
+    fit(t, tmp_path)
+    assert taken == pytest.approx([0.05 * rate(images) for images in range(0, 400, 8)])
+    assert t.history.training[-1]["rate"] == pytest.approx(0.05 * rate(392))
 
 
 def test_damaged_newest_checkpoint_falls_back(tmp_path, capsys):
@@ -204,7 +217,7 @@ def test_processes_that_cannot_share_a_global_batch_are_told_the_remedy():
     check_shares(64, 16, 4)
     with pytest.raises(ValueError, match="make global_batch_size a multiple of 3"):
         check_shares(64, 16, 3)
-    with pytest.raises(ValueError, match=r"does not divide 32, the share of each of 2 .* set it to 16 or"):
+    with pytest.raises(ValueError, match=r"but must divide 32, the part of each of 2 .* set it to 16 or"):
         check_shares(64, 24, 2)
     with pytest.raises(ValueError, match="set it to 32 or another divisor of 32"):
         check_shares(64, 64, 2)
