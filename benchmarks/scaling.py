@@ -30,7 +30,7 @@ from ear.commands.describe import IMAGENET, duration, operations, size
 from ear.config import Parameters
 from ear.config.compose import compose
 from ear.data import preparation
-from ear.data.manifest import Found, read_manifest, write_manifest
+from ear.data.manifest import ListedImage, read_manifest, write_manifest
 from ear.errors import UserError
 from ear.evaluation import metrics
 from ear.evaluation.extractors import INCEPTION, Extractor
@@ -154,7 +154,7 @@ def manifest_row_bytes() -> float:
     """Memory per listed image in a stage that has read the manifest."""
     with tempfile.TemporaryDirectory() as folder:
         paths = [f"train/n{k % 1000:08d}/n{k % 1000:08d}_{k}.JPEG" for k in range(_LISTED)]
-        found = [Found("train", path.split("/")[1], path, path, bytes=110_000) for path in paths]
+        found = [ListedImage("train", path.split("/")[1], path, path, bytes=110_000) for path in paths]
         write_manifest(folder, found, tree="", root="", names={}, upright=False)
         tracemalloc.start()
         manifest = read_manifest(folder)

@@ -12,10 +12,20 @@ from perceptual_files import generated_files
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+# `make test` gives each worker one file after the other, in this order.
+_FIRST = ["test_pipeline.py", "test_flows.py", "test_tokenizer_stages.py", "test_training_stages.py"]  # the longest
+# Backward passes on tensors without data start threads of autograd, after which a process cannot fork and train.
+_LAST = ["test_costs.py", "test_describe.py", "test_scaling.py", "test_folder64.py"]
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Start the longest files first, so that parallel workers end together (`make test` gives each worker a file)."""
-    longest = ["test_pipeline.py", "test_flows.py", "test_tokenizer_stages.py", "test_training_stages.py"]
-    items.sort(key=lambda item: longest.index(item.path.name) if item.path.name in longest else len(longest))
+    """Put the longest files first, so that workers end together, and those that forbid forking last."""
+
+    def place(item: pytest.Item) -> tuple[int, int]:
+        name = item.path.name
+        return (0, _FIRST.index(name)) if name in _FIRST else (2 if name in _LAST else 1, 0)
+
+    items.sort(key=place)
 
 
 @pytest.fixture

@@ -60,9 +60,9 @@ def _memory(costs: Costs, parameters: config.Parameters) -> Section:
     """Memory of one training process."""
     train = parameters.train
     rows = {name: size(count) for name, count in costs.memory.items()}
-    every = sum(costs.memory.values())
-    rows["all"] = size(every)
-    rows["all, with checkpointing"] = size(every - costs.memory["activations"] + costs.checkpointed_activations)
+    total = sum(costs.memory.values())
+    rows["all"] = size(total)
+    rows["all, with checkpointing"] = size(total - costs.memory["activations"] + costs.checkpointed_activations)
     return f"memory of a training process ({train.precision}, {train.micro_batch_size} images at once)", rows
 
 

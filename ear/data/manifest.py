@@ -26,7 +26,7 @@ _COLUMNS = ["split", "label", "class", "path", "bytes", "file", "offset"]
 _SURROGATES: dict[str, Any] = {"encoding": "utf-8", "errors": "surrogateescape"}  # file names need not be UTF-8
 
 
-class Found(NamedTuple):
+class ListedImage(NamedTuple):
     """One image of a source, before classes are numbered."""
 
     split: str  # train or val
@@ -38,7 +38,7 @@ class Found(NamedTuple):
 
 
 class Row(NamedTuple):
-    """One image of a manifest: `Found` with its class number, and always with a size."""
+    """One image of a manifest: `ListedImage` with its class number, and always with a size."""
 
     split: str
     label: int
@@ -72,7 +72,7 @@ class Contents(contextlib.ExitStack):
         self._root = Path(root)
         self._archives: dict[str, FileIO] = {}
 
-    def read(self, image: Found | Row) -> bytes:
+    def read(self, image: ListedImage | Row) -> bytes:
         """All bytes of a file or archive member; fewer than listed if the archive was truncated since.
 
         Raises OSError; UserError for an image of more than 1 GiB, before reading it.
@@ -95,7 +95,7 @@ def _check_size(count: int) -> None:
 
 def write_manifest(
     folder: str | Path,
-    found: Sequence[Found],
+    found: Sequence[ListedImage],
     *,
     tree: str | Path,  # folder of the files now
     root: str | Path,  # their folder when the manifest is read; relative to the repository's root

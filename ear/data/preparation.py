@@ -79,15 +79,15 @@ def prepare(
     _check_source(manifest)
     shards = {split: plan(manifest, split, layout) for split in ("train", "val")}
     with whole_folder(target) as folder:  # first, so that an unwritable target fails at once
-        every = [shard for part in shards.values() for shard in part]
-        _tidy(scratch, every)
-        summaries = write_shards(every, scratch, workers, cluster)
+        all_shards = [shard for part in shards.values() for shard in part]
+        _tidy(scratch, all_shards)
+        summaries = write_shards(all_shards, scratch, workers, cluster)
         rejected = sorted(tuple(entry) for summary in summaries.values() for entry in summary["rejected"])
         if len(rejected) > max_rejected:
             _write_rejected(rejected_list, rejected)
             raise UserError(_complaint(rejected, max_rejected, rejected_list))
         _check_classes(manifest, {path for path, _ in rejected})
-        for shard in every:
+        for shard in all_shards:
             link(scratch / shard.name, folder / shard.name)
         _write_rejected(folder / "rejected.csv", rejected)
         write_json(folder / "classes.json", {"classes": manifest.classes, "names": manifest.names})
@@ -157,9 +157,9 @@ def write_shard(shard: Shard, folder: Path) -> dict:
     Keeps a file that an earlier run finished, if it is complete, of the same shard, and its rejected images are still
     unreadable.
     """
-    path, note = folder / shard.name, folder / f"{shard.name}.json"
-    if path.is_file() and note.is_file():
-        summary = read_json(note)
+    path, summary_path = folder / shard.name, folder / f"{shard.name}.json"
+    if path.is_file() and summary_path.is_file():
+        summary = read_json(summary_path)
         if _is_good(summary, shard, path):
             return summary
     rows, rejected = list(shard.images), []
@@ -167,13 +167,13 @@ def write_shard(shard: Shard, folder: Path) -> dict:
         # The start of the file depends on the number of images, so a shard with unreadable images is written again
         # without them. This keeps one image in memory: allocating a shard costs more than writing it.
         while True:
-            digest, found = _write(partial, rows, shard)
-            if not found:
+            digest, unreadable = _write(partial, rows, shard)
+            if not unreadable:
                 break
-            rejected += found
-            rows = [row for row in rows if row.path not in {name for name, _ in found}]
+            rejected += unreadable
+            rows = [row for row in rows if row.path not in {name for name, _ in unreadable}]
     summary = {"shard": shard.digest(), "rows": len(rows), "sha256": digest, "rejected": rejected}
-    write_json(note, summary)
+    write_json(summary_path, summary)
     return summary
 
 
@@ -209,11 +209,11 @@ def images(rows: Sequence[Row], shard: Shard, rejected: list[list[str]]) -> Iter
     """Yield uint8 [S, S, 3] for each readable row; append [path, reason] of the others to `rejected`."""
     with Contents(shard.root) as contents:
         for row in rows:
-            found = _read(row, contents, shard)
-            if isinstance(found, str):
-                rejected.append([row.path, found])
+            outcome = _read(row, contents, shard)
+            if isinstance(outcome, str):
+                rejected.append([row.path, outcome])
             else:
-                yield found
+                yield outcome
 
 
 def _read(row: Row, contents: Contents, shard: Shard) -> np.ndarray | str:

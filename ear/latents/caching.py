@@ -189,9 +189,9 @@ def write_shard(name: str, images: PreparedImages, rows: range, encoder: Encoder
 
     Keeps a shard that an earlier run finished, if its digest is right.
     """
-    path, note = folder / name, folder / f"{name}.json"
-    if path.is_file() and note.is_file():
-        entry = read_json(note)
+    path, entry_path = folder / name, folder / f"{name}.json"
+    if path.is_file() and entry_path.is_file():
+        entry = read_json(entry_path)
         if entry["sha256"] == sha256(path):
             return entry
     moments = np.concatenate(list(_encoded(name, images, rows, encoder)))
@@ -204,7 +204,7 @@ def write_shard(name: str, images: PreparedImages, rows: range, encoder: Encoder
         "sha256": sha256(path),
         "sums": _plain_sums(moments, encoder.batch_size).tolist(),
     }
-    write_json(note, entry)
+    write_json(entry_path, entry)
     return entry
 
 

@@ -13,7 +13,7 @@ from PIL import Image
 from ear.commands import inspect
 from ear.config.compose import compose, presets
 from ear.data import sources
-from ear.data.manifest import Found
+from ear.data.manifest import ListedImage
 
 ROOT = Path(__file__).parents[2]
 
@@ -88,7 +88,7 @@ def test_a_sample_is_small_and_its_seed_decides(tmp_path):
 def test_the_preset_that_fits_is_named(tmp_path):
     assert inspect.fitting(*found(folders(tmp_path / "large", 64))) == ("folder64",)
     assert inspect.fitting(*found(folders(tmp_path / "tiny", 8))) == ("digits",)
-    thousand = [Found("train", f"n{k:08d}", f"{k}", f"{k}") for k in range(1000)]
+    thousand = [ListedImage("train", f"n{k:08d}", f"{k}", f"{k}") for k in range(1000)]
     whole = sources.Source("", tmp_path, thousand)
     fitting = inspect.fitting(whole, inspect.Sampled([], [], []))
     assert fitting == ("imagenet256_base", "imagenet256_large", "imagenet256_huge")
@@ -106,7 +106,7 @@ def test_the_command_that_it_names_works(tmp_path, side):
 
 
 def test_the_command_for_imagenet_names_what_its_user_brings(tmp_path):
-    thousand = [Found("train", f"n{k:08d}", f"{k}", f"{k}") for k in range(1000)]
+    thousand = [ListedImage("train", f"n{k:08d}", f"{k}", f"{k}") for k in range(1000)]
     text = inspect.describe("PATH", sources.Source("", tmp_path, thousand), inspect.Sampled([], [], []))
     command = text.splitlines()[-1].split(maxsplit=1)[1]
     p = compose(command.split()[2:])

@@ -89,7 +89,9 @@ def test_only_a_whole_imagenet_is_imagenet(tmp_path, packed):
     ):
         sources.check_imagenet(find(packed))
     thousand = [
-        manifest.Found("train", f"{prefix}{k:08d}", f"{k}.jpg", f"{k}.jpg") for prefix in "nx" for k in range(1000)
+        manifest.ListedImage("train", f"{prefix}{k:08d}", f"{k}.jpg", f"{k}.jpg")
+        for prefix in "nx"
+        for k in range(1000)
     ]
     sources.check_imagenet(sources.Source("", tmp_path, thousand[:1000]))
     with pytest.raises(ValueError, match="has 1000 classes"):

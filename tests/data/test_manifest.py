@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from ear.data import manifest, sources
-from ear.data.manifest import Found, Row
+from ear.data.manifest import ListedImage, Row
 
 
 def tree(root: Path, *paths: str) -> Path:
@@ -80,9 +80,9 @@ def test_members_of_archives_are_listed_and_read(tmp_path):
     (tmp_path / "tree/all.bin").write_bytes(b"0123456789")
     tree(tmp_path / "tree", "b/1.png")
     found = [
-        Found("train", "a", "train/a/x.jpg", "all.bin", 3, 4),
-        Found("train", "a", "train/a/y.jpg", "all.bin", 0, 2),
-        Found("val", "b", "val/b/1.png", "b/1.png"),
+        ListedImage("train", "a", "train/a/x.jpg", "all.bin", 3, 4),
+        ListedImage("train", "a", "train/a/y.jpg", "all.bin", 0, 2),
+        ListedImage("val", "b", "val/b/1.png", "b/1.png"),
     ]
     root = tmp_path / "tree"
     written = manifest.write_manifest(tmp_path, found, tree=root, root=root, names={}, upright=False)

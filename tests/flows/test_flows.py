@@ -345,8 +345,7 @@ def test_a_stopped_command_gets_time_to_save(tmp_path):
     saved = tmp_path / "saved"
     program = (
         "import pathlib, sys, time\n"
-        "print('ready', flush=True)\n"
-        "try:\n    time.sleep(600)\n"
+        "try:\n    print('ready', flush=True)\n    time.sleep(600)\n"
         f"except KeyboardInterrupt:\n    time.sleep(1)\n    pathlib.Path({str(saved)!r}).write_text('all')\n"
     )
 

@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
-from ear.data.manifest import Found
+from ear.data.manifest import ListedImage
 from ear.data.sources import imagenet
 from ear.data.sources.listing import Source, hold_out, in_order, is_image
 from ear.display.progress import track
@@ -50,9 +50,9 @@ def find(root: Path, *, val_fraction: float) -> Source:
     if not val.exists():
         names = truth.names if truth else {}
         return Source(layout, root, hold_out(_training(train), val_fraction), names, has_val=False)
-    truth = imagenet.needed(truth, root, val)  # checked before the long walk
+    truth = imagenet.require_truth(truth, root, val)  # checked before the long walk
     held_out = [
-        Found("val", wnid, f"val/{wnid}/{name}", val.name, member.offset, member.bytes)
+        ListedImage("val", wnid, f"val/{wnid}/{name}", val.name, member.offset, member.bytes)
         for name, member in _images(members(val))
         for wnid in [imagenet.class_of(name, truth)]
     ]
@@ -64,7 +64,7 @@ def find(root: Path, *, val_fraction: float) -> Source:
     return Source(layout, root, in_order(images + held_out), truth.names)
 
 
-def _training(archive: Path) -> list[Found]:
+def _training(archive: Path) -> list[ListedImage]:
     """The training images: the archive holds one archive per class."""
     classes = [member for member in members(archive) if member.name.endswith(".tar")]
     if not classes:
@@ -74,7 +74,7 @@ def _training(archive: Path) -> list[Found]:
         return [image for part in track(parts, "listing", len(classes), unit="class") for image in part]
 
 
-def _class(archive: Path, whole: Member) -> list[Found]:
+def _class(archive: Path, whole: Member) -> list[ListedImage]:
     """The images of one class, whose archive lies inside the training archive."""
     wnid = PurePosixPath(whole.name).stem
     if not imagenet.are_wnids([wnid]):
@@ -83,7 +83,7 @@ def _class(archive: Path, whole: Member) -> list[Found]:
     if not images:
         raise UserError(f"{archive}: {whole.name} has no images; download it again.")
     return [
-        Found("train", wnid, f"train/{wnid}/{name}", archive.name, member.offset, member.bytes)
+        ListedImage("train", wnid, f"train/{wnid}/{name}", archive.name, member.offset, member.bytes)
         for name, member in images
     ]
 

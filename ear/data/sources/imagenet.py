@@ -52,7 +52,7 @@ def find_truth(root: Path) -> Truth | None:
     return None
 
 
-def needed(truth: Truth | None, root: Path, images: Path) -> Truth:
+def require_truth(truth: Truth | None, root: Path, images: Path) -> Truth:
     """Return the truth found for `root`; raises UserError if there is none for the validation `images`."""
     if truth is None:
         raise UserError(

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ear.data.manifest import Found
+from ear.data.manifest import ListedImage
 from ear.errors import UserError
 
 EXTENSIONS = (".jpeg", ".jpg", ".png", ".webp", ".bmp")
@@ -22,7 +22,7 @@ class Source:
 
     layout: str  # its name, for people
     root: Path  # folder of the image files
-    images: list[Found]  # training images first, then by class and path
+    images: list[ListedImage]  # training images first, then by class and path
     names: Mapping[str, str] = field(default_factory=dict)  # wnid => human-readable name, if the source has them
     has_val: bool = True  # whether it has validation images; otherwise training images are held out
 
@@ -37,7 +37,7 @@ def is_image(name: str) -> bool:
     return name.lower().endswith(EXTENSIONS) and not name.startswith(".")
 
 
-def in_order(images: Iterable[Found]) -> list[Found]:
+def in_order(images: Iterable[ListedImage]) -> list[ListedImage]:
     """Sort: training images first, then by class and path. Raises UserError if two images have the same path."""
     ordered = sorted(images, key=lambda image: (image.split, image.class_name, image.path))
     for before, after in itertools.pairwise(ordered):
@@ -46,19 +46,19 @@ def in_order(images: Iterable[Found]) -> list[Found]:
     return ordered
 
 
-def hold_out(images: Iterable[Found], fraction: float) -> list[Found]:
+def hold_out(images: Iterable[ListedImage], fraction: float) -> list[ListedImage]:
     """Move a share of the training images of every class to the val split: see `held_out`.
 
     Raises UserError if nothing can be held out.
     """
-    by_class: dict[str, list[Found]] = {}
+    by_class: dict[str, list[ListedImage]] = {}
     for image in images:
         by_class.setdefault(image.class_name, []).append(image)
     chosen = {path for part in by_class.values() for path in held_out([image.path for image in part], fraction)}
     if not chosen:
         raise UserError("every class has a single image, so none can be held out; add images, or a folder val.")
-    every = (image for part in by_class.values() for image in part)
-    return in_order(image._replace(split="val" if image.path in chosen else "train") for image in every)
+    listed = (image for part in by_class.values() for image in part)
+    return in_order(image._replace(split="val" if image.path in chosen else "train") for image in listed)
 
 
 def held_out(paths: list[str], fraction: float) -> set[str]:

@@ -6,7 +6,7 @@ No image is opened or stat'ed.
 import os
 from pathlib import Path
 
-from ear.data.manifest import Found
+from ear.data.manifest import ListedImage
 from ear.data.sources import imagenet
 from ear.data.sources.listing import EXTENSIONS, Source, hold_out, in_order, is_image
 from ear.errors import UserError
@@ -50,17 +50,17 @@ def _check_names(root: Path) -> None:
         raise UserError(f"{root} has {has[1]} but no val; rename it to val.")
 
 
-def _side_by_side(root: Path, truth: imagenet.Truth | None) -> list[Found]:
+def _side_by_side(root: Path, truth: imagenet.Truth | None) -> list[ListedImage]:
     """ImageNet's validation images without class folders; empty if there are class folders."""
     folders, images = _entries(root / "val")
     if folders or not images:
         return []
-    truth = imagenet.needed(truth, root, root / "val")
+    truth = imagenet.require_truth(truth, root, root / "val")
     wnids = {image: imagenet.class_of(image, truth) for image in images}
-    return [Found("val", wnid, f"val/{wnid}/{image}", f"val/{image}") for image, wnid in wnids.items()]
+    return [ListedImage("val", wnid, f"val/{wnid}/{image}", f"val/{image}") for image, wnid in wnids.items()]
 
 
-def _classes(root: Path, prefix: str, split: str) -> list[Found]:
+def _classes(root: Path, prefix: str, split: str) -> list[ListedImage]:
     """The images of all class folders, in order; `prefix` is the split's folder, such as `train/`, or ''."""
     folder = root / prefix
     names, loose = _entries(folder)
@@ -79,7 +79,7 @@ def _classes(root: Path, prefix: str, split: str) -> list[Found]:
         raise UserError(
             f"class folder {folder / empty[0]} has no images ({', '.join(EXTENSIONS)}); fill it or remove it."
         )
-    return [Found(split, name, path, path) for name, paths in classes.items() for path in paths]
+    return [ListedImage(split, name, path, path) for name, paths in classes.items() for path in paths]
 
 
 def _entries(folder: Path) -> tuple[list[str], list[str]]:
