@@ -1,1 +1,1 @@
-"""One thin program per stage of dvc.yaml; each also works alone: `python -m stages.NAME`."""
+"""One small program per stage of dvc.yaml; each also runs by itself: `python -m stages.NAME`."""

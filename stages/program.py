@@ -31,7 +31,7 @@ View = TypeVar("View")
 def tracked_keys(kind: type) -> list[str]:
     """The keys of params.yaml that a parameter class declares: its fields, but for the untracked `runtime`.
 
-    A field is a whole section of that name, or a single key: `image_size: Annotated[int, "data.image_size"]`.
+    A field is a section of that name, or a single key: `image_size: Annotated[int, "data.image_size"]`.
     """
     return [key for name, key in _fields(kind).items() if name != "runtime"]
 
@@ -58,7 +58,7 @@ def scratch(stage: str, key: object, inputs: Iterable[str | Path] = ()) -> Path:
 
     A killed run finds its own folder again; anything changed gives another folder, and old ones are removed.
     key: the parameters that the work depends on, a dataclass or plain values. inputs: files that identify the inputs;
-    they must exist and are read whole, so give an index with digests if there is one.
+    they must exist and are read completely, so give an index with digests if there is one.
     """
     return distributed.from_main(lambda: _scratch(stage, key, inputs))
 

@@ -1,7 +1,7 @@
 """Train the autoregressive transformer on cached latents by maximising the selected score.
 
 Reads data/latents and, if train.weights names one, a published checkpoint to start from (DVC does not track that file).
-Writes data/model: EMA weights, the whole training state, logs and metrics. A killed run resumes from its last
+Writes data/model: EMA weights, the complete training state, logs and metrics. A killed run resumes from its last
 checkpoint and ends in the same bytes.
 """
 

@@ -44,7 +44,7 @@ def main() -> None:
 def configure(overrides: tuple[str, ...], output: Path) -> None:
     """Write params.yaml from a preset and overrides.
 
-    Every key is checked first. NAME_smoke is the laptop-size form of preset NAME: the whole pipeline in a minute or
+    Every key is checked first. NAME_smoke is the laptop-size form of preset NAME: the complete pipeline in a minute or
     two.
     """
     from ear.commands import configure

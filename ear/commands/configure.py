@@ -1,7 +1,7 @@
 """Write params.yaml from a preset and overrides: `ear configure preset=NAME section.key=value ...`.
 
-Presets are the files of conf/preset/; NAME_smoke is the laptop-size form of NAME, which runs the whole pipeline in a
-minute or two. Parameters are checked before a file is touched, and files are replaced whole.
+Presets are the files of conf/preset/; NAME_smoke is the laptop-size form of NAME, which runs the complete pipeline in a
+minute or two. Parameters are checked before a file is touched, and files are replaced atomically.
 """
 
 from pathlib import Path

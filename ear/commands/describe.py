@@ -84,7 +84,7 @@ def _stages(costs: Costs, parameters: config.Parameters, teraflops: float | None
             used = 1 if name == "tokenizer" else processes  # it trains in one process
             rows[name] += f", {duration(images * each / (teraflops * 1e12 * used))}"
     rate = f"{teraflops:g} TFLOP/s, {processes} processes" if teraflops else "times with --teraflops"
-    return f"whole stages ({rate})", rows
+    return f"stages ({rate})", rows
 
 
 def size(count: float) -> str:

@@ -94,13 +94,13 @@ def extract(
 
 def gather(batches: Iterable[Batch], images: int) -> Batch:
     """Concatenate batches of `images` rows in total, without holding them twice in memory."""
-    whole: Batch | None = None
+    gathered: Batch | None = None
     done = 0
     for batch in batches:
-        whole = whole or Batch(*(part.new_empty(images, *part.shape[1:]) for part in batch))
-        for target, part in zip(whole, batch, strict=True):
+        gathered = gathered or Batch(*(part.new_empty(images, *part.shape[1:]) for part in batch))
+        for target, part in zip(gathered, batch, strict=True):
             target[done : done + len(part)] = part
         done += len(batch.labels)
-    assert whole is not None
+    assert gathered is not None
     assert done == images, f"{done} rows for {images} images"
-    return whole
+    return gathered

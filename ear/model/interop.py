@@ -141,7 +141,7 @@ def _check_published(model: AutoregressiveModel) -> None:
     if (score, attention) != ("energy", "bidirectional"):
         raise UserError(
             f"score.name is {score!r} and model.attention is {attention!r}, but a published checkpoint is of 'energy' "
-            "and 'bidirectional' alone; set these, or do without a published checkpoint."
+            "and 'bidirectional'; set these, or leave train.weights empty."
         )
 
 
@@ -183,8 +183,8 @@ def _shape(
     def size(name: str, dimension: int) -> int:
         if name not in tensors or tensors[name].dim() <= dimension:
             raise UserError(
-                f"the published checkpoint lacks {name} (our name), or its dimension {dimension}; it is no whole EAR "
-                "model."
+                f"the published checkpoint lacks {name} (our name), or its dimension {dimension}; give a complete EAR "
+                "checkpoint."
             )
         return tensors[name].shape[dimension]
 

@@ -176,7 +176,7 @@ class Phase:
     def publish(self, target: str | Path, *, keep_state: bool) -> None:
         """Write EMA weights, logs and metrics into the folder `target`; rank 0 only.
 
-        keep_state: also write the whole training state, for a following phase.
+        keep_state: also write the complete training state, for a following phase.
         """
         if not distributed.is_main():
             return

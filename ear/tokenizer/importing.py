@@ -120,7 +120,7 @@ def published_structure(weights: Mapping[str, Tensor], *, origin: str) -> dict:
 
     def size(name: str) -> int:
         if name not in weights or not weights[name].dim():
-            raise UserError(f"{origin} lacks {name}; it is no whole KL autoencoder of latent diffusion.")
+            raise UserError(f"{origin} lacks {name}; give a complete latent-diffusion autoencoder.")
         return weights[name].shape[0]
 
     levels = max(_count(weights, "encoder.down."), 1)  # if there is none, the error names the first one
@@ -166,7 +166,7 @@ def _imported(weights: Mapping[str, Tensor], structure: dict, *, image_size: int
     try:
         tokenizer = KL(image_size=image_size, structure=structure)
     except (TypeError, ValueError, IndexError) as error:  # diffusers does not check its arguments
-        raise UserError(f"{path}: no AutoencoderKL has its structure ({error}); give a whole one.") from error
+        raise UserError(f"{path}: no AutoencoderKL has its structure ({error}); give a complete one.") from error
     levels, expected, named = len(structure["block_out_channels"]), tokenizer.state_dict().keys(), {}
     for name, tensor in weights.items():
         ours = our_name(name, levels)

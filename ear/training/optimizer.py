@@ -43,7 +43,7 @@ def set_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:
 def schedule(name: str, *, total_images: int, warmup_images: int) -> Callable[[int], float]:
     """Images seen => factor of the base rate: linear warm-up from 0, then constant, or cosine to 0 at the end.
 
-    Raises ValueError for a warm-up longer than the training (but for one of no images).
+    Raises UserError if the warm-up is longer than the training.
     """
     if warmup_images > total_images > 0:
         raise UserError(

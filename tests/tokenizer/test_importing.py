@@ -120,10 +120,10 @@ def without(name):
             lambda w: w | {"decoder.conv_out.bias": torch.zeros(4)},
             r"decoder\.conv_out\.bias with shape \[4\], the model needs \[3\]",
         ),
-        (lambda w: {}, r"lacks .*; it is no whole KL autoencoder"),
+        (lambda w: {}, r"lacks .*; give a complete latent-diffusion autoencoder"),
         (
             lambda w: {name: tensor for name, tensor in w.items() if not name.startswith("encoder.")},
-            r"last\.ckpt lacks encoder\.down\.0\.block\.0\.conv1\.weight; it is no whole KL autoencoder",
+            r"last\.ckpt lacks encoder\.down\.0\.block\.0\.conv1\.weight; give a complete latent-diffusion autoencoder",
         ),
         (lambda w: w | {"post_quant_conv.weight": torch.tensor(4.0)}, r"last\.ckpt lacks post_quant_conv\.weight"),
         (
