@@ -6,10 +6,13 @@ Measures the transformer of a preset with causal attention, untrained, without g
 costs the same in both cases. Without the cache, each token takes a pass over all earlier slots; with it, over one slot.
 """
 
+import functools
+
 import torch
 
 from benchmarks import measure
 from benchmarks.models import untrained
+from ear.config import Parameters
 from ear.config.compose import compose
 from ear.model.causal import CausalModel
 from ear.model.tokens import pick
@@ -39,12 +42,16 @@ def uncached(model: CausalModel, tokens, orders, labels):
 
 
 @torch.inference_mode()
-def compare(model: CausalModel, images: int, repeats: int) -> dict:
+def compare(parameters: Parameters, grid: int, images: int, repeats: int) -> dict:
     """Seconds per image with and without cache, their ratio, and the largest difference of hidden states."""
+    model = untrained(parameters, side=grid * parameters.model.patch_size)
+    assert isinstance(model, CausalModel)
     source = generator(0, "inputs")
     tokens = torch.randn(images, model.tokens, model.shape.token_channels, generator=source)
     inputs = (model, tokens, model.draw_orders(images, source), torch.arange(images) % 10)
-    seconds = {f.__name__: measure.median_seconds(lambda f=f: f(*inputs), repeats) / images for f in (cached, uncached)}
+    seconds = {
+        f.__name__: measure.median_seconds(functools.partial(f, *inputs), repeats) / images for f in (cached, uncached)
+    }
     difference = (cached(*inputs) - uncached(*inputs)).abs().max()
     return {
         "tokens": model.tokens,
@@ -63,10 +70,7 @@ def main() -> None:
     arguments = parser.parse_args()
     parameters = compose([*arguments.overrides, "model.attention=causal"])
     torch.set_num_threads(parameters.compute.threads)
-    grids = [
-        compare(untrained(parameters, side=grid * parameters.model.patch_size), arguments.images, arguments.repeats)
-        for grid in _GRIDS
-    ]
+    grids = [compare(parameters, grid, arguments.images, arguments.repeats) for grid in _GRIDS]
     sizes = {key: getattr(parameters.model, key) for key in ("width", "depth", "heads", "buffer_size")}
     measure.report("causal", {"model": sizes, "images": arguments.images, "grids": grids}, save=arguments.save)
 

@@ -6,6 +6,8 @@ Untrained heads at the sizes of the digits preset and of the published base mode
 takes one evaluation per token, the diffusion loss `score.sampling_steps`.
 """
 
+import functools
+
 import torch
 
 from benchmarks import measure
@@ -42,9 +44,13 @@ def costs(overrides: list[str], tokens: int, steps: int, repeats: int) -> dict:
     parameters = compose([*overrides, f"score.sampling_steps={steps}"])
     hidden = torch.randn(tokens, parameters.model.width, generator=generator(0, "hidden"))
     heads = {name: head(name, parameters) for name in _NAMES}
+
+    def draw(score: scores.Score) -> None:
+        score.sample(hidden, source=generator(0, "noise"))
+
     microseconds = {}
     for name, score in heads.items():
-        seconds = measure.median_seconds(lambda s=score: s.sample(hidden, source=generator(0, "noise")), repeats)
+        seconds = measure.median_seconds(functools.partial(draw, score), repeats)
         microseconds[name] = seconds * 1e6 / tokens
     return {
         "preset": overrides[0],

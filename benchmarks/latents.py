@@ -13,10 +13,12 @@ memory suffices.
 
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import h5py
 import numpy as np
+import torch
 
 from benchmarks.measure import arguments, median_seconds, report
 from ear.files.json_files import write_json
@@ -74,7 +76,15 @@ def readers(folder: Path) -> dict[str, Callable[[np.ndarray, np.ndarray], np.nda
         out[order] = chunked[rows[order]][np.arange(len(rows)), mirrored[order]]
         return out
 
-    return {"store": lambda rows, mirrored: store.rows(rows, mirrored)[0], "npz": npz, "h5py": fancy}
+    def stored(rows: np.ndarray, mirrored: np.ndarray) -> np.ndarray:
+        return store.rows(torch.from_numpy(rows), torch.from_numpy(mirrored))[0]
+
+    return {"store": stored, "npz": npz, "h5py": fancy}
+
+
+def _read_all(read: Callable[[np.ndarray, np.ndarray], np.ndarray], batches: list) -> None:
+    for batch in batches:
+        read(*batch)
 
 
 def measure(folder: Path, rows: int) -> dict:
@@ -86,7 +96,7 @@ def measure(folder: Path, rows: int) -> dict:
     rates = {}
     for name, read in found.items():
         assert all(np.array_equal(read(*batch), part) for batch, part in zip(batches, expected, strict=True))
-        seconds = median_seconds(lambda read=read: [read(*batch) for batch in batches], repeats=9)
+        seconds = median_seconds(partial(_read_all, read, batches), repeats=9)
         rates[name] = BATCH * BATCHES / seconds
     ratios = {f"store over {name}": rates["store"] / rates[name] for name in ("npz", "h5py")}
     return {"rows": rows, "rows per second": rates, **ratios}

@@ -5,7 +5,6 @@ temporary folder (TMPDIR). Times the steps of the fetch stage, and what prepare 
 Spinning disks and network file systems are far slower than what is measured here.
 """
 
-import functools
 import io
 import resource
 import tarfile
@@ -13,11 +12,15 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 from benchmarks import measure
 from ear.data import preparation, sources
 from ear.data.manifest import read_manifest, write_manifest
+from ear.data.preparation import Layout
 from ear.data.sources import imagenet
+
+Result = TypeVar("Result")
 
 
 def wnid(label: int) -> str:
@@ -48,22 +51,21 @@ def write_archive(root: Path, files: int) -> None:
 
 def listed(root: Path, folder: Path) -> dict[str, dict[str, float]]:
     """Wall and CPU seconds of every step; other work on the machine hardly affects the latter."""
-    seconds = {}
+    seconds: dict[str, dict[str, float]] = {}
 
-    def step(name: str, function: Callable[[], object]) -> object:
+    def step(name: str, function: Callable[[], Result]) -> Result:
         wall, cpu = time.perf_counter(), time.process_time()
         result = function()
         seconds[name] = {"wall": time.perf_counter() - wall, "cpu": time.process_time() - cpu}
         return result
 
-    source = step("find", functools.partial(sources.find, root, val_fraction=0.05))
-    write = functools.partial(
-        write_manifest, folder, source.images, tree=root, root=root, names=source.names, upright=False
+    source = step("find", lambda: sources.find(root, val_fraction=0.05))
+    step(
+        "write_manifest",
+        lambda: write_manifest(folder, source.images, tree=root, root=root, names=source.names, upright=False),
     )
-    step("write_manifest", write)
-    manifest = step("read_manifest", functools.partial(read_manifest, folder))
-    options = {"image_size": 256, "shard_size": 1024, "compression": "none"}
-    step("plan", functools.partial(preparation.plan, manifest, "train", **options))
+    manifest = step("read_manifest", lambda: read_manifest(folder))
+    step("plan", lambda: preparation.plan(manifest, "train", Layout(256, 1024, "none")))
     return seconds
 
 
@@ -72,18 +74,23 @@ def main() -> None:
     parser = measure.arguments(__doc__)
     parser.add_argument("--files", type=int, default=200_000, help="at least 2000 (default: 200000)")
     arguments = parser.parse_args()
-    figures = {"files": arguments.files, "seconds": {}}
+    seconds = {}
     with tempfile.TemporaryDirectory() as folder:
         for name, write in (("tree", write_tree), ("archive", write_archive)):
             write(Path(folder, name), arguments.files)
-            figures["seconds"][name] = listed(Path(folder, name), Path(folder, f"{name}-list"))
-        figures["manifest_bytes_per_image"] = Path(folder, "archive-list/manifest.csv").stat().st_size / arguments.files
+            seconds[name] = listed(Path(folder, name), Path(folder, f"{name}-list"))
+        size = Path(folder, "archive-list/manifest.csv").stat().st_size
     share = imagenet.TRAIN_IMAGES / arguments.files  # each step is linear in the number of files, except a sort
-    figures["seconds_for_imagenet"] = {
-        name: {kind: share * sum(step[kind] for step in steps.values()) for kind in ("wall", "cpu")}
-        for name, steps in figures["seconds"].items()
+    figures = {
+        "files": arguments.files,
+        "seconds": seconds,
+        "manifest_bytes_per_image": size / arguments.files,
+        "seconds_for_imagenet": {
+            name: {kind: share * sum(step[kind] for step in steps.values()) for kind in ("wall", "cpu")}
+            for name, steps in seconds.items()
+        },
+        "peak_memory_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6,
     }
-    figures["peak_memory_gb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
     measure.report("listing", figures, save=arguments.save)
 
 

@@ -22,6 +22,7 @@ from skimage import data
 from benchmarks import measure
 from ear.data import preparation
 from ear.data.manifest import Manifest, Row
+from ear.data.preparation import Layout
 
 SIZE = 256
 SHARD = 128
@@ -67,9 +68,9 @@ def plain(paths: list[Path]) -> list[np.ndarray]:
     for path in paths:
         image = Image.open(path).convert("RGB")
         while min(image.size) >= 2 * SIZE:
-            image = image.resize(tuple(side // 2 for side in image.size), Image.Resampling.BOX)
+            image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
         scale = SIZE / min(image.size)
-        image = image.resize(tuple(round(side * scale) for side in image.size), Image.Resampling.BICUBIC)
+        image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
         array = np.array(image)
         top, left = (array.shape[0] - SIZE) // 2, (array.shape[1] - SIZE) // 2
         arrays.append(array[top : top + SIZE, left : left + SIZE])
@@ -100,7 +101,7 @@ def cpu_seconds(function: Callable, argument: object) -> float:
 
 def in_turns(pool: ProcessPoolExecutor, work: dict[str, tuple[Callable, list]], repeats: int) -> dict[str, np.ndarray]:
     """[repeats, 2]: (wall, CPU) seconds by name, after one turn that is not counted."""
-    times = {name: [] for name in work}
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in work}
     for _ in range(repeats + 1):
         for name, (function, arguments) in work.items():
             start = time.perf_counter()
@@ -123,7 +124,7 @@ def compared(times: dict[str, np.ndarray], count: int) -> dict:
 
 def stored_bytes(manifest: Manifest, compression: str) -> dict:
     """Size and CPU time of one shard per image."""
-    (shard,) = preparation.plan(manifest, "train", image_size=SIZE, shard_size=SHARD, compression=compression)[:1]
+    (shard,) = preparation.plan(manifest, "train", Layout(SIZE, SHARD, compression))[:1]
     folder = Path(tempfile.mkdtemp(dir=shard.root))
     seconds = cpu_seconds(functools.partial(preparation.write_shard, shard), folder)
     return {
@@ -142,13 +143,15 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         listed = write(Path(folder), contents)
         paths = [Path(folder, row.path) for row in listed["files"].rows]
-        work = {"plain": (plain, [paths[k : k + SHARD] for k in range(0, len(paths), SHARD)])}
+        work: dict[str, tuple[Callable, list]] = {
+            "plain": (plain, [paths[k : k + SHARD] for k in range(0, len(paths), SHARD)])
+        }
         for name, manifest, function in (
             ("decoded", listed["files"], decode),
             ("files", listed["files"], store),
             ("archive", listed["archive"], store),
         ):
-            shards = preparation.plan(manifest, "train", image_size=SIZE, shard_size=SHARD, compression="none")
+            shards = preparation.plan(manifest, "train", Layout(SIZE, SHARD, "none"))
             work[name] = (function, shards)
         times = {}
         for workers in (1, 2):

@@ -7,6 +7,7 @@ baseline runs the head on all tokens in every step, as published code does, and 
 digits and, if there is a CUDA device, the three published ImageNet sizes.
 """
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -70,6 +71,7 @@ def measured(preset: str, batch: int, device: torch.device, repeats: int) -> dic
     """Images per second of one preset, the head's share, and the ratio to the baseline."""
     parameters = compose([f"preset={preset}", *INPUTS])
     options, model = parameters.sample, untrained(parameters).to(device)
+    assert isinstance(model, MaskedModel)
     settings = SamplingSettings.of(options)
     precision = options.precision if device.type == "cuda" else "float32"
     set_precision(precision, device, key="sample.precision")
@@ -86,7 +88,7 @@ def measured(preset: str, batch: int, device: torch.device, repeats: int) -> dic
         if device.type == "cuda":
             torch.cuda.synchronize()
 
-    seconds = {name: measure.median_seconds(lambda w=way: once(w), repeats) for name, way in ways.items()}
+    seconds = {name: measure.median_seconds(functools.partial(once, way), repeats) for name, way in ways.items()}
     return {
         "parameters": sum(p.numel() for p in model.parameters()),
         "precision": precision,

@@ -8,12 +8,12 @@ affects them. --write fills the document's tables from the results that --save, 
 to benchmarks/results/; with --saved nothing is measured.
 """
 
-import re
+import dataclasses
 import statistics
 import tempfile
 import time
 import tracemalloc
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,14 +23,15 @@ from torch.utils.flop_counter import FlopCounterMode
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
 from benchmarks import measure
+from benchmarks.models import untrained
 from benchmarks.prepare import pictures, store, write
-from benchmarks.sampling import untrained
 from ear.commands import costs
 from ear.commands.describe import IMAGENET, duration, operations, size
 from ear.config import Parameters
 from ear.config.compose import compose
 from ear.data import preparation
 from ear.data.manifest import ListedImage, read_manifest, write_manifest
+from ear.data.preparation import Layout
 from ear.errors import UserError
 from ear.evaluation import metrics
 from ear.evaluation.extractors import INCEPTION, Extractor
@@ -40,6 +41,7 @@ from ear.latents.caching import Encoder
 from ear.model.autoregressive import AutoregressiveModel
 from ear.runtime import randomness
 from ear.sampling.sampler import network_evaluations, sample
+from ear.sampling.settings import SamplingSettings
 from ear.tokenizer.autoencoder import KL, kl_structure, new_kl
 from ear.tokenizer.loss import AutoencoderLoss
 
@@ -76,9 +78,8 @@ def prepare_seconds(timer: Timer) -> float:
     """Decode, crop and store one photograph of ImageNet's usual size."""
     with tempfile.TemporaryDirectory() as folder:
         manifest = write(Path(folder), pictures(_PICTURES))["files"]
-        sizes = {"image_size": 256, "shard_size": _PICTURES, "compression": "none"}
-        shards = preparation.plan(manifest, "train", **sizes)
-        return timer(lambda: [store(shard) for shard in shards]) / _PICTURES
+        (shard,) = preparation.plan(manifest, "train", Layout(256, _PICTURES, "none"))
+        return timer(lambda: store(shard)) / _PICTURES
 
 
 def tokenizer_seconds(timer: Timer, tokenizer: KL) -> dict[str, float]:
@@ -104,14 +105,14 @@ def model_seconds(timer: Timer, model: AutoregressiveModel, parameters: Paramete
     """One image: forward and backward pass of training; sampling with guidance, without the decoder."""
     latents = torch.randn(1, *model.shape.latent, generator=randomness.generator(0))
     labels, options = torch.zeros(1, dtype=torch.long), parameters.sample
+    settings = dataclasses.replace(SamplingSettings.of(options), steps=_STEPS, precision="float32")
 
     def train() -> None:
         generator = randomness.generator(0, "loss")
         model.train().loss(latents, labels, temperature=1.0, generator=generator).backward()
 
     def draw() -> None:
-        settings = {"guidance": options.guidance, "temperature": options.temperature}
-        sample(model.eval(), labels, steps=_STEPS, source=randomness.generator(0), **settings)
+        sample(model.eval(), labels, settings, source=randomness.generator(0))
 
     whole, part = (network_evaluations(model, steps)["transformer"] for steps in (options.steps, _STEPS))
     return {"train": timer(train), "draw": timer(draw) * whole / part}
@@ -168,13 +169,13 @@ def measured(timer: Timer, parameters: Parameters) -> dict:
     kl16 = kl_structure(channels=16, block_channels=parameters.tokenizer.block_channels, layers=2)
     tokenizer = new_kl(seed=0, image_size=256, structure=kl16)
     encode, decode = costs.tokenizer_flops(tokenizer)
-    counted = costs.of_pipeline(parameters, classes=IMAGENET[0], images=IMAGENET[1])
+    counted = costs.pipeline_costs(parameters, classes=IMAGENET[0], images=IMAGENET[1])
     evaluation = evaluation_figures(timer)
     return {
         "cpu_seconds": {
             "prepare": prepare_seconds(timer),
             **tokenizer_seconds(timer, tokenizer),
-            **model_seconds(timer, untrained(PRESET, parameters), parameters),
+            **model_seconds(timer, untrained(parameters), parameters),
             **evaluation["cpu_seconds"],
             "order of a million": order_seconds(timer),
         },
@@ -281,7 +282,7 @@ def _time_table(stages: list[Work], *, gpus: int, teraflops: float) -> str:
     return _table(("stage", "ImageNet: units", "one core", fast, "10^9 images: units", "one core", fast), rows)
 
 
-def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
     return "\n".join("| " + " | ".join(cells) + " |" for cells in (head, ("---",) * len(head), *rows))
 
 
@@ -291,10 +292,12 @@ def fill(document: str, tables: dict[str, str]) -> str:
     Raises UserError for a table without marks.
     """
     for name, table in tables.items():
-        pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- end -->)", re.DOTALL)
-        if not pattern.search(document):
+        mark, end = f"<!-- {name} -->\n", "<!-- end -->"
+        before, found, after = document.partition(mark)
+        _, closed, after = after.partition(end)
+        if not (found and closed):
             raise UserError(f"the document has no lines <!-- {name} --> and <!-- end -->; add them where it belongs.")
-        document = pattern.sub(lambda found, table=table: f"{found[1]}{table}\n{found[2]}", document)
+        document = f"{before}{mark}{table}\n{end}{after}"
     return document
 
 

@@ -13,7 +13,7 @@ the device's peak.
 import itertools
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +29,7 @@ from ear.model.tokens import patchify
 from ear.model.training import parameter_groups
 from ear.runtime.device import compile_in_place, prepare_device
 from ear.runtime.randomness import generator, uniform
-from ear.scores.sample_based import pairwise_loss
+from ear.scores.sample_based import SampleBasedScore, pairwise_loss
 from ear.training.ema import Average
 
 _PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # bfloat16 without sparsity, from the data sheets
@@ -39,6 +39,7 @@ _STEPS = {"cpu": 3, "cuda": 10}  # of one turn
 def plain_loss(model: MaskedModel, latents: Tensor, labels: Tensor, source: torch.Generator) -> Tensor:
     """The loss of `AutoregressiveModel.loss` with the head on all tokens, once per noise sample."""
     tokens, rule = patchify(latents, model.patch), model.score
+    assert isinstance(rule, SampleBasedScore)
     orders = random_orders(len(tokens), model.tokens, source, tokens.device)
     mask = mask_first(orders, masked_count(model.tokens, model.mask_ratio_min, source))
     null = uniform((len(tokens),), source, tokens.device) < model.label_dropout
@@ -81,7 +82,7 @@ def plain_loop(model: MaskedModel, parameters: Parameters, batch: Batch, autocas
     return step
 
 
-def turns(ways: dict[str, Callable[[], object]], *, rounds: int, steps: int, cuda: bool) -> dict[str, list[float]]:
+def turns(ways: Mapping[str, Callable[[], object]], *, rounds: int, steps: int, cuda: bool) -> dict[str, list[float]]:
     """Seconds per step of each way, turn by turn; the first turn is not counted."""
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(1 + rounds):
@@ -108,9 +109,11 @@ def measured(preset: str, device: torch.device, rounds: int) -> dict:
     def autocast():
         return torch.autocast(device.type, torch.bfloat16, enabled=options.precision == "bfloat16")
 
+    plain = untrained(parameters).to(device)
+    assert isinstance(plain, MaskedModel)
     ways = {
         "training": training.step,
-        "plain loop": plain_loop(untrained(parameters).to(device), parameters, training.batch, autocast),
+        "plain loop": plain_loop(plain, parameters, training.batch, autocast),
     }
     seconds = turns(ways, rounds=rounds, steps=_STEPS[device.type], cuda=cuda)
     ratios = [theirs / own for own, theirs in zip(seconds["training"], seconds["plain loop"], strict=True)]

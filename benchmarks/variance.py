@@ -16,6 +16,7 @@ from benchmarks import measure
 from ear import scores
 from ear.config import Parameters
 from ear.config.compose import compose
+from ear.config.scores import Energy
 from ear.runtime.randomness import generator
 from ear.scores.energy import EnergyScore, energy_loss
 
@@ -39,11 +40,12 @@ def of_location_and_scale(m: int) -> dict:
     for name, estimate in ESTIMATES.items():
         location = torch.zeros(_TARGETS, _DRAWS, _DIMENSIONS, dtype=torch.float64, requires_grad=True)
         scale = torch.ones(_TARGETS, _DRAWS, 1, dtype=torch.float64, requires_grad=True)
-        estimate(location + scale * noise, target).sum().backward()
+        loss = estimate(location + scale * noise, target).sum()
+        by_location, by_scale = torch.autograd.grad(loss, (location, scale))
         variances[name] = {
-            "location": float(location.grad.flatten(0, 1).var(dim=0).mean()),
-            "scale": float(scale.grad.var()),
-            "scale_given_target": float(scale.grad.var(dim=1).mean()),
+            "location": float(by_location.flatten(0, 1).var(dim=0).mean()),
+            "scale": float(by_scale.var()),
+            "scale_given_target": float(by_scale.var(dim=1).mean()),
         }
     ratios = {key: value / variances["disjoint_pairs"][key] for key, value in variances["all_pairs"].items()}
     return {**variances, "ratio": ratios}
@@ -53,7 +55,8 @@ def trained_head(parameters: Parameters, m: int) -> tuple[EnergyScore, Tensor, T
     """(a briefly trained head, hidden states [N, W], targets [N, D]); the target is a noisy linear map of the state."""
     model, source = parameters.model, generator(0, "head", m)
     channels = parameters.tokenizer.channels
-    options = parameters.score.model_copy(update={"name": "energy", "samples": m}).chosen
+    section = parameters.score.model_copy(update={"samples": m})
+    options = Energy(**{key: getattr(section, key) for key in Energy.model_fields})
     size = scores.HeadSize(
         hidden_width=model.width, token_channels=channels, width=model.head_width, depth=model.head_depth
     )

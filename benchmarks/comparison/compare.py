@@ -123,14 +123,15 @@ def planned(parameters: config.Parameters, budget: Mapping[Part, int]) -> list[V
 
 def run_all(runs: Mapping[str, Values]) -> dict[str, str]:
     """Run the experiments that do not exist yet => error by experiment, for those that failed."""
-    log, errors = get_run_logger(), {}
+    log = get_run_logger()
+    errors: dict[str, str] = {}
     for number, (name, values) in enumerate(runs.items(), start=1):
         log.info("%d of %d: %s", number, len(runs), name)
         if experiments.is_complete(name, values):
             continue
         state = run_experiment(name, dict(values), return_state=True)
         if not state.is_completed():
-            errors[name] = state.message
+            errors[name] = str(state.message)
     return errors
 
 
@@ -181,7 +182,7 @@ def joined(results: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     if any(before["budget"][key] != now[key] for key in ("commit", "finetune_images")):
         return dict(results)
     budget = now | {"train_images": before["budget"]["train_images"] | now["train_images"]}
-    kept = {part: before[part] for part in IMAGES if part in before}
+    kept: dict[str, Any] = {part: before[part] for part in IMAGES if part in before}
     return {**kept, **results, "budget": budget}
 
 

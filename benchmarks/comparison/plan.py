@@ -97,16 +97,19 @@ def rule_runs(parameters: config.Parameters, images: int) -> dict[str, dict[floa
 
 def ablation_runs(parameters: config.Parameters, images: int) -> dict[str, list[tuple[Values, Values]]]:
     """Ablation => its variants (including params.yaml itself), each with the changes of params.yaml."""
-    default, found = default_run(parameters, images), {}
+    default = default_run(parameters, images)
+    found: dict[str, list[tuple[Values, Values]]] = {}
     for ablation in ABLATIONS:
-        runs = [(variant, changes({**default, **variant}, parameters)) for variant in ablation.variants]
-        if default not in (values for _, values in runs):
+        runs: list[tuple[Values, Values]] = [
+            (variant, changes({**default, **variant}, parameters)) for variant in ablation.variants
+        ]
+        if default not in [values for _, values in runs]:
             runs.insert(0, ({key: _value(parameters, key) for key in ablation.variants[0]}, default))
         found[ablation.title] = runs
     return found
 
 
-def changes(values: Values, parameters: config.Parameters) -> dict[str, Any]:
+def changes(values: Values, parameters: config.Parameters) -> Values:
     """The values that differ from the parameters, so that equal runs have equal changes and one name."""
     return {key: value for key, value in values.items() if value != _value(parameters, key)}
 
