@@ -29,7 +29,7 @@ test-gpu: setup  ## run the tests that need a CUDA device
 
 coverage: setup  ## run the default tests and report the covered lines of ear/ (at least 95%)
 	rm -f .coverage .coverage.*
-	COVERAGE_PROCESS_START=$(CURDIR)/pyproject.toml $(TEST) --cov --cov-report=term:skip-covered
+	COVERAGE_PROCESS_START=$(CURDIR)/pyproject.toml COVERAGE_FILE=$(CURDIR)/.coverage $(TEST) --cov --cov-report=term:skip-covered
 
 lint: setup  ## check style, formatting, types, and which package may import which
 	ruff check .
