@@ -10,6 +10,7 @@ from pathlib import Path
 from ear import config
 from ear.files.digests import sha256
 from ear.latents import caching
+from ear.lineage.run import Run
 from ear.runtime.device import prepare_device
 from ear.tokenizer.autoencoder import load_tokenizer
 from stages import program
@@ -27,7 +28,7 @@ class Parameters:
     runtime: config.Runtime
 
 
-def work(parameters: Parameters) -> None:
+def work(parameters: Parameters, run: Run) -> None:
     """Encode both splits."""
     device = prepare_device(parameters.runtime.device, parameters.compute.threads)
     encoder = caching.Encoder(
@@ -36,10 +37,10 @@ def work(parameters: Parameters) -> None:
         batch_size=parameters.cache.batch_size,
         device=device,
     )
-    scratch = program.scratch("cache", parameters, [TOKENIZER, PREPARED / "index.json"])
+    scratch = run.scratch(program.plain(parameters), [TOKENIZER, PREPARED / "index.json"])
     address = parameters.runtime.cluster
     cluster = caching.Cluster(address, TOKENIZER, parameters.compute.threads) if address else None
-    caching.cache(PREPARED, Path("data/latents"), encoder=encoder, scratch=scratch, cluster=cluster)
+    caching.cache(PREPARED, run.output("data/latents"), encoder=encoder, scratch=scratch, cluster=cluster)
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from ear.evaluation.reference import Reference
 from ear.evaluation.statistics import class_accuracy
 from ear.files.digests import sha256
 from ear.files.json_files import read_json, rounded, write_json
+from ear.lineage.run import Run
 from ear.runtime import distributed
 from ear.runtime.device import prepare_device
 from ear.sampling.samples import GeneratedImages
@@ -44,7 +45,7 @@ class Parameters:
     runtime: config.Runtime
 
 
-def work(parameters: Parameters) -> None:
+def work(parameters: Parameters, run: Run) -> None:
     """Extract features, compare, report."""
     options = parameters.evaluate
     device = prepare_device(parameters.runtime.device, parameters.compute.threads)
@@ -56,7 +57,7 @@ def work(parameters: Parameters) -> None:
     )
     metrics.check_counts(options, generated=len(blocks[0]), real=len(reference.features))
 
-    scratch = program.scratch("evaluate", parameters, [EXTRACTOR, SAMPLES, TOKENIZER, PREPARED])
+    scratch = run.scratch(program.plain(parameters), [EXTRACTOR, SAMPLES, TOKENIZER, PREPARED])
     batches = partial(extract, extractor=extractor, batch_size=parameters.batch_size)
     score = partial(block_metrics, reference=reference, options=options, labelled=extractor.name == CLASSIFIER)
     scored = [
@@ -84,7 +85,7 @@ def work(parameters: Parameters) -> None:
     )
     why = protocol.incomparable(described, extractor=extractor, reference=reference)
     verdict = {"comparable_with_published": not why, "why": why, "protocol": described}
-    write_json(TARGET, rounded(figures | verdict))
+    write_json(run.output(TARGET), rounded(figures | verdict))
     print("\n".join(protocol.readable(rounded(figures | {"protocol": described}))))
     if why:
         print(f"Do not compare with published figures: {'; '.join(why)}.")

@@ -15,7 +15,7 @@ from typing import Annotated
 from ear import config
 from ear.data import manifest, sources
 from ear.errors import MissingFileError, UserError
-from ear.files.atomic import whole_folder
+from ear.lineage.run import Run
 from stages import program
 
 RAW = Path("data/raw")
@@ -30,25 +30,25 @@ class Parameters:
     val_fraction: Annotated[float, "data.val_fraction"]
 
 
-def work(data: Parameters) -> None:
+def work(data: Parameters, run: Run) -> None:
     """List the images, and write the digits first if they are the source."""
     if data.source != "digits":
         _check_apart(Path(data.path))
-    with whole_folder(RAW) as folder:
-        path = folder / "digits" if data.source == "digits" else Path(data.path)
-        if data.source == "digits":
-            sources.write_digits(path, val_fraction=data.val_fraction)
-        source = sources.find(path, val_fraction=data.val_fraction)
-        if data.source == "imagenet":
-            sources.check_imagenet(source)
-        listed = manifest.write_manifest(
-            folder,
-            source.images,
-            tree=source.root,
-            root=RAW / "digits" if data.source == "digits" else source.root,
-            names=source.names,
-            upright=data.source != "imagenet",  # the pipelines behind published figures ignore the EXIF rotation
-        )
+    folder = run.output(RAW)
+    path = folder / "digits" if data.source == "digits" else Path(data.path)
+    if data.source == "digits":
+        sources.write_digits(path, val_fraction=data.val_fraction)
+    source = sources.find(path, val_fraction=data.val_fraction)
+    if data.source == "imagenet":
+        sources.check_imagenet(source)
+    listed = manifest.write_manifest(
+        folder,
+        source.images,
+        tree=source.root,
+        root=RAW / "digits" if data.source == "digits" else source.root,
+        names=source.names,
+        upright=data.source != "imagenet",  # the pipelines behind published figures ignore the EXIF rotation
+    )
     counts = Counter(row.split for row in listed.rows)
     print(
         f"{source.layout}: {len(listed.classes)} classes, {counts['train']} training images, {counts['val']} held out"

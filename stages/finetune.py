@@ -12,6 +12,7 @@ from ear.errors import UserError
 from ear.files.tensors import read_tensors
 from ear.latents.statistics import Statistics
 from ear.latents.store import LatentStore
+from ear.lineage.run import Run
 from ear.model.files import build_model, load_model
 from ear.model.training import Phase, PhaseSettings
 from ear.runtime.device import prepare_device, set_precision
@@ -31,7 +32,7 @@ class Parameters:
     runtime: config.Runtime
 
 
-def work(parameters: Parameters) -> None:
+def work(parameters: Parameters, run: Run) -> None:
     """Train from the state that the train stage left."""
     options = parameters.finetune
     device = prepare_device(parameters.runtime.device, parameters.compute.threads)
@@ -61,11 +62,12 @@ def work(parameters: Parameters) -> None:
         mirror=parameters.mirror,
         device=device,
         runtime=parameters.runtime,
+        check=run.check,
         statistics=Statistics(**description["statistics"]),
     )
     phase.trainer.restore(state)
-    phase.run(program.scratch("finetune", parameters, ["data/latents/stats.json", "data/model/metrics.json", STATE]))
-    phase.publish("data/finetuned", keep_state=False)
+    phase.run(run.scratch(program.plain(parameters), ["data/latents/stats.json", STATE]))
+    phase.publish(run.output("data/finetuned"), keep_state=False)
 
 
 if __name__ == "__main__":

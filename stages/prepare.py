@@ -5,11 +5,11 @@ run resumes with the missing shards and ends in the same bytes.
 """
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated
 
 from ear import config
 from ear.data import manifest, preparation
+from ear.lineage.run import Run
 from stages import program
 
 
@@ -22,17 +22,17 @@ class Parameters:
     runtime: config.Runtime
 
 
-def work(parameters: Parameters) -> None:
+def work(parameters: Parameters, run: Run) -> None:
     """Prepare every image of the manifest."""
     options = parameters.prepare
     layout = preparation.Layout(parameters.image_size, options.shard_size, options.compression)
     # The key has neither max_rejected nor the manifest: shards finished before images were repaired, or before more
     # were allowed to be unreadable, stay valid.
-    scratch = program.scratch("prepare", layout)
+    scratch = run.scratch(program.plain(layout))
     preparation.prepare(
         manifest.read_manifest("data/raw"),
         scratch=scratch,
-        target=Path("data/prepared"),
+        target=run.output("data/prepared"),
         rejected_list=program.LOGS / "prepare-rejected.csv",
         layout=layout,
         max_rejected=options.max_rejected,

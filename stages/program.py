@@ -1,4 +1,4 @@
-"""What every stage program shares: its parameters, its scratch folder, its log, its errors.
+"""What every stage program shares: its parameters, its log, its errors; ear.lineage has the rest.
 
 A stage declares a dataclass of parameters; the test of dvc.yaml holds it equal to the `params` declared there, so no
 parameter can be a hidden dependency.
@@ -6,25 +6,23 @@ parameter can be a hidden dependency.
 
 import argparse
 import dataclasses
-import hashlib
-import json
-import shutil
+import os
 import sys
 import traceback
 import typing
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import BaseModel
 
 from ear import config
-from ear.errors import MissingFileError, UserError
-from ear.files.digests import sha256
+from ear.errors import UserError
+from ear.lineage.declaration import locked
+from ear.lineage.run import Run
 from ear.runtime import distributed
 
 LOGS = Path("work/logs")
-SCRATCH = Path("work")
 View = TypeVar("View")
 
 
@@ -53,63 +51,39 @@ def visible(parameters: config.Parameters, kind: type[View]) -> View:
     return kind(**{name: value(key) for name, key in _fields(kind).items()})
 
 
-def scratch(stage: str, key: object, inputs: Iterable[str | Path] = ()) -> Path:
-    """The folder for unfinished work of `stage`, named by parameters, code and inputs; ranks share it.
-
-    A killed run finds its own folder again; anything changed gives another folder, and old ones are removed.
-    key: the parameters that the work depends on, a dataclass or plain values. inputs: files that identify the inputs;
-    they must exist and are read completely, so give an index with digests if there is one.
-    """
-    return distributed.from_main(lambda: _scratch(stage, key, inputs))
-
-
-def _scratch(stage: str, key: object, inputs: Iterable[str | Path]) -> Path:
-    digest = hashlib.sha256(json.dumps(_plain(key), sort_keys=True).encode())
-    for path in [*_code(stage), *inputs]:
-        digest.update(sha256(path).encode())
-    folder = SCRATCH / stage / digest.hexdigest()[:16]
-    if folder.parent.is_dir():
-        for other in folder.parent.iterdir():
-            if other != folder:
-                shutil.rmtree(other)
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
-
-
-def _plain(value: Any) -> Any:
-    """Parameters as JSON values, without the section that cannot change a result."""
+def plain(value: Any) -> Any:
+    """Parameters as JSON values, without the section that cannot change a result: a key for a scratch folder."""
     if isinstance(value, BaseModel):
         return value.model_dump(mode="json")
     if dataclasses.is_dataclass(value):
-        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value) if f.name != "runtime"}
+        return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value) if f.name != "runtime"}
     if isinstance(value, Mapping):
-        return {name: _plain(entry) for name, entry in value.items()}
+        return {name: plain(entry) for name, entry in value.items()}
     return value
 
 
-def _code(stage: str) -> Iterator[Path]:
-    """The Python files among the dependencies that dvc.yaml declares for `stage`."""
-    for path in map(Path, declared(stage).get("deps", [])):
-        if path.suffix == ".py":
-            yield path
-        elif path.parts[0] == "ear":
-            yield from sorted(path.rglob("*.py"))
-
-
-def declared(stage: str) -> dict[str, Any]:
-    """The entry of `stage` in dvc.yaml; raises MissingFileError outside the repository's root."""
-    from omegaconf import OmegaConf
-
-    path = Path("dvc.yaml")
-    if not path.is_file():
-        raise MissingFileError("dvc.yaml is not in the current folder; run stages from the repository's root.")
-    content: Any = OmegaConf.to_container(OmegaConf.load(path))
-    return content["stages"][stage]
+def perform(
+    stage: str,
+    work: Callable[[View, Run], None],
+    kind: type[View],
+    parameters: Callable[[], config.Parameters],  # as params.yaml has them when it is called
+) -> None:
+    """Run the work of a stage and publish its outputs."""
+    now = parameters()
+    view = visible(now, kind)
+    with Run(
+        stage,
+        lambda: plain(visible(parameters(), kind)),
+        other_code=now.runtime.other_code,
+        files=config.named_files(now, tracked_keys(kind)),
+    ) as run:
+        work(view, run)
+        run.publish()
 
 
 def run(
     stage: str,
-    work: Callable[[View], None],
+    work: Callable[[View, Run], None],
     kind: type[View],  # dataclass of the parameters that the stage depends on
     description: str | None,
     *,
@@ -137,21 +111,21 @@ def run(
                 )
             if many_processes and parameters.runtime.processes > 1 and not distributed.launched():
                 sys.exit(distributed.launch(f"stages.{stage}", sys.argv[1:], parameters.runtime.processes))
-            work(visible(parameters, kind))
+            perform(stage, work, kind, lambda: config.load(arguments.params))
     except distributed.FailedElsewhere:
         sys.exit(1)
     except (UserError, OSError, MemoryError) as error:
         print(f"{stage}: {_sentence(error)}", file=sys.stderr)
         _keep_traceback(LOGS / f"{stage}.log")
+        if stage in locked() and "DVC_STAGE" in os.environ:  # DVC has removed the outputs of the earlier run
+            print(f"(earlier outputs: `dvc checkout {stage}`, and `git checkout` for metrics.json)", file=sys.stderr)
         sys.exit(1)
-    if distributed.is_main():
-        shutil.rmtree(SCRATCH / stage, ignore_errors=True)
 
 
 def _sentence(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror and not isinstance(error, UserError):
         where = f"{error.filename}: " if error.filename else ""
-        return f"{where}{error.strerror}; earlier outputs are unchanged."
+        return f"{where}{error.strerror}; nothing was published."
     return " ".join(str(error).split()) or type(error).__name__
 
 

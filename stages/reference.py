@@ -21,8 +21,9 @@ from ear.evaluation.extraction import Batch, LabelledImages, Selection, extract
 from ear.evaluation.extractors import Extractor, open_extractor, save_inception
 from ear.evaluation.reference import REFERENCE_ROWS, Reference, Summary, evenly, read_statistics, summarise
 from ear.evaluation.statistics import Gaussian
-from ear.files.atomic import link, whole_folder
+from ear.files.atomic import link
 from ear.files.json_files import rounded, write_json
+from ear.lineage.run import Run
 from ear.runtime import distributed
 from ear.runtime.device import prepare_device
 from stages import program
@@ -37,12 +38,12 @@ class Parameters:
     runtime: config.Runtime
 
 
-def work(parameters: Parameters) -> None:
+def work(parameters: Parameters, run: Run) -> None:
     """Make the extractor, extract features of the real images, measure the floor."""
     options = parameters.reference
     device = prepare_device(parameters.runtime.device, parameters.compute.threads)
     train, val = (PreparedImages("data/prepared", split) for split in ("train", "val"))
-    scratch = program.scratch("reference", parameters, ["data/prepared/index.json"])
+    scratch = run.scratch(program.plain(parameters), ["data/prepared/index.json"])
     file = scratch / "extractor.safetensors"
     distributed.from_main(lambda: make_extractor(file, train, options, scratch, device))
     extractor = open_extractor(file, device)
@@ -57,10 +58,11 @@ def work(parameters: Parameters) -> None:
     if extractor.name == CLASSIFIER:
         figures |= {"train_accuracy": real.accuracy, "val_accuracy": held_out.accuracy}
     figures |= metrics.floor(reference, held_out, seed=options.seed)
-    with whole_folder("data/reference") as folder:
-        link(file, folder / file.name)
-        reference.save(folder / "features.safetensors")
-        write_json(folder / "metrics.json", rounded(figures))
+    folder = run.output("data/reference")
+    folder.mkdir()
+    link(file, folder / file.name)
+    reference.save(folder / "features.safetensors")
+    write_json(folder / "metrics.json", rounded(figures))
     print("\n".join(protocol.readable(rounded(figures))))
 
 

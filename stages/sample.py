@@ -10,8 +10,9 @@ from pathlib import Path
 from ear import config
 from ear.data.pictures import grid, save_png
 from ear.display.progress import Progress
-from ear.files.atomic import link, whole_folder
+from ear.files.atomic import link
 from ear.files.digests import sha256
+from ear.lineage.run import Run
 from ear.runtime import distributed
 from ear.sampling import drawing, samples
 from ear.sampling.generation import ImageSampler, balanced_labels
@@ -32,7 +33,7 @@ class Parameters:
     runtime: config.Runtime
 
 
-def work(parameters: Parameters) -> None:
+def work(parameters: Parameters, run: Run) -> None:
     """Draw, decode, store."""
     options, runtime, threads = parameters.sample, parameters.runtime, parameters.compute.threads
     settings = SamplingSettings.of(options)
@@ -40,7 +41,7 @@ def work(parameters: Parameters) -> None:
     sampler = setup.open()
     classes = sampler.model.shape.classes
     labels = balanced_labels(options.count, len(classes))
-    file = program.scratch("sample", parameters, [MODEL, TOKENIZER]) / "samples.h5"
+    file = run.scratch(program.plain(parameters), [MODEL, TOKENIZER]) / "samples.h5"
     left = distributed.from_main(lambda: begin(file, sampler, labels, options))
     done = len(labels) - sum(len(part) for _, part in left)
     counts = drawing.draw(left, file, sampler=sampler, setup=setup, cluster=runtime.cluster)
@@ -48,7 +49,7 @@ def work(parameters: Parameters) -> None:
         for count in counts:
             progress.advance(count)
     if distributed.is_main():
-        publish(file, columns=min(len(classes), 10))
+        publish(file, run.output("data/samples"), columns=min(len(classes), 10))
 
 
 def begin(file: Path, sampler: ImageSampler, labels: list[int], options: config.Sample) -> list[drawing.Batch]:
@@ -62,12 +63,12 @@ def begin(file: Path, sampler: ImageSampler, labels: list[int], options: config.
     return drawing.missing(file, labels, options.batch_size)
 
 
-def publish(file: Path, columns: int) -> None:
-    """Move the finished file to its place and draw the grid."""
-    with whole_folder("data/samples") as folder:
-        link(file, folder / "samples.h5")
-        made = samples.GeneratedImages(folder / "samples.h5")
-        save_png(folder / "grid.png", grid(made.images(range(min(_GRID, len(made)))), columns))
+def publish(file: Path, folder: Path, columns: int) -> None:
+    """Link the finished file into `folder` and draw the grid."""
+    folder.mkdir()
+    link(file, folder / "samples.h5")
+    made = samples.GeneratedImages(file)
+    save_png(folder / "grid.png", grid(made.images(range(min(_GRID, len(made)))), columns))
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ from its last checkpoint and ends in the same bytes. DVC tracks the name of an i
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated
 
 import torch
@@ -14,9 +15,9 @@ from ear import config
 from ear.data import pictures
 from ear.data.prepared import PreparedImages
 from ear.errors import UserError
-from ear.files.atomic import whole_folder
 from ear.files.json_files import rounded, write_json
 from ear.files.tables import write_table
+from ear.lineage.run import Run
 from ear.runtime import randomness
 from ear.runtime.device import prepare_device
 from ear.tokenizer.autoencoder import Identity, Tokenizer, kl_structure, new_kl, save_tokenizer
@@ -41,7 +42,7 @@ class Parameters:
     runtime: config.Runtime
 
 
-def work(parameters: Parameters) -> None:
+def work(parameters: Parameters, run: Run) -> None:
     """Train (kl) or import a tokenizer, describe it, publish it."""
     device = prepare_device(parameters.runtime.device, parameters.compute.threads)
     images, held_out = (PreparedImages("data/prepared", split) for split in ("train", "val"))
@@ -53,15 +54,15 @@ def work(parameters: Parameters) -> None:
         )
     tokenizer: Tokenizer
     if options.name == "kl":
-        folder = program.scratch("tokenizer", parameters, ["data/prepared/index.json"])
-        tokenizer, history = train(images, held_out, options, device).run(folder)
+        scratch = run.scratch(program.plain(parameters), ["data/prepared/index.json"])
+        tokenizer, history = train(images, held_out, options, device).run(scratch)
         source = None
     else:
         tokenizer, source = ready_made(options, size)
         objective = Objective(AutoencoderLoss(options.kl_weight), seed=options.seed, device=device)
         figures = objective.held_out(tokenizer.to(device), held_out, options.batch_size)
         history = History([{"images": 0, **figures}], [{"images": 0, **figures}])
-    publish(tokenizer.to(device).eval(), source, history, held_out, options, device)
+    publish(run.output("data/tokenizer"), tokenizer.to(device).eval(), source, history, held_out, options, device)
 
 
 def train(
@@ -86,21 +87,21 @@ def ready_made(options: config.Tokenizer, size: int) -> tuple[Tokenizer, dict | 
 
 
 def publish(
-    tokenizer: Tokenizer, source: dict | None, history: History, images: PreparedImages, options, device
+    folder: Path, tokenizer: Tokenizer, source: dict | None, history: History, images: PreparedImages, options, device
 ) -> None:
-    """Describe the tokenizer (on the device) on held-out images, and write the outputs."""
+    """Describe the tokenizer (on the device) on held-out images, and write the outputs into `folder`."""
     batches = (torch.from_numpy(batch).to(device) for batch, _ in images.batches(options.batch_size))
     figures = describe(tokenizer, batches, randomness.generator(options.seed, "tokenizer", "description"))
     figures["parameters"] = sum(p.numel() for p in tokenizer.parameters())
     columns = min(_COLUMNS, len(images))
     originals = images.images(range(min(_PAIRS, len(images) // columns) * columns))
     others = reconstruct(tokenizer, torch.from_numpy(originals).to(device)).cpu().numpy()
-    with whole_folder("data/tokenizer") as folder:
-        save_tokenizer(folder / "tokenizer.safetensors", tokenizer, source)
-        write_table(folder / "training.tsv", history.training)
-        write_table(folder / "validation.tsv", history.validation)
-        pictures.save_png(folder / "reconstructions.png", pictures.pairs(originals, others, columns))
-        write_json(folder / "metrics.json", rounded(figures))
+    folder.mkdir()
+    save_tokenizer(folder / "tokenizer.safetensors", tokenizer, source)
+    write_table(folder / "training.tsv", history.training)
+    write_table(folder / "validation.tsv", history.validation)
+    pictures.save_png(folder / "reconstructions.png", pictures.pairs(originals, others, columns))
+    write_json(folder / "metrics.json", rounded(figures))
     print(f"PSNR of held-out images: {figures['psnr']:.2f} dB, through a sample {figures['psnr_sampled']:.2f} dB")
 
 

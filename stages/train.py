@@ -10,6 +10,7 @@ from typing import Annotated
 
 from ear import config
 from ear.latents.store import LatentStore
+from ear.lineage.run import Run
 from ear.model import interop
 from ear.model.files import build_model
 from ear.model.shape import Shape
@@ -31,7 +32,7 @@ class Parameters:
     runtime: config.Runtime
 
 
-def work(parameters: Parameters) -> None:
+def work(parameters: Parameters, run: Run) -> None:
     """Train from new or published weights."""
     options = parameters.train
     device = prepare_device(parameters.runtime.device, parameters.compute.threads)
@@ -59,11 +60,12 @@ def work(parameters: Parameters) -> None:
         mirror=parameters.mirror,
         device=device,
         runtime=parameters.runtime,
+        check=run.check,
         statistics=interop.published_statistics(store.shape[0]) if options.weights else None,
     )
     inputs = ["data/latents/stats.json", *([options.weights] if options.weights else [])]
-    phase.run(program.scratch("train", parameters, inputs))
-    phase.publish("data/model", keep_state=True)
+    phase.run(run.scratch(program.plain(parameters), inputs))
+    phase.publish(run.output("data/model"), keep_state=True)
 
 
 if __name__ == "__main__":

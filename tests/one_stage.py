@@ -21,6 +21,6 @@ def parameters(changes: Mapping[str, object]) -> config.Parameters:
 
 
 def run(stage: str, changes: Mapping[str, object]) -> None:
-    """`work` of the stage, which sees the parameters that it declares."""
+    """The stage, which sees the parameters that it declares, and publishes what it made."""
     module = importlib.import_module(f"stages.{stage}")
-    module.work(program.visible(parameters(changes), module.Parameters))
+    program.perform(stage, module.work, module.Parameters, lambda: parameters(changes))

@@ -32,7 +32,7 @@ TINY = {
     "train.images": 640,
     "train.warmup_images": 64,
     "train.validate_images": 320,
-    "train.checkpoint_images": 64,
+    "runtime.checkpoint_images": 64,
     "finetune.images": 128,
     "sample.count": 40,
     "sample.steps": 4,

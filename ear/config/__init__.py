@@ -4,7 +4,7 @@ Values and checks only, so that `import ear.config` needs no torch. DVC tracks t
 code.
 """
 
-from ear.config.parameters import Parameters, load, missing_files, parse
+from ear.config.parameters import Parameters, load, missing_files, named_files, parse
 from ear.config.scores import Score
 from ear.config.sections import (
     Cache,
@@ -40,5 +40,6 @@ __all__ = [
     "Train",
     "load",
     "missing_files",
+    "named_files",
     "parse",
 ]

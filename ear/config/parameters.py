@@ -1,5 +1,7 @@
 """All of params.yaml as one object: read, checked, or refused in one sentence."""
 
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -85,22 +87,46 @@ def load(path: str | Path = "params.yaml") -> Parameters:
     return parse(content, origin=str(path))
 
 
-def missing_files(parameters: Parameters) -> dict[str, str]:
-    """Key => one sentence with the fix, for every file or folder that is named, needed and absent."""
+@dataclass(frozen=True)
+class _Named:
+    """A file or folder that a parameter names."""
+
+    path: str
+    used: bool  # with the other parameters as they are
+    otherwise: str  # what to do without it
+
+
+def _named(parameters: Parameters) -> dict[str, _Named]:
     tokenizer, reference = parameters.tokenizer, parameters.reference
     imported = tokenizer.name in ("published", "diffusers")
     perceptual = tokenizer.name == "kl" and tokenizer.perceptual_weight > 0
     inception = reference.extractor == "inception"
-    files = {
-        "data.path": (parameters.data.path, parameters.data.source != "digits", "name the folder of your images"),
-        "tokenizer.weights": (tokenizer.weights, imported, "set tokenizer.name to kl to train an autoencoder"),
-        "tokenizer.perceptual_folder": (tokenizer.perceptual_folder, perceptual, "set it to '' to download its files"),
-        "train.weights": (parameters.train.weights, True, "set it to '' to train from new weights"),
-        "reference.weights": (reference.weights, inception, "set it to '' to download the file"),
-        "reference.statistics": (reference.statistics, inception, "set it to '' to use the training images"),
-    }
+    pictures = parameters.data.source != "digits"
+    folder = tokenizer.perceptual_folder
     return {
-        key: f"{key} is {path!r}, which does not exist; provide it, or {otherwise}."
-        for key, (path, used, otherwise) in files.items()
-        if used and path and not Path(path).exists()
+        "data.path": _Named(parameters.data.path, pictures, "name the folder of your images"),
+        "tokenizer.weights": _Named(tokenizer.weights, imported, "set tokenizer.name to kl to train an autoencoder"),
+        "tokenizer.perceptual_folder": _Named(folder, perceptual, "set it to '' to download its files"),
+        "train.weights": _Named(parameters.train.weights, True, "set it to '' to train from new weights"),
+        "reference.weights": _Named(reference.weights, inception, "set it to '' to download the file"),
+        "reference.statistics": _Named(reference.statistics, inception, "set it to '' to use the training images"),
     }
+
+
+def missing_files(parameters: Parameters) -> dict[str, str]:
+    """Key => one sentence with the fix, for every file or folder that is named, needed and absent."""
+    return {
+        key: f"{key} is {named.path!r}, which does not exist; provide it, or {named.otherwise}."
+        for key, named in _named(parameters).items()
+        if named.used and named.path and not Path(named.path).exists()
+    }
+
+
+def named_files(parameters: Parameters, keys: Iterable[str]) -> list[Path]:
+    """The files and folders, images aside, that the sections or keys in `keys` name and need."""
+    sections = set(keys)
+    return [
+        Path(named.path)
+        for key, named in _named(parameters).items()
+        if key != "data.path" and named.used and named.path and {key, key.partition(".")[0]} & sections
+    ]

@@ -144,7 +144,6 @@ class Train(Section):
         description="float32; on CUDA also tfloat32 (float32 with TF32 matmuls) or bfloat16 (autocast, float32 weights)"
     )
     validate_images: int = Field(description="images between validations", ge=1)
-    checkpoint_images: int = Field(description="images between checkpoints", ge=1)
     seed: int = Field(description="seed of weights, data order, masks and noise", ge=0)
 
 
@@ -210,6 +209,12 @@ class Runtime(Section):
     workers: int = Field(description="processes that decode images or load latents", ge=0)
     cluster: str = Field(
         description="Dask scheduler for prepare, cache and sample, such as tcp://host:8786; empty: this machine"
+    )
+    checkpoint_images: int = Field(
+        description="images between checkpoints of train and finetune; a killed run loses at most so many", ge=1
+    )
+    other_code: Literal["refuse", "continue", "restart"] = Field(
+        description="unfinished work begun before the code changed: refuse (stop and say so), continue or restart"
     )
     compile: bool = Field(description="torch.compile the transformer in training and sampling, on CUDA only")
     checkpointing: bool = Field(description="recompute activations in the backward pass of training to save memory")

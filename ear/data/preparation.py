@@ -28,7 +28,8 @@ from ear.files.atomic import link, whole_file, whole_folder
 from ear.files.digests import sha256
 from ear.files.hdf5 import fixed_place
 from ear.files.json_files import read_json, write_json
-from ear.runtime.executor import map_shards, versions
+from ear.runtime.executor import map_shards
+from ear.runtime.versions import versions
 
 _NAMED = 20  # rejected images that an error message names
 

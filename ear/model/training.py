@@ -85,10 +85,12 @@ class Phase:
         mirror: bool,  # also train on mirror images
         device: torch.device,
         runtime: config.Runtime,
+        check: Callable[[], None] | None = None,  # called now and then; it can only raise
         statistics: Statistics | None = None,  # that normalise the latents; default: their own
     ):
         self.settings, self.options, self.device = settings, options, device
         self.store, self.held_out, self.mirror, self.workers = store, held_out, mirror, runtime.workers
+        self.checkpoint_images, self.check = runtime.checkpoint_images, check
         self.seed = randomness.derive(options.seed, settings.name)
         self.statistics = statistics or store.statistics
         self.batch_loss = BatchLoss(self.statistics, self.seed, options.precision, device)
@@ -111,7 +113,8 @@ class Phase:
             self.batches,
             total_images=self.settings.images,
             folder=folder,
-            checkpoint_images=self.options.checkpoint_images,
+            checkpoint_images=self.checkpoint_images,
+            check=self.check,
             validate=self.validate,
             validate_images=self.options.validate_images,
             title=self.settings.name,

@@ -4,7 +4,6 @@ The function writes files whose bytes depend only on its shard, so every executo
 """
 
 import contextlib
-import importlib.metadata
 import multiprocessing
 import os
 import signal
@@ -19,11 +18,11 @@ from typing import Any, TypeVar
 from ear.errors import UserError
 from ear.files.digests import sha256
 from ear.runtime import distributed
+from ear.runtime.versions import versions
 
 Shard = TypeVar("Shard")
 Result = TypeVar("Result")
 
-_DECISIVE = ("pillow", "h5py", "numpy", "torch")  # packages whose versions can change the bytes of a shard
 _SECONDS_TO_CONNECT = 20
 
 
@@ -133,11 +132,6 @@ def _knock(address: str) -> None:
     socket.create_connection((host, int(port)), timeout=_SECONDS_TO_CONNECT).close()
 
 
-def versions() -> dict[str, str]:
-    """Versions of the packages that can change the bytes of a shard."""
-    return {name: importlib.metadata.version(name) for name in (*_DECISIVE, "ear")}
-
-
 def check_shared(path: Path, digest: str) -> None:
     """In a worker of a cluster: raise UserError unless the file is the one that rank 0 reads."""
     if sha256(path) != digest:
@@ -151,8 +145,9 @@ def _check_alike(client: Any, address: str) -> None:
         raise UserError(f"the cluster at runtime.cluster, {address!r}, has no workers; start some with `dask worker`.")
     for worker, installed in workers.items():
         for name, version in expected.items():
-            if installed[name] != version:
+            found = installed.get(name)
+            if found != version:
                 raise UserError(
-                    f"worker {worker} of the cluster at {address} has {name} {installed[name]}, but this machine has "
-                    f"{version}; install the same requirements.txt on both."
+                    f"worker {worker} of the cluster at {address} has {name} {found}, but this machine has {version}; "
+                    "install the same requirements.txt on both."
                 )

@@ -92,6 +92,7 @@ class Trainer(Generic[Network]):
         validate: Callable[[], dict[str, float]]
         | None = None,  # figures of the present weights, alike in all processes
         validate_images: int = 0,
+        check: Callable[[], None] | None = None,  # called with each log row; it can only raise
         title: str = "training",
     ) -> None:
         """Train until `total_images` (rounded up to full steps) have been seen, starting from the newest checkpoint.
@@ -111,6 +112,8 @@ class Trainer(Generic[Network]):
                 last = self.images >= total_images
                 if last or self._means.steps == _LOG_STEPS:
                     self.log()
+                    if check:
+                        check()
                 if validate and (last or _crossed(before, self.images, validate_images)):
                     self.history.validation.append({"images": self.images, **validate()})
                 stop = asked()

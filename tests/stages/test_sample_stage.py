@@ -1,6 +1,7 @@
 """The sample stage with a tiny model over pixels, in a repository of its own."""
 
 import json
+import shutil
 from pathlib import Path
 
 import h5py
@@ -18,7 +19,6 @@ from ear.sampling.generation import ImageSampler
 from ear.sampling.sampler import network_evaluations
 from ear.sampling.settings import SamplingSettings
 from ear.tokenizer.autoencoder import Identity, save_tokenizer
-from stages import program
 
 ROOT = Path(__file__).parents[2]
 CLASSES = tuple("abc")
@@ -74,7 +74,7 @@ def test_many_processes_leave_the_bytes_of_one(processes):
 def test_a_cluster_leaves_the_bytes_of_this_machine(cluster, monkeypatch):
     one, grid = run(), Path("data/samples/grid.png").read_bytes()
     Path("data/samples/samples.h5").unlink()
-    program.shutil.rmtree("work")
+    shutil.rmtree("work")
     monkeypatch.setattr(ImageSampler, "images", None)  # this process draws nothing
     assert run(cluster=cluster) == one
     assert Path("data/samples/grid.png").read_bytes() == grid
@@ -83,7 +83,7 @@ def test_a_cluster_leaves_the_bytes_of_this_machine(cluster, monkeypatch):
 def test_a_killed_run_goes_on_with_the_missing_batches(monkeypatch):
     whole = run()
     Path("data/samples/samples.h5").unlink()
-    program.shutil.rmtree("work")
+    shutil.rmtree("work")
     drawn, images = [], ImageSampler.images
 
     def stopping(self, labels, settings, *, first):

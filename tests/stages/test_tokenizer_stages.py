@@ -68,7 +68,7 @@ def run(stage: str, **changes) -> None:
     torch.set_num_threads(1)
     set_parameters(**changes)
     module = importlib.import_module(f"stages.{stage}")
-    module.work(program.visible(config.load("params.yaml"), module.Parameters))
+    program.perform(stage, module.work, module.Parameters, config.load)
 
 
 def contents(folder: str) -> dict[str, str]:

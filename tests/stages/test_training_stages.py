@@ -21,6 +21,7 @@ from ear import config
 from ear.files.digests import sha256
 from ear.files.json_files import read_json
 from ear.files.tensors import read_description, read_tensors
+from ear.lineage.run import SCRATCH
 from ear.model.training import Phase
 from ear.runtime import distributed
 from stages import program
@@ -43,7 +44,7 @@ TINY = {
     "train.micro_batch_size": 4,
     "train.warmup_images": 32,
     "train.validate_images": 64,
-    "train.checkpoint_images": 48,
+    "runtime.checkpoint_images": 48,
     "finetune.images": 48,
 }
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -55,11 +56,11 @@ def run(stage: str, **changes) -> None:
     for key, value in {**TINY, **changes}.items():
         OmegaConf.update(content, key, value)
     if distributed.is_main():
-        shutil.rmtree(program.SCRATCH / stage, ignore_errors=True)
+        shutil.rmtree(SCRATCH / stage, ignore_errors=True)
         OmegaConf.save(content, "params.yaml")
     distributed.barrier()
     module = importlib.import_module(f"stages.{stage}")
-    module.work(program.visible(config.load("params.yaml"), module.Parameters))
+    program.perform(stage, module.work, module.Parameters, config.load)
 
 
 @pytest.fixture
@@ -159,7 +160,7 @@ def test_sigterm_to_training_and_its_readers_leaves_a_checkpoint(repository, mon
     def work():
         os.setpgrp()
         monkeypatch.setattr(Phase, "loss", interrupted)
-        run("train", **{"runtime.workers": 2, "train.checkpoint_images": 192})
+        run("train", **{"runtime.workers": 2, "runtime.checkpoint_images": 192})
 
     (error,) = together(work, 1)
     assert str(error) == "SIGTERM ended train after 112 images, with a checkpoint; run it again to resume."
@@ -174,7 +175,7 @@ def workers(launcher: subprocess.Popen) -> list[psutil.Process]:
 @pytest.mark.slow
 def test_killed_process_ends_the_stage_and_a_restart_ends_in_the_same_bytes(repository):
     """`python -m stages.train` with runtime.processes 2: SIGKILL to one; exit code within 30 s; started again."""
-    changes = {"runtime.processes": 2, "train.images": 4800, "train.checkpoint_images": 480}
+    changes = {"runtime.processes": 2, "train.images": 4800, "runtime.checkpoint_images": 480}
     together(lambda: run("train", **changes))
     expected = contents("data/model")
     shutil.rmtree("work")

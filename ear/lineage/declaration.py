@@ -1,0 +1,58 @@
+"""Stages as dvc.yaml declares them, and what dvc.lock records of them."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ear.errors import MissingFileError
+
+RECORDS = Path("data/lineage")
+
+
+@dataclass(frozen=True)
+class Declaration:
+    """A stage: its code (files and packages), its inputs (outputs of earlier stages) and its outputs."""
+
+    stage: str
+    code: tuple[Path, ...]
+    inputs: tuple[Path, ...]
+    outputs: tuple[Path, ...]
+
+    @property
+    def record(self) -> Path:
+        """The output that says what the others were made from."""
+        return RECORDS / f"{self.stage}.json"
+
+
+def declarations() -> dict[str, Declaration]:
+    """Every stage by name, in the order of dvc.yaml; raises MissingFileError outside the repository's root."""
+    return {name: _declaration(name, entry) for name, entry in _yaml(Path("dvc.yaml"))["stages"].items()}
+
+
+def _declaration(name: str, entry: dict[str, Any]) -> Declaration:
+    needed = [Path(path) for path in entry.get("deps", [])]
+    made = [
+        Path(next(iter(output)) if isinstance(output, dict) else output)
+        for kind in ("outs", "metrics", "plots")
+        for output in entry.get(kind, [])
+    ]
+    return Declaration(
+        name,
+        code=tuple(path for path in needed if path.parts[0] != "data"),
+        inputs=tuple(path for path in needed if path.parts[0] == "data"),
+        outputs=tuple(made),
+    )
+
+
+def locked() -> dict[str, dict[str, Any]]:
+    """Stage => its entry in dvc.lock; empty without that file."""
+    path = Path("dvc.lock")
+    return _yaml(path).get("stages", {}) if path.is_file() else {}
+
+
+def _yaml(path: Path) -> Any:
+    from omegaconf import OmegaConf
+
+    if not path.is_file():
+        raise MissingFileError(f"{path} is not in {Path.cwd()}; run stages from the repository's root.")
+    return OmegaConf.to_container(OmegaConf.load(path))

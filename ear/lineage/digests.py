@@ -1,0 +1,88 @@
+"""Digests of files and folders: of code at once, of inputs in the background while a stage already works on them."""
+
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+from ear.errors import UserError
+from ear.files.digests import sha256
+
+_THREADS = 2  # hashing must not slow the stage; two threads hash 2 to 3 GB/s
+
+
+def files_under(path: Path) -> Iterator[Path]:
+    """The file itself, or all files in a folder, in order; nothing if `path` does not exist."""
+    if path.is_dir():
+        yield from (file for file in sorted(path.rglob("*")) if file.is_file())
+    elif path.is_file():
+        yield path
+
+
+def code_digest(path: Path) -> str:
+    """SHA-256 over the names and contents of a Python file, or of all those in a package."""
+    digest = hashlib.sha256()
+    for file in files_under(path):
+        if file.suffix == ".py":
+            digest.update(f"{file.as_posix()}\0{sha256(file)}\n".encode())
+    return digest.hexdigest()
+
+
+def file_digests(paths: Iterable[Path]) -> dict[str, str]:
+    """SHA-256 of every file in `paths` and in its folders, by path."""
+    files = [file for path in paths for file in files_under(path)]
+    with ThreadPoolExecutor(_THREADS) as pool:
+        return dict(zip([file.as_posix() for file in files], pool.map(sha256, files), strict=True))
+
+
+class Inputs:
+    """The input files of a running stage: hashed in the background, held against their maker's record, watched.
+
+    published: SHA-256 by path, as the stages that made the files recorded them; other files have no known digest.
+    """
+
+    def __init__(self, paths: Iterable[Path], published: Mapping[str, str], makers: Mapping[str, str]):
+        self._published, self._makers = published, makers
+        self._roots = list(paths)
+        self._before = self._signatures()
+        self._pool = ThreadPoolExecutor(_THREADS)
+        self._futures: dict[str, Future[str]] = {name: self._pool.submit(sha256, name) for name in self._before}
+        self._checked: set[str] = set()
+
+    def _signatures(self) -> dict[str, tuple[int, int, int]]:
+        """File => (size in bytes, time of the last change in ns, inode); equal signatures mean equal bytes."""
+        stats = {file.as_posix(): file.stat() for root in self._roots for file in files_under(root)}
+        return {name: (found.st_size, found.st_mtime_ns, found.st_ino) for name, found in stats.items()}
+
+    def check(self) -> None:
+        """Hold the files hashed so far against their record; costs nothing for those already checked.
+
+        Raises UserError naming the first file that differs, and the command that makes it again.
+        """
+        for name, future in self._futures.items():
+            if name not in self._checked and future.done():
+                self._check(name, future.result())
+
+    def _check(self, name: str, digest: str) -> None:
+        self._checked.add(name)
+        expected = self._published.get(name)
+        if expected not in (None, digest):
+            maker = self._makers[name]
+            raise UserError(
+                f"{name} is not what the {maker} stage wrote: its SHA-256 starts with {digest[:12]}, not "
+                f"{expected[:12]}; make it again with `ear verify --repair` and `dvc repro`."
+            )
+
+    def digests(self) -> dict[str, str]:
+        """SHA-256 by path, after waiting for all of them; raises as `check` does, and if a file changed meanwhile."""
+        found = {name: future.result() for name, future in self._futures.items()}
+        self.check()
+        now = self._signatures()
+        changed = sorted(name for name in self._before.keys() | now.keys() if self._before.get(name) != now.get(name))
+        if changed:
+            raise UserError(f"{changed[0]} changed while the stage read it; run the stage again.")
+        return found
+
+    def close(self) -> None:
+        """Stop hashing."""
+        self._pool.shutdown(wait=False, cancel_futures=True)

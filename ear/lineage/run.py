@@ -1,0 +1,208 @@
+"""One run of a stage: alone on its files, resumable, publishing only what its declared dependencies made.
+
+work/STAGE/KEY keeps unfinished work, KEY being a digest of the parameters and inputs it depends on. Nothing deletes it
+but the success of the stage, once dvc.lock lists the outputs: a kill, an edit of the code or other parameters do not.
+"""
+
+import contextlib
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from ear.errors import UserError
+from ear.files.atomic import remove, remove_unfinished, replace
+from ear.files.digests import sha256
+from ear.files.json_files import read_json, write_json
+from ear.lineage.declaration import Declaration, declarations, locked
+from ear.lineage.digests import Inputs, code_digest, file_digests
+from ear.lineage.record import Record, difference, published
+from ear.runtime import distributed
+from ear.runtime.versions import versions
+
+SCRATCH = Path("work")
+_PROGRESS_FORMAT = 1  # of what stages keep in their scratch folders; other formats are not continued
+_CODE, _DONE, _OUTPUTS = "code.json", "published.json", "outputs"
+Values = Mapping[str, Any]
+
+
+class Run:
+    """A stage at work. Rank 0 holds its lock, notes what it depends on and publishes; other ranks only share scratch.
+
+    Raises UserError if the stage runs already, or an output is a symbolic link that leads out of DVC's cache.
+    """
+
+    def __init__(
+        self,
+        stage: str,
+        values: Callable[[], Values],  # the parameters of the stage as params.yaml has them now
+        *,
+        other_code: str = "refuse",  # what to do with work begun under other code: refuse, continue or restart
+        files: Iterable[Path] = (),  # that parameters name: inputs which DVC does not track
+    ):
+        declared = declarations()
+        self.declared, self.other_code = declared[stage], other_code
+        self._values, self._began = values, values()
+        self._earlier_code: tuple[Values, ...] = ()
+        self._scratch: Path | None = None
+        self._leaving = contextlib.ExitStack()
+        if not distributed.is_main():
+            return
+        _check_links(self.declared.outputs)
+        self._leaving.enter_context(_lock(stage))
+        clear_finished(declared.values())
+        remove(self._staging)
+        self._code = self._code_now()
+        inputs = Inputs([*self.declared.inputs, *files], *published(declared.values()))
+        self._leaving.callback(inputs.close)
+        self._inputs = inputs
+
+    def __enter__(self) -> "Run":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._leaving.close()
+
+    @property
+    def _staging(self) -> Path:
+        return SCRATCH / self.declared.stage / _OUTPUTS
+
+    def output(self, path: str | Path) -> Path:
+        """Where to write the declared output `path`, or a folder of outputs; `publish` moves it into place."""
+        place = self._staging / path
+        if distributed.is_main():
+            place.parent.mkdir(parents=True, exist_ok=True)
+        return place
+
+    def scratch(self, key: Any, inputs: Iterable[str | Path] = ()) -> Path:
+        """The folder for unfinished work that depends on `key` and `inputs`; all ranks share it.
+
+        key: plain values. inputs: files that identify the inputs, such as an index with digests.
+        Raises UserError if the folder holds work begun under other code and the user has not said what to do with it.
+        """
+        self._scratch = distributed.from_main(lambda: self._open_scratch(key, inputs))
+        return self._scratch
+
+    def _open_scratch(self, key: Any, inputs: Iterable[str | Path]) -> Path:
+        digest = hashlib.sha256(json.dumps([_PROGRESS_FORMAT, key], sort_keys=True).encode())
+        for path in inputs:
+            digest.update(sha256(path).encode())
+        folder = SCRATCH / self.declared.stage / digest.hexdigest()[:16]
+        note = folder / _CODE
+        if note.is_file():
+            self._resume(folder, [*read_json(note)["code"]])
+        folder.mkdir(parents=True, exist_ok=True)
+        remove_unfinished(folder)
+        (folder / _DONE).unlink(missing_ok=True)
+        write_json(note, {"code": [*self._earlier_code, self._code]})
+        return folder
+
+    def _resume(self, folder: Path, codes: list[Values]) -> None:
+        """Decide about work that was begun under `codes`, the newest last."""
+        changed = [path for path, digest in self._code.items() if codes[-1].get(path) != digest]
+        begun = any(path.name not in (_CODE, _DONE) for path in folder.iterdir())
+        if not begun:
+            return
+        if not changed:
+            self._earlier_code = tuple(codes[:-1])
+        elif self.other_code == "continue":
+            self._earlier_code = tuple(codes)
+        elif self.other_code == "restart":
+            shutil.rmtree(folder)
+        else:
+            raise UserError(
+                f"{folder} holds work of an earlier run, and {', '.join(changed)} changed since; set "
+                "runtime.other_code to continue it with the present code (data/lineage will say so), or to restart."
+            )
+
+    def check(self) -> None:
+        """Compare inputs hashed so far with the records of their stages; raises UserError if one is damaged."""
+        if distributed.is_main():
+            self._inputs.check()
+
+    def publish(self) -> None:
+        """Move the outputs into place, if parameters, code and inputs are still those that the run began with.
+
+        Raises UserError naming what changed, with nothing published and the scratch folder kept; RuntimeError if the
+        stage has not written an output that it declares.
+        """
+        if not distributed.is_main():
+            return
+        made = [path for path in self.declared.outputs if path != self.declared.record]
+        absent = [str(path) for path in made if not self.output(path).exists()]
+        if absent:
+            raise RuntimeError(f"the {self.declared.stage} stage has not written {', '.join(absent)}")
+        inputs = self._inputs.digests()
+        self._check_unchanged()
+        found = file_digests(map(self.output, made))
+        outputs = {Path(name).relative_to(self._staging).as_posix(): digest for name, digest in found.items()}
+        record = Record(
+            self.declared.stage, self._began, self._code, versions(), inputs, outputs, earlier_code=self._earlier_code
+        )
+        record.write(self.output(self.declared.record))
+        if self._scratch:
+            write_json(self._scratch / _DONE, {"md5": _md5(self.output(self.declared.record))})
+        for path in [*made, self.declared.record]:
+            replace(self.output(path), path)
+        remove(self._staging)
+
+    def _check_unchanged(self) -> None:
+        try:
+            now = self._values()
+        except UserError as error:
+            raise UserError(f"params.yaml changed while the stage ran, and is invalid now: {error}") from error
+        changed = difference(self._began, now) or ", ".join(
+            path for path, digest in self._code_now().items() if self._code[path] != digest
+        )
+        if changed:
+            raise UserError(
+                f"params.yaml or code changed while the stage ran ({changed}), so its results were not published; "
+                "its progress is kept. Undo the change to publish them, or run again to use the new values."
+            )
+
+    def _code_now(self) -> dict[str, str]:
+        return {path.as_posix(): code_digest(path) for path in self.declared.code}
+
+
+def clear_finished(declared: Iterable[Declaration]) -> None:
+    """Delete the scratch folders whose results dvc.lock lists; those of stages that run now are left alone."""
+    records = {output["path"]: output.get("md5") for stage in locked().values() for output in stage.get("outs", [])}
+    for entry in declared:
+        for note in (SCRATCH / entry.stage).glob(f"*/{_DONE}"):
+            if read_json(note)["md5"] == records.get(entry.record.as_posix()):
+                shutil.rmtree(note.parent, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _lock(stage: str) -> Iterator[None]:
+    folder = SCRATCH / stage
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(folder / "lock", blocking=False):
+            yield
+    except Timeout as error:
+        raise UserError(f"another {stage} stage runs in this folder; wait until it ends, or stop it.") from error
+
+
+def _check_links(outputs: Iterable[Path]) -> None:
+    """Refuse outputs that are links, or lie behind one: DVC removes links, and renames cannot cross disks."""
+    for path in outputs:
+        for place in (path, *path.parents):
+            if place.is_symlink() and not _is_cached(place.resolve()):
+                raise UserError(
+                    f"{place} is a symbolic link, which DVC would remove; to store results on another disk, make "
+                    f"{place} a folder and run `dvc cache dir /other/disk/cache`."
+                )
+
+
+def _is_cached(target: Path) -> bool:
+    """Whether a file lies in a DVC cache, whose folders are files/md5/XX."""
+    return target.parent.parent.name == "md5"
+
+
+def _md5(path: Path) -> str:
+    return hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest()
