@@ -9,7 +9,7 @@ from pathlib import Path
 
 import psutil
 
-GRACE_SECONDS = 10.0
+GRACE_SECONDS = 60.0  # a large training state takes tens of seconds to write
 
 
 def stream(

@@ -37,8 +37,9 @@ from flows import repository
 from flows.artifacts import GRID, metric_rows, picture
 from flows.overrides import PARAMETERS
 from flows.program import report
-from flows.repository import RepositoryError
+from flows.repository import BusyError, RepositoryError
 from flows.states import OPTIONS, failed
+from flows.turns import turn
 
 
 @dataclass
@@ -73,6 +74,8 @@ def run_stage(name: str, why: str, upstream_ran: bool, force: bool) -> State:
         log.info("%s is out of date: %s", name, why)
         return Completed(name=repository.reproduce(name, force=force, line=log.info), message=why)
     except RepositoryError as error:
+        if not isinstance(error, BusyError) and (restored := repository.restore(name)):
+            log.info("restored the earlier outputs of %s: %s", name, ", ".join(restored))
         return failed(error)
 
 
@@ -94,9 +97,16 @@ def pipeline(
         targets = repository.known(stages or graph, graph)
         order = repository.with_upstream(graph, targets)
         forced = repository.known((targets if force else ()) if isinstance(force, bool) else force, order)
-        parameter_overrides.apply(PARAMETERS, overrides or {})
+        parameter_overrides.check(PARAMETERS, overrides or {})
+        with turn(get_run_logger().info):
+            parameter_overrides.apply(PARAMETERS, overrides or {})
+            return bring_up_to_date(graph, order, forced)
     except (UserError, RepositoryError) as error:
         return Failed(message=str(error))
+
+
+def bring_up_to_date(graph: dict[str, set[str]], order: list[str], forced: list[str]) -> State:
+    """Check what changed, run the stages, publish the artifacts => the flow's final state."""
     state = check(order, return_state=True)
     if not state.is_completed():
         return Failed(message=state.message)

@@ -15,9 +15,10 @@ from prefect.settings import get_current_settings
 def report(name: str, run: Callable[[], State]) -> int:
     """Run a flow: `run()` returns its final state, which is printed as one line; returns the exit code.
 
-    SIGHUP (a closed terminal) stops the flow and its stage as SIGTERM does.
+    SIGHUP (a closed terminal) stops the flow and its stage as SIGTERM does, unless nohup has it ignored.
     """
-    signal.signal(signal.SIGHUP, lambda *_: signal.raise_signal(signal.SIGTERM))
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        signal.signal(signal.SIGHUP, lambda *_: signal.raise_signal(signal.SIGTERM))
     if not server_answers(url := get_current_settings().api.url):
         fix = "start it with `prefect server start`, or unset PREFECT_API_URL to run without one."
         print(f"{name}: no Prefect server answers at {url}, the PREFECT_API_URL; {fix}", file=sys.stderr)

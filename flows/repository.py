@@ -1,9 +1,11 @@
 """What DVC knows and does: the graph of stages, what is out of date and why, runs, metrics. Independent of Prefect."""
 
+import contextlib
 import difflib
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections import deque
@@ -12,6 +14,8 @@ from graphlib import TopologicalSorter
 from pathlib import Path
 
 from ear.errors import MissingFileError, UserError
+from ear.files.atomic import whole_file
+from ear.lineage import declaration as lineage
 from flows import command
 
 # Without --wait-for-lock, a stage that has finished is reported as failed if another DVC process holds the lock.
@@ -173,3 +177,24 @@ def metrics() -> dict[str, dict]:
     shown = json.loads(ask("metrics", "show", "--json") or "{}")
     files = shown.get("", {}).get("data", {})
     return {path: entry["data"] for path, entry in files.items() if isinstance(entry.get("data"), dict)}
+
+
+def restore(name: str) -> list[str]:
+    """Bring back the outputs that dvc.lock lists of a stage, as far as DVC's cache or git has them => those restored.
+
+    DVC deletes a stage's outputs before it runs. Large ones return by checkout; metrics, which git keeps, lie in DVC's
+    cache too, for its run cache.
+    """
+    outputs = lineage.locked().get(name, {}).get("outs", [])
+    lost = [entry for entry in outputs if not Path(entry["path"]).exists()]
+    if not lost:
+        return []
+    with contextlib.suppress(RepositoryError):  # an output that is in no cache does not keep the others from returning
+        ask("checkout", name)
+    objects = Path(ask("cache", "dir").strip()) / "files/md5"
+    for entry in lost:
+        path, cached = Path(entry["path"]), objects / entry["md5"][:2] / entry["md5"][2:]
+        if not path.exists() and cached.is_file():
+            with whole_file(path) as partial:
+                shutil.copyfile(cached, partial)
+    return [entry["path"] for entry in lost if Path(entry["path"]).exists()]

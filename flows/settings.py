@@ -4,10 +4,8 @@ Prefect reads the environment when it is imported, so import this module before 
 """
 
 import os
-from pathlib import Path
 
 DEFAULTS = {
-    "PREFECT_HOME": str(Path.cwd() / ".prefect"),
     # The first start migrates a database: 15 to 25 s on two idle cores, minutes on busy ones; Prefect's limit is 20 s.
     "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "600",
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",

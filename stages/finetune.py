@@ -65,7 +65,7 @@ def work(parameters: Parameters, run: Run) -> None:
         check=run.check,
         statistics=Statistics(**description["statistics"]),
     )
-    phase.trainer.restore(state)
+    phase.trainer.restore(state, images=progress["images"])
     phase.run(run.scratch(program.plain(parameters), ["data/latents/stats.json", STATE]))
     phase.publish(run.output("data/finetuned"), keep_state=False)
 

@@ -132,7 +132,7 @@ def _sentence(error: BaseException) -> str:
 def _keep_traceback(log: Path) -> None:
     try:
         log.parent.mkdir(parents=True, exist_ok=True)
-        log.write_text(traceback.format_exc())
+        log.write_text(traceback.format_exc(), errors="backslashreplace")
         print(f"(details: {log})", file=sys.stderr)
     except OSError:
         pass  # a full or read-only disk; the sentence above has been printed

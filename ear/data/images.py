@@ -17,6 +17,7 @@ from ear.errors import UserError
 if TYPE_CHECKING:
     import torch
 
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP")  # others, such as EPS, would start programs outside this one
 _SIXTEEN_BIT = ("I", "I;16", "I;16B", "I;16L", "I;16N")
 
 
@@ -30,15 +31,14 @@ def decode(file: str | Path | BinaryIO, *, upright: bool = True) -> Image.Image:
     - Transparent pixels are composed on white.
     - If there are several frames, the first is used.
 
-    Raises UserError with the reason: not an image, truncated or damaged, more pixels than Pillow's limit against
-    decompression bombs (PIL.Image.MAX_IMAGE_PIXELS), or a pixel type without a known range. The caller adds the file's
-    name.
+    Raises UserError with the reason: not of a format in `FORMATS`, truncated or damaged, or more pixels than Pillow's
+    limit against decompression bombs (PIL.Image.MAX_IMAGE_PIXELS). The caller adds the file's name.
     """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # damaged metadata do not affect pixels
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(file) as image:
+            with Image.open(file, formats=FORMATS) as image:
                 if image.width * image.height > (
                     Image.MAX_IMAGE_PIXELS or math.inf
                 ):  # the warning filter is not thread-safe
@@ -46,7 +46,7 @@ def decode(file: str | Path | BinaryIO, *, upright: bool = True) -> Image.Image:
                 image.load()
                 return _to_rgb(_upright(image) if upright else image)
     except UnidentifiedImageError as error:  # Pillow's own message contains a memory address
-        raise UserError("not an image of a known format") from error
+        raise UserError(f"not an image of format {', '.join(FORMATS)}") from error
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
         raise UserError(f"possibly a decompression bomb, over {Image.MAX_IMAGE_PIXELS} pixels") from error
     except MemoryError:
@@ -64,8 +64,6 @@ def _upright(image: Image.Image) -> Image.Image:
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode == "F":
-        raise UserError("its pixels are floating-point numbers of unknown range")
     if image.mode in _SIXTEEN_BIT:
         image = _eight_bit(image)
     if not image.has_transparency_data:
@@ -76,11 +74,12 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _eight_bit(image: Image.Image) -> Image.Image:
-    """Grey 0..65535 => 0..255, rounded."""
-    values = np.asarray(image).astype(np.int64)
-    if values.min() < 0 or values.max() > 65535:
-        raise UserError(f"its grey values, {values.min()}..{values.max()}, are beyond 16 bits")
-    return Image.fromarray(((values + 128) // 257).astype(np.uint8))
+    """Grey 0..65535 => 0..255, rounded; row by row, so that a small file cannot take several times its pixels."""
+    values = np.asarray(image)
+    eight = np.empty(values.shape, np.uint8)
+    for row, target in zip(values, eight, strict=True):
+        target[:] = (row.astype(np.uint32) + 128) // 257
+    return Image.fromarray(eight)
 
 
 def center_crop(image: Image.Image, size: int) -> np.ndarray:

@@ -8,6 +8,7 @@ share.
 import contextlib
 import csv
 import os
+import stat
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from ear.display.progress import Progress
 from ear.errors import MissingFileError, UserError
 from ear.files.atomic import whole_file
 from ear.files.json_files import read_json, write_json
+from ear.files.tables import csv_writer
 
 FORMAT = "ear-raw-2"
 _MOST_BYTES = 1 << 30  # of an encoded image; the limit on pixels allows no larger one
@@ -78,14 +80,24 @@ class Contents(contextlib.ExitStack):
         Raises OSError; UserError for an image of more than 1 GiB, before reading it.
         """
         if image.offset is None:
-            with (self._root / image.file).open("rb") as file:
-                _check_size(os.fstat(file.fileno()).st_size)
-                return file.read()
+            with _open_plain(self._root / image.file) as file:
+                count = os.fstat(file.fileno()).st_size
+                _check_size(count)
+                return file.read(count)
         assert image.bytes is not None
         _check_size(image.bytes)
         if image.file not in self._archives:
             self._archives[image.file] = self.enter_context((self._root / image.file).open("rb", buffering=0))
         return os.pread(self._archives[image.file].fileno(), image.bytes, image.offset)
+
+
+def _open_plain(path: Path) -> FileIO:
+    """Open a file for reading; raises UserError for a pipe, a device or a folder, which could block or never end."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise UserError("is not a plain file")
+    return FileIO(descriptor)
 
 
 def _check_size(count: int) -> None:
@@ -126,7 +138,7 @@ def write_manifest(
 def write_rows(path: Path, rows: Sequence[Row], classes: Sequence[str] = ()) -> None:
     """Write rows as CSV, complete or not at all; class names stay empty if not given."""
     with whole_file(path) as partial, partial.open("w", newline="", **_SURROGATES) as file:
-        writer = csv.writer(file, lineterminator="\n")
+        writer = csv_writer(file)
         writer.writerow(_COLUMNS)
         writer.writerows(_line(row, classes) for row in rows)
 

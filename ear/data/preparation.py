@@ -5,7 +5,6 @@ the readable images of its slice of that order. Bytes depend on images, paramete
 number of workers or on interruptions.
 """
 
-import csv
 import dataclasses
 import functools
 import hashlib
@@ -28,6 +27,7 @@ from ear.files.atomic import link, whole_file, whole_folder
 from ear.files.digests import sha256
 from ear.files.hdf5 import fixed_place
 from ear.files.json_files import read_json, write_json
+from ear.files.tables import csv_writer
 from ear.runtime.executor import map_shards
 from ear.runtime.versions import versions
 
@@ -298,7 +298,7 @@ def _complaint(rejected: Sequence[tuple[str, str]], allowed: int, whole: Path) -
 
 def _write_rejected(path: Path, rejected: Sequence[tuple[str, str]]) -> None:
     text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
+    writer = csv_writer(text)
     writer.writerows([("path", "reason"), *rejected])
     with whole_file(path) as partial:
         partial.write_bytes(text.getvalue().encode(errors="surrogateescape"))

@@ -82,7 +82,7 @@ class PreparedImages:
 
 def _shards(folder: Path, split: str) -> list[Path]:
     """All shards of one split, in order."""
-    paths = sorted(folder.glob(f"{split}-*-of-*.h5"))
+    paths = sorted(folder.glob(f"{split}-*-of-*.h5"), key=_number)
     if not paths:
         raise MissingFileError(f"{folder} has no {split} images ({split}-00000-of-*.h5); run the prepare stage.")
     count = int(paths[0].stem.rpartition("-")[2])
@@ -91,6 +91,12 @@ def _shards(folder: Path, split: str) -> list[Path]:
         odd = sorted(set(paths) ^ set(expected))[0]
         raise MissingFileError(f"the {split} shards of {folder} are not complete: see {odd}; run prepare again.")
     return paths
+
+
+def _number(path: Path) -> tuple[int, str]:
+    """The shard's number, which has more than five digits from shard 100,000 on, and its name."""
+    number = path.name.split("-")[1]
+    return int(number) if number.isdecimal() else -1, path.name
 
 
 def _open(path: Path) -> tuple[_Stored, np.ndarray, int]:

@@ -1,8 +1,9 @@
-"""Tab-separated tables."""
+"""Tables: tab-separated for `dvc plots`, comma-separated for lists of files."""
 
 import csv
 import io
 from pathlib import Path
+from typing import Any, TextIO
 
 from ear.files.atomic import whole_file
 
@@ -15,3 +16,18 @@ def write_table(path: str | Path, rows: list[dict]) -> None:
     writer.writerows([f"{v:.6g}" if isinstance(v, float) else v for v in row.values()] for row in rows)
     with whole_file(path) as partial:
         partial.write_text(text.getvalue())
+
+
+def csv_writer(file: TextIO) -> Any:
+    """A writer of CSV with lines ended by a line feed, which quotes every file name that needs it."""
+    return csv.writer(_LineFeeds(file), lineterminator="\r\n")
+
+
+class _LineFeeds:
+    """csv quotes a carriage return in a value only if its line ends hold one; they are replaced here."""
+
+    def __init__(self, file: TextIO):
+        self._file = file
+
+    def write(self, line: str) -> int:
+        return self._file.write(line.removesuffix("\r\n") + "\n")

@@ -49,11 +49,12 @@ def latent_batches(
         yield from map(dataset.__getitem__, positions)
         return
     loader = DataLoader(
-        dataset, sampler=positions, batch_size=None, num_workers=workers, worker_init_fn=_outlast_sigterm
+        dataset, sampler=positions, batch_size=None, num_workers=workers, worker_init_fn=_outlast_signals
     )
     yield from loader
 
 
-def _outlast_sigterm(_) -> None:
-    """Ignore SIGTERM in a worker: a launcher sends it to all processes while the training still saves its state."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+def _outlast_signals(_) -> None:
+    """Ignore signals to all processes in a worker: the training still needs it while it saves its state."""
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)

@@ -55,7 +55,8 @@ class Run:
         _check_links(self.declared.outputs)
         self._leaving.enter_context(_lock(stage))
         clear_finished(declared.values())
-        remove(self._staging)
+        remove(self._staging)  # of a killed run
+        self._leaving.callback(remove, self._staging)
         self._code = self._code_now()
         inputs = Inputs([*self.declared.inputs, *files], *published(declared.values()))
         self._leaving.callback(inputs.close)
@@ -148,7 +149,6 @@ class Run:
             write_json(self._scratch / _DONE, {"md5": _md5(self.output(self.declared.record))})
         for path in [*made, self.declared.record]:
             replace(self.output(path), path)
-        remove(self._staging)
 
     def _check_unchanged(self) -> None:
         try:

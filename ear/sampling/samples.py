@@ -66,7 +66,9 @@ def write(path: str | Path, first: int, images: np.ndarray) -> None:
         offset = target.id.get_offset()
     with Path(path).open("r+b", buffering=0) as raw:
         raw.seek(offset + first * images[0].nbytes)
-        raw.write(np.ascontiguousarray(images).data)
+        left = np.ascontiguousarray(images).data.cast("B")
+        while left:  # a nearly full disk may take only a part
+            left = left[raw.write(left) :]
         os.fsync(raw.fileno())
 
 

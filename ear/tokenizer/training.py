@@ -134,7 +134,7 @@ class _Trainer(Trainer):
     def state(self) -> dict[str, torch.Tensor]:
         return super().state() | (self.critic.state() if self.critic else {})
 
-    def restore(self, tensors: dict[str, torch.Tensor]) -> None:
-        super().restore(tensors)
+    def restore(self, tensors: dict[str, torch.Tensor], *, images: int) -> None:
+        super().restore(tensors, images=images)
         if self.critic:
             self.critic.restore(tensors)

@@ -31,8 +31,9 @@ def unpack(tensors: dict[str, torch.Tensor], modules: dict[str, nn.Module], opti
     moments = _under(tensors, "optimizer.")
     for name, parameter in _trained(modules).named_parameters():
         state = _of_parameter(moments, name)
-        if state:
-            optimizer.state[parameter] = {k: v.to(parameter.device).clone() for k, v in state.items()}
+        if not state and moments:
+            raise UserError(f"the training state lacks optimizer.*.{name}; use an earlier checkpoint, or start again.")
+        optimizer.state[parameter] = {k: v.to(parameter.device).clone() for k, v in state.items()}
 
 
 def _trained(modules: dict[str, nn.Module]) -> nn.Module:

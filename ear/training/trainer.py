@@ -28,6 +28,7 @@ from ear.training.means import Means
 from ear.training.optimizer import set_rate
 
 Network = TypeVar("Network", bound=nn.Module)
+ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # signals that ask a program to end
 _LOG_STEPS = 25  # steps between log rows; reading the loss waits for the device
 
 
@@ -98,7 +99,7 @@ class Trainer(Generic[Network]):
         """Train until `total_images` (rounded up to full steps) have been seen, starting from the newest checkpoint.
 
         Raises UserError if a loss or a gradient is not finite, before it reaches the weights; InterruptedError if any
-        rank receives SIGTERM, after writing a checkpoint.
+        rank receives SIGTERM, SIGINT or SIGHUP, after writing a checkpoint.
         """
         self.resume(folder)
         with (
@@ -117,12 +118,12 @@ class Trainer(Generic[Network]):
                 if validate and (last or _crossed(before, self.images, validate_images)):
                     self.history.validation.append({"images": self.images, **validate()})
                 stop = asked()
-                if last or stop or _crossed(before, self.images, checkpoint_images):
+                if last or bool(stop) or _crossed(before, self.images, checkpoint_images):
                     self.save(folder)
                 progress.advance(self.images - before, note=self._note())
                 if stop and not last:
                     raise InterruptedError(
-                        f"SIGTERM ended {title} after {self.images} images, with a checkpoint; run it again to resume."
+                        f"{stop} ended {title} after {self.images} images, with a checkpoint; run it again to resume."
                     )
 
     def _own(self, start: int) -> Sequence[int]:
@@ -202,8 +203,13 @@ class Trainer(Generic[Network]):
         """All tensors needed to resume, by name: weights, EMAs, optimiser moments."""
         return checkpoint.pack(self._modules(), self.optimizer)
 
-    def restore(self, tensors: dict[str, Tensor]) -> None:
-        """Load what `state` returned; raises UserError if it belongs to another model."""
+    def restore(self, tensors: dict[str, Tensor], *, images: int) -> None:
+        """Load what `state` returned after `images` images.
+
+        Raises UserError if it belongs to another model or lacks the moments of the optimiser.
+        """
+        if images and not any(name.startswith("optimizer.") for name in tensors):
+            raise UserError("the training state has no optimizer.* tensors; use an earlier checkpoint, or start again.")
         checkpoint.unpack(tensors, self._modules(), self.optimizer)
 
     def save(self, folder: Path) -> None:
@@ -224,7 +230,7 @@ class Trainer(Generic[Network]):
         path = distributed.from_main(lambda: checkpoint.newest(folder))
         if path is not None:
             tensors, description = read_tensors(path)
-            self.restore(tensors)
+            self.restore(tensors, images=description["images"])
             self._means.restore(tensors["sums"].to(self._broken.device), description["means"])
             self.images = description["images"]
             self.history = History(description["training"], description["validation"])
@@ -251,22 +257,35 @@ def check_shares(global_batch_size: int, micro_batch_size: int, processes: int) 
 
 
 @contextlib.contextmanager
-def _termination() -> Iterator[Callable[[], bool]]:
-    """Catch SIGTERM; yields a function that says if any rank has received it. All ranks must call it together."""
-    received = False
+def _termination() -> Iterator[Callable[[], str]]:
+    """Catch the signals that ask a program to end, unless they are ignored, as SIGHUP is under nohup.
 
-    def receive(*_) -> None:
-        nonlocal received
-        received = True
+    Yields a function that names the signal that any rank has received, or returns ''. All ranks must call it together.
+    A second Ctrl-C ends the program at once.
+    """
+    received: list[str] = []
+
+    def receive(number: int, _: object) -> None:
+        received.append(signal.Signals(number).name)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def asked() -> str:
+        if not distributed.any_of(bool(received)):
+            return ""
+        return received[0] if received else "a signal to another process"
 
     if threading.current_thread() is not threading.main_thread():  # only the main thread can catch signals
-        yield lambda: False
+        yield lambda: ""
         return
-    before = signal.signal(signal.SIGTERM, receive)
+    before = {number: signal.getsignal(number) for number in ENDING}
+    for number, handler in before.items():
+        if handler is not signal.SIG_IGN:
+            signal.signal(number, receive)
     try:
-        yield lambda: distributed.any_of(received)
+        yield asked
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _crossed(before: int, after: int, interval: int) -> bool:

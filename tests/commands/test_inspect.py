@@ -62,7 +62,7 @@ def test_unreadable_images_are_named(tmp_path):
     assert dict(sampled.unreadable).keys() == {"a/2.png", "a/4.png", "b/1.png"}
     text = inspect.describe("PATH", source, sampled)
     assert "8 images, 3 unreadable; short side 70 to 70 pixels, median 70" in text
-    assert "a/2.png: not an image of a known format" in text
+    assert "a/2.png: not an image of format JPEG, PNG, WEBP, BMP" in text
     assert "a/4.png: No such file or directory" in text
 
 

@@ -3,6 +3,7 @@
 import hashlib
 import io
 import json
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -78,13 +79,8 @@ def test_a_thread_of_an_image_is_refused():
 def test_grey_of_sixteen_bits_is_scaled_not_clipped():
     grey = np.array([[0, 128, 129, 257, 32768, 65535]], np.uint16)
     expected = [0, 0, 1, 1, 128, 255]
-    for file in (
-        encoded(Image.fromarray(grey)),
-        encoded(Image.fromarray(grey), "TIFF"),
-        encoded(Image.fromarray(grey.astype(np.int32)), "TIFF"),
-        io.BytesIO(b"P5 6 1 65535\n" + grey.astype(">u2").tobytes()),
-    ):
-        assert np.asarray(decode(file))[0].tolist() == [[value] * 3 for value in expected]
+    pixels = np.asarray(decode(encoded(Image.fromarray(grey))))
+    assert pixels[0].tolist() == [[value] * 3 for value in expected]
 
 
 @pytest.mark.parametrize(
@@ -99,7 +95,6 @@ def test_grey_of_sixteen_bits_is_scaled_not_clipped():
         ("RGBA", (100, 0, 200, 128), "WEBP", {"lossless": True}, (177, 127, 227)),
         ("RGB", (100, 0, 200), "PNG", {"transparency": (100, 0, 200)}, (255, 255, 255)),
         ("RGB", (100, 0, 200), "BMP", {}, (100, 0, 200)),
-        ("CMYK", (0, 255, 255, 0), "TIFF", {}, (255, 0, 0)),
         ("CMYK", (0, 255, 255, 0), "JPEG", {"quality": 100}, (255, 0, 0)),
     ],
 )
@@ -165,15 +160,15 @@ def test_a_file_is_read_by_its_path_too(tmp_path):
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
-        (b"", "not an image of a known format"),
-        (b"hello, I am a text", "not an image of a known format"),
-        (b"\x89PNG\r\n\x1a\n" + bytes(30), "not an image of a known format"),
+        (b"", "not an image of format"),
+        (b"hello, I am a text", "not an image of format"),
+        (b"\x89PNG\r\n\x1a\n" + bytes(30), "not an image of format"),
         (JPEG[: len(JPEG) // 2], "truncated"),
         (JPEG[:-2], "truncated"),
         (encoded(Image.new("1", (10_000, 10_000))).getvalue(), "decompression bomb"),
         (encoded(Image.new("1", (20_000, 20_000))).getvalue(), "decompression bomb"),
-        (encoded(Image.new("F", (4, 4)), "TIFF").getvalue(), "floating-point"),
-        (encoded(Image.new("I", (4, 4), 70_000), "TIFF").getvalue(), r"70000\.\.70000, are beyond 16 bits"),
+        (encoded(Image.new("L", (4, 4)), "TIFF").getvalue(), "not an image of format JPEG, PNG, WEBP, BMP"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 4 4\n%%EndComments\n", "not an image of format"),  # Ghostscript
     ],
 )
 def test_what_is_not_an_image_is_refused_with_the_reason(content, reason):
@@ -209,3 +204,13 @@ def test_values_are_rounded_and_clipped():
 def test_no_picture_is_made_of_diverged_numbers(value):
     with pytest.raises(ValueError, match="infinite or NaN"):
         to_uint8(torch.full((3, 2, 2), value))
+
+
+def test_grey_of_sixteen_bits_takes_little_memory():
+    """16 million pixels in a PNG of a few kilobytes: 33 MB with 16 bits, 17 MB with 8, 50 MB as RGB."""
+    content = encoded(Image.new("I;16", (4096, 4096), 1000)).getvalue()
+    tracemalloc.start()
+    decode(io.BytesIO(content))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 120e6

@@ -7,6 +7,9 @@ import pytest
 
 from ear.data import manifest, sources
 from ear.data.manifest import ListedImage, Row
+from ear.errors import UserError
+
+ODD_NAMES = ["a\rb.png", "a\nb.png", 'a",b.png', "a;\u00e9\u2028.png", os.fsdecode(b"\xff\xfe.png")]
 
 
 def tree(root: Path, *paths: str) -> Path:
@@ -93,3 +96,23 @@ def test_members_of_archives_are_listed_and_read(tmp_path):
         assert [contents.read(row) for row in written.rows] == [b"3456", b"01", b"b/1.png"]
         assert contents.read(written.rows[0]._replace(offset=8)) == b"89"
     assert "train,0,a,train/a/y.jpg,2,all.bin,0" in (tmp_path / "manifest.csv").read_text().splitlines()
+
+
+@pytest.mark.parametrize(
+    "name", ["a\rb.png", "a\nb.png", 'a",b.png', "a;\u00e9\u2028.png", os.fsdecode(b"\xff\xfe.png")]
+)
+def test_odd_file_names_survive(tmp_path, name):
+    (tmp_path / "tree/c").mkdir(parents=True)
+    (tmp_path / "tree/c" / name).write_bytes(b"x")
+    images = [ListedImage("train", "c", f"c/{name}", f"c/{name}")]
+    manifest.write_manifest(tmp_path, images, tree=tmp_path / "tree", root=tmp_path / "tree", names={}, upright=True)
+    assert [row.path for row in manifest.read_manifest(tmp_path).rows] == [f"c/{name}"]
+
+
+def test_pipes_and_devices_are_not_read(tmp_path):
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "zero.png").symlink_to("/dev/zero")
+    with manifest.Contents(tmp_path) as contents:
+        for name in ("pipe.png", "zero.png"):
+            with pytest.raises(UserError, match="is not a plain file"):
+                contents.read(ListedImage("train", "c", name, name))

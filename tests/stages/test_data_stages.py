@@ -176,7 +176,7 @@ def test_prepare_errors_are_one_line_and_keep_the_old_images(repository):
     sentence = one_line(errors, "prepare")
     assert code == 1
     assert "2 images cannot be read" in sentence
-    assert "a/0.png: not an image of a known format; b/1.png: " in sentence
+    assert "a/0.png: not an image of format JPEG, PNG, WEBP, BMP; b/1.png: " in sentence
     assert "work/logs/prepare-rejected.csv" in sentence
     assert len((repository.path / "work/logs/prepare-rejected.csv").read_text().splitlines()) == 3
     assert digests(repository.prepared) == before

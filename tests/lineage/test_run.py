@@ -1,0 +1,229 @@
+"""A run of a stage in a small repository of its own: what it publishes, refuses, keeps and deletes."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from ear.errors import UserError
+from ear.files.digests import sha256
+from ear.lineage import run as run_module
+from ear.lineage.declaration import declarations
+from ear.lineage.record import Record
+from ear.lineage.run import Run, clear_finished
+
+DVC = """
+stages:
+  first:
+    cmd: python first.py
+    deps: [first.py]
+    outs: [data/lineage/first.json, data/numbers]
+  second:
+    cmd: python second.py
+    params: [second]
+    deps: [data/numbers, second.py, package]
+    outs: [data/lineage/second.json, data/sum.txt]
+    metrics: [{data/metrics.json: {cache: false}}]
+"""
+
+
+@pytest.fixture(autouse=True)
+def repository(tmp_path, monkeypatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    Path("dvc.yaml").write_text(DVC)
+    Path("first.py").write_text("one = 1\n")
+    Path("second.py").write_text("two = 2\n")
+    Path("package").mkdir()
+    Path("package/inner.py").write_text("three = 3\n")
+    first()
+    return tmp_path
+
+
+def first() -> None:
+    with Run("first", dict) as run:
+        folder = run.output("data/numbers")
+        folder.mkdir()
+        for k in range(3):
+            (folder / f"{k}.txt").write_text(str(k))
+        run.publish()
+
+
+class Second:
+    """The second stage, stopped between its work and its publication."""
+
+    def __init__(self, **options):
+        self.values = {"second": {"scale": 2}}
+        self.options = options
+
+    def __call__(self, meanwhile=lambda: None) -> Path:
+        with Run("second", lambda: json.loads(json.dumps(self.values)), **self.options) as run:
+            scratch = run.scratch(self.values, ["data/numbers/0.txt"])
+            kept = scratch / "kept.txt"
+            kept.write_text("begun" if not kept.exists() else "continued")
+            run.output("data/sum.txt").write_text("6")
+            run.output("data/metrics.json").write_text("{}")
+            meanwhile()
+            run.publish()
+        return scratch
+
+
+def scratches() -> list[Path]:
+    return [path for path in Path("work/second").iterdir() if path.is_dir()]
+
+
+def test_the_record_names_parameters_code_inputs_and_outputs():
+    Second()()
+    record = Record.read(Path("data/lineage/second.json"))
+    assert record.parameters == {"second": {"scale": 2}}
+    assert record.code.keys() == {"second.py", "package"}
+    assert record.inputs == {f"data/numbers/{k}.txt": sha256(f"data/numbers/{k}.txt") for k in range(3)}
+    assert record.outputs == {name: sha256(name) for name in ("data/sum.txt", "data/metrics.json")}
+    assert record.inputs == Record.read(Path("data/lineage/first.json")).outputs
+    assert not Path("work/second/outputs").exists()
+
+
+def test_two_runs_leave_equal_bytes():
+    Second()()
+    before = Path("data/lineage/second.json").read_bytes()
+    Second()()
+    assert Path("data/lineage/second.json").read_bytes() == before
+
+
+def edit_parameters(second: Second) -> None:
+    second.values["second"]["scale"] = 7
+
+
+def edit_package(_: Second) -> None:
+    Path("package/inner.py").write_text("three = 4\n")
+
+
+@pytest.mark.parametrize(
+    ("edit", "said"), [(edit_parameters, r"second\.scale: 2, now 7"), (edit_package, r"\(package\)")]
+)
+def test_an_edit_during_the_run_publishes_nothing_and_keeps_the_progress(edit, said):
+    second = Second()
+    with pytest.raises(UserError, match=said):
+        second(lambda: edit(second))
+    assert not Path("data/sum.txt").exists()
+    assert [(path / "kept.txt").read_text() for path in scratches()] == ["begun"]
+
+
+def test_undoing_the_edit_publishes_what_was_kept():
+    second = Second()
+    with pytest.raises(UserError):
+        second(lambda: edit_package(second))
+    Path("package/inner.py").write_text("three = 3\n")
+    assert (second() / "kept.txt").read_text() == "continued"
+    assert Path("data/sum.txt").read_text() == "6"
+
+
+def test_an_input_that_changes_during_the_run_is_named():
+    with pytest.raises(UserError, match=r"data/numbers/1\.txt changed while the stage read it"):
+        Second()(lambda: Path("data/numbers/1.txt").write_text("9"))
+    assert not Path("data/sum.txt").exists()
+
+
+def test_an_input_that_appears_during_the_run_is_named():
+    with pytest.raises(UserError, match=r"data/numbers/new\.txt changed"):
+        Second()(lambda: Path("data/numbers/new.txt").write_text("9"))
+
+
+def test_a_damaged_input_is_named_with_the_remedy():
+    path = Path("data/numbers/2.txt")
+    path.write_bytes(b"3")
+    with pytest.raises(UserError, match=r"data/numbers/2\.txt is not what the first stage wrote.*ear verify --repair"):
+        Second()()
+    assert not Path("data/sum.txt").exists()
+
+
+def test_a_damaged_input_is_found_before_the_end():
+    Path("data/numbers/2.txt").write_bytes(b"3")
+    with Run("second", dict) as run:
+        for future in run._inputs._futures.values():
+            future.result()
+        with pytest.raises(UserError, match="is not what the first stage wrote"):
+            run.check()
+
+
+def interrupt(second: Second) -> None:
+    def stop():
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        second(stop)
+
+
+def test_work_begun_under_other_code_is_neither_continued_nor_deleted():
+    interrupt(Second())
+    edit_package(Second())
+    with pytest.raises(UserError, match=r"package changed since; set runtime\.other_code to continue"):
+        Second()()
+    assert [(path / "kept.txt").read_text() for path in scratches()] == ["begun"]
+    Path("package/inner.py").write_text("three = 3\n")
+    assert (Second()() / "kept.txt").read_text() == "continued"
+    assert Record.read(Path("data/lineage/second.json")).earlier_code == ()
+
+
+def test_work_continued_under_other_code_says_so():
+    interrupt(Second())
+    edit_package(Second())
+    assert (Second(other_code="continue")() / "kept.txt").read_text() == "continued"
+    record = Record.read(Path("data/lineage/second.json"))
+    (earlier,) = record.earlier_code
+    assert earlier["package"] != record.code["package"]
+    assert earlier["second.py"] == record.code["second.py"]
+
+
+def test_restarting_drops_the_work_of_other_code():
+    interrupt(Second())
+    edit_package(Second())
+    assert (Second(other_code="restart")() / "kept.txt").read_text() == "begun"
+    assert Record.read(Path("data/lineage/second.json")).earlier_code == ()
+
+
+def test_the_work_of_other_parameters_is_kept():
+    interrupt(Second())
+    other = Second()
+    other.values["second"]["scale"] = 3
+    other()
+    assert len(scratches()) == 2
+    assert (Second()() / "kept.txt").read_text() == "continued"
+
+
+def test_scratch_goes_once_dvc_lock_lists_the_record():
+    Second()()
+    clear_finished(declarations().values())
+    assert len(scratches()) == 1
+    md5 = run_module._md5(Path("data/lineage/second.json"))
+    Path("dvc.lock").write_text(f"stages: {{second: {{outs: [{{path: data/lineage/second.json, md5: {md5}}}]}}}}\n")
+    clear_finished(declarations().values())
+    assert scratches() == []
+
+
+def test_a_second_run_of_the_stage_is_refused():
+    with (
+        Run("second", dict),
+        pytest.raises(UserError, match="another second stage runs in this folder"),
+        Run("second", dict),
+    ):
+        pass
+
+
+def test_a_stage_that_writes_nothing_fails():
+    with Run("second", dict) as run, pytest.raises(RuntimeError, match=r"has not written data/sum\.txt"):
+        run.publish()
+
+
+def test_a_linked_output_is_refused(tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    Path("data/sum.txt").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match=r"data/sum\.txt is a symbolic link.*dvc cache dir"), Run("second", dict):
+        pass
+
+
+def test_what_a_killed_writer_left_is_removed():
+    interrupt(Second())
+    (folder,) = scratches()
+    (folder / ".kept.txt.0123456789ab.partial").write_text("half")
+    Second()()
+    assert sorted(path.name for path in folder.iterdir()) == ["code.json", "kept.txt", "published.json"]
