@@ -62,6 +62,12 @@ def plain(value: Any) -> Any:
     return value
 
 
+def tracked(parameters: config.Parameters, kind: type) -> dict[str, Any]:
+    """Key or section of params.yaml => plain value, for those that `kind` declares and DVC tracks."""
+    view: Any = visible(parameters, kind)
+    return {key: plain(getattr(view, name)) for name, key in _fields(kind).items() if name != "runtime"}
+
+
 def perform(
     stage: str,
     work: Callable[[View, Run], None],
@@ -73,7 +79,7 @@ def perform(
     view = visible(now, kind)
     with Run(
         stage,
-        lambda: plain(visible(parameters(), kind)),
+        lambda: tracked(parameters(), kind),
         other_code=now.runtime.other_code,
         files=config.named_files(now, tracked_keys(kind)),
     ) as run:

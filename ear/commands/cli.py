@@ -85,3 +85,20 @@ def describe(params: Path, classes: int | None, images: int | None, teraflops: f
     from ear.commands import describe
 
     print(describe.run(params, classes=classes, images=images, teraflops=teraflops))
+
+
+@main.command(cls=_Command)
+@click.option("--repair", is_flag=True, help="delete damaged files, in DVC's cache too, for `dvc repro` to remake")
+@click.pass_context
+def verify(context: click.Context, repair: bool) -> None:
+    """Check that outputs, their records and dvc.lock agree.
+
+    Reads every output once. data/lineage/STAGE.json says what each stage's outputs were made from: parameters, code,
+    inputs, library versions. Exits with 1 if anything disagrees.
+    """
+    from ear.commands import verify
+
+    lines, well = verify.run(repair=repair)
+    print("\n".join(lines))
+    if not well:
+        context.exit(1)

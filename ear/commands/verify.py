@@ -1,0 +1,173 @@
+"""Hold outputs, their records and dvc.lock against each other (`ear verify`).
+
+Every file of every output is read once. Damaged ones can be deleted, also from DVC's cache, so that `dvc repro` makes
+them again.
+"""
+
+import hashlib
+import json
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ear.display.progress import Progress
+from ear.errors import UserError
+from ear.files.atomic import remove
+from ear.lineage.declaration import Declaration, declarations, locked
+from ear.lineage.digests import files_under
+from ear.lineage.record import Record, difference
+from ear.runtime.versions import versions
+
+_BLOCK = 1 << 20  # bytes
+_PARAMETERS = "params.yaml"
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One disagreement; `damaged` is the file to make again, if it is one."""
+
+    stage: str
+    what: str
+    damaged: Path | None = None
+
+
+@dataclass(frozen=True)
+class Digests:
+    """SHA-256, as records have it, and MD5, as dvc.lock has it, of one file."""
+
+    sha256: str
+    md5: str
+
+
+def run(*, repair: bool) -> tuple[list[str], bool]:
+    """(lines that say what was found, whether all is well); `repair` deletes damaged files.
+
+    Raises UserError outside a repository, or if dvc.lock lists no stage.
+    """
+    lock, declared = locked(), declarations()
+    if not lock:
+        raise UserError("dvc.lock lists no stage; run the pipeline first (`dvc repro`).")
+    stages = [declared[name] for name in declared if name in lock]
+    found = _digests(stages)
+    records = {entry.stage: Record.read(entry.record) for entry in stages if entry.record.is_file()}
+    problems = [problem for entry in stages for problem in _problems(entry, lock[entry.stage], records, found)]
+    lines = [f"{problem.stage}: {problem.what}" for problem in problems] + _notes(records)
+    damaged = [problem.damaged for problem in problems if problem.damaged]
+    if repair and damaged:
+        deleted = _repair(damaged, lock, _cache())
+        lines.append(f"deleted {', '.join(map(str, deleted))}; `dvc repro` makes them again")
+    if not problems:
+        lines.append(f"{len(stages)} stages and {len(found)} files agree with their records and with dvc.lock")
+    return lines, not problems
+
+
+def _digests(stages: Iterable[Declaration]) -> dict[str, Digests]:
+    """The digests of every file of every output, by path."""
+    files = [file for entry in stages for output in entry.outputs for file in files_under(output)]
+    found = {}
+    with Progress("verifying", len(files), unit="file") as progress:
+        for file in files:
+            found[file.as_posix()] = _digest(file)
+            progress.advance(1)
+    return found
+
+
+def _digest(path: Path) -> Digests:
+    sha256, md5 = hashlib.sha256(), hashlib.md5(usedforsecurity=False)
+    with path.open("rb", buffering=0) as file:
+        while block := file.read(_BLOCK):
+            sha256.update(block)
+            md5.update(block)
+    return Digests(sha256.hexdigest(), md5.hexdigest())
+
+
+def _problems(
+    entry: Declaration, locked_entry: Mapping[str, Any], records: Mapping[str, Record], found: Mapping[str, Digests]
+) -> Iterator[Problem]:
+    """Where one stage's outputs, record and entry in dvc.lock disagree."""
+    record = records.get(entry.stage)
+    if record is None:
+        yield Problem(entry.stage, f"{entry.record} is missing; `dvc checkout {entry.stage}` brings it back")
+        return
+    yield from _of_outputs(entry, record, found)
+    for output in locked_entry.get("outs", []):
+        if Path(output["path"]).exists() and _md5(output["path"], found) != output["md5"]:
+            yield Problem(entry.stage, f"{output['path']} is not what dvc.lock lists")
+    parameters = locked_entry.get("params", {}).get(_PARAMETERS, {})
+    if differing := difference(record.parameters, parameters):
+        yield Problem(entry.stage, f"dvc.lock has other parameters than the stage saw ({differing})")
+    for name, digest in record.inputs.items():
+        makers = [other for other in records.values() if name in other.outputs]
+        if makers and makers[0].outputs[name] != digest:
+            yield Problem(entry.stage, f"it read another {name} than the {makers[0].stage} stage has written now")
+
+
+def _of_outputs(entry: Declaration, record: Record, found: Mapping[str, Digests]) -> Iterator[Problem]:
+    for name, digest in record.outputs.items():
+        if name not in found:
+            yield Problem(entry.stage, f"{name} is missing; `dvc checkout {entry.stage}` brings it back")
+        elif found[name].sha256 != digest:
+            yield Problem(entry.stage, f"{name} is damaged: not what the stage wrote", damaged=Path(name))
+    own = {file.as_posix() for output in entry.outputs for file in files_under(output)}
+    for name in sorted(own - record.outputs.keys() - {entry.record.as_posix()}):
+        yield Problem(entry.stage, f"{name} was not written by the stage", damaged=Path(name))
+
+
+def _md5(path: str, found: Mapping[str, Digests]) -> str:
+    """The MD5 of a file, or DVC's of a folder: that of the list of its files."""
+    if path in found:
+        return found[path].md5
+    inside = sorted(
+        (name.removeprefix(f"{path}/"), digests.md5) for name, digests in found.items() if name.startswith(f"{path}/")
+    )
+    listing = json.dumps([{"md5": md5, "relpath": name} for name, md5 in inside], sort_keys=True)
+    return hashlib.md5(listing.encode(), usedforsecurity=False).hexdigest() + ".dir"
+
+
+def _notes(records: Mapping[str, Record]) -> list[str]:
+    """What is no disagreement but worth knowing: other libraries, and work continued under other code."""
+    lines = []
+    for stage, record in records.items():
+        if differing := difference(record.libraries, versions()):
+            lines.append(f"note: {stage} ran with other libraries than are installed now ({differing})")
+        if record.earlier_code:
+            lines.append(f"note: {stage} was begun under other code and continued (runtime.other_code)")
+    return lines
+
+
+def _cache() -> Path:
+    """The folder of DVC's cache."""
+    command = [sys.executable, "-m", "dvc", "cache", "dir"]
+    return Path(subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip())
+
+
+def _repair(damaged: Iterable[Path], lock: Mapping[str, Any], cache: Path) -> list[Path]:
+    """Delete damaged files, and the objects of DVC's cache that are damaged too => the paths deleted."""
+    damaged = list(damaged)
+    objects = {path: digest for entry in lock.values() for path, digest in _objects(entry, cache)}
+    deleted = []
+    for path in damaged:
+        digest = objects.get(path.as_posix(), "")
+        stored = cache / "files/md5" / digest[:2] / digest[2:]
+        if digest and stored.is_file() and _digest(stored).md5 != digest:
+            remove(stored)
+            deleted.append(stored)
+        remove(path)
+        deleted.append(path)
+    return deleted
+
+
+def _objects(entry: Mapping[str, Any], cache: Path) -> Iterator[tuple[str, str]]:
+    """(file, MD5) of every file that dvc.lock lists as an output of a stage, those in folders included."""
+    for output in entry.get("outs", []):
+        path, digest = output["path"], output["md5"]
+        if not digest.endswith(".dir"):
+            yield path, digest
+            continue
+        listing = cache / "files/md5" / digest[:2] / digest[2:]
+        if listing.is_file():
+            for file in json.loads(listing.read_text()):
+                yield f"{path}/{file['relpath']}", file["md5"]

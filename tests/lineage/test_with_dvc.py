@@ -1,0 +1,212 @@
+"""What DVC promises, on a real repository of two small stages: lineage, reruns, damage, failures."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+DVC = """
+stages:
+  numbers:
+    cmd: python numbers_stage.py
+    params: [numbers]
+    deps: [numbers_stage.py]
+    outs: [data/lineage/numbers.json, data/numbers]
+  total:
+    cmd: python total_stage.py
+    params: [total]
+    deps: [data/numbers, total_stage.py]
+    outs: [data/lineage/total.json, data/total/total.txt]
+    metrics: [{data/total/metrics.json: {cache: false}}]
+"""
+STAGE = """
+import os, sys, yaml
+from pathlib import Path
+from ear.errors import UserError
+from ear.lineage.run import Run
+
+def values():
+    return {NAME: yaml.safe_load(Path("params.yaml").read_text())[NAME]}
+
+try:
+    with open("ran.txt", "a") as log:
+        log.write(NAME + "\\n")
+    with Run(NAME, values) as run:
+        work(run, values()[NAME])
+        if hook := os.environ.get("MEANWHILE"):
+            exec(hook)
+        run.publish()
+except UserError as error:
+    sys.exit(f"{NAME}: {error}")
+"""
+NUMBERS = (
+    """
+NAME = "numbers"
+def work(run, count):
+    folder = run.output("data/numbers")
+    folder.mkdir()
+    for k in range(count):
+        (folder / f"{k}.txt").write_text(str(k))
+"""
+    + STAGE
+)
+TOTAL = (
+    """
+NAME = "total"
+def work(run, scale):
+    total = scale * sum(int(path.read_text()) for path in Path("data/numbers").iterdir())
+    folder = run.output("data/total")
+    folder.mkdir()
+    (folder / "total.txt").write_text(str(total))
+    (folder / "metrics.json").write_text('{"total": %d}' % total)
+"""
+    + STAGE
+)
+
+
+def run(*command: str, **environment: str) -> subprocess.CompletedProcess:
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    settings = os.environ | {"PATH": path, "PYTHONPATH": str(ROOT), "DVC_NO_ANALYTICS": "1"} | environment
+    return subprocess.run(command, capture_output=True, text=True, env=settings, timeout=120)
+
+
+def dvc(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
+    return run(sys.executable, "-m", "dvc", *arguments, **environment)
+
+
+def verify(*options: str) -> subprocess.CompletedProcess:
+    return run(sys.executable, "-m", "ear", "verify", *options)
+
+
+def set_parameters(numbers: int = 4, total: int = 1) -> None:
+    Path("params.yaml").write_text(f"numbers: {numbers}\ntotal: {total}\n")
+
+
+def ran() -> list[str]:
+    """The stage programs started since the last call."""
+    path = Path("ran.txt")
+    names = path.read_text().split() if path.exists() else []
+    path.unlink(missing_ok=True)
+    return names
+
+
+@pytest.fixture(autouse=True)
+def repository(tmp_path, monkeypatch) -> Path:
+    """The two stages, reproduced once; cache links as in this project."""
+    monkeypatch.chdir(tmp_path)
+    Path("dvc.yaml").write_text(DVC)
+    Path("numbers_stage.py").write_text(NUMBERS)
+    Path("total_stage.py").write_text(TOTAL)
+    Path(".gitignore").write_text("/data/*\n!/data/total\n/data/total/*\n!/data/total/metrics.json\n/work\n/ran.txt\n")
+    set_parameters()
+    run("git", "init", "--quiet")
+    assert dvc("init", "--quiet").returncode == 0
+    Path(".dvc/config").write_text('[cache]\n    type = "hardlink,symlink,copy"\n')
+    done = dvc("repro")
+    assert done.returncode == 0, done.stderr
+    assert ran() == ["numbers", "total"]
+    run("git", "add", "--all")
+    run("git", "-c", "user.name=a", "-c", "user.email=a@b", "commit", "--quiet", "--message", "first")
+    return tmp_path
+
+
+def metrics() -> dict:
+    return json.loads(Path("data/total/metrics.json").read_text())
+
+
+def test_going_back_to_earlier_parameters_starts_no_program():
+    set_parameters(total=10)
+    assert dvc("repro").returncode == 0
+    assert (ran(), metrics()) == (["total"], {"total": 60})
+    set_parameters()
+    assert dvc("repro").returncode == 0
+    assert (ran(), metrics()) == ([], {"total": 6})
+    assert verify().returncode == 0
+
+
+def test_an_edit_during_a_stage_is_never_recorded():
+    """DVC reads params.yaml after the command, so it would record 7 for outputs made with 5."""
+    set_parameters(total=5)
+    edit = "Path('params.yaml').write_text('numbers: 4\\ntotal: 7\\n')"
+    done = dvc("repro", MEANWHILE=edit)
+    assert done.returncode != 0
+    assert "total: 5, now 7" in done.stderr
+    assert not Path("data/total/total.txt").exists()
+    assert dvc("repro").returncode == 0
+    assert metrics() == {"total": 42}
+    assert verify().returncode == 0
+
+
+def flip(path: str) -> None:
+    """Change one byte in place, as a failing disk does: DVC's cache shares the file."""
+    content = bytearray(Path(path).read_bytes())
+    content[0] ^= 1
+    with open(path, "r+b") as file:
+        file.write(content)
+
+
+def test_a_flipped_byte_is_named_and_made_again():
+    flip("data/numbers/3.txt")
+    told = verify()
+    assert told.returncode == 1
+    assert "numbers: data/numbers/3.txt is damaged" in told.stdout
+    set_parameters(total=2)
+    done = dvc("repro")
+    assert done.returncode != 0
+    assert "data/numbers/3.txt is not what the numbers stage wrote" in done.stderr
+    assert "deleted " in verify("--repair").stdout
+    done = dvc("repro")
+    assert done.returncode == 0, done.stderr
+    assert Path("data/numbers/3.txt").read_text() == "3"
+    assert metrics() == {"total": 12}
+    assert verify().returncode == 0
+
+
+def test_a_file_that_no_stage_wrote_is_named():
+    Path("data/numbers/more.txt").write_text("9")
+    told = verify()
+    assert told.returncode == 1
+    assert "numbers: data/numbers/more.txt was not written by the stage" in told.stdout
+    assert "numbers: data/numbers is not what dvc.lock lists" in told.stdout
+
+
+def test_a_lock_with_other_parameters_than_the_stage_saw_is_named():
+    lock = Path("dvc.lock").read_text()
+    assert lock.count("total: 1\n") == 1
+    Path("dvc.lock").write_text(lock.replace("total: 1\n", "total: 8\n"))
+    told = verify()
+    assert told.returncode == 1
+    assert "total: dvc.lock has other parameters than the stage saw (total: 1, now 8)" in told.stdout
+
+
+def test_other_libraries_are_a_note():
+    path = Path("data/lineage/total.json")
+    content = json.loads(path.read_text())
+    content["libraries"]["numpy"] = "0.1"
+    path.unlink()
+    path.write_text(json.dumps(content))
+    assert "note: total ran with other libraries than are installed now (numpy: 0.1, now " in verify().stdout
+
+
+def test_a_failed_stage_is_restored_by_the_flow(repository):
+    from flows import repository as flow_repository
+
+    set_parameters(total=3)
+    assert dvc("repro", MEANWHILE="sys.exit(1)").returncode != 0
+    assert not Path("data/total/metrics.json").exists()
+    restored = flow_repository.restore("total")
+    assert sorted(restored) == ["data/lineage/total.json", "data/total/metrics.json", "data/total/total.txt"]
+    assert metrics() == {"total": 6}
+    assert verify().returncode == 0
+
+
+def test_two_clones_have_equal_locks(tmp_path):
+    run("git", "clone", "--quiet", str(tmp_path), str(tmp_path / "clone"))
+    os.chdir(tmp_path / "clone")
+    Path("dvc.lock").unlink()
+    assert dvc("repro").returncode == 0
+    assert Path("dvc.lock").read_bytes() == (tmp_path / "dvc.lock").read_bytes()
