@@ -23,7 +23,7 @@ import flows.settings  # noqa: F401 - first: Prefect reads its settings when it 
 import argparse
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -31,10 +31,12 @@ from prefect import State, flow, get_run_logger, task
 from prefect.artifacts import create_markdown_artifact, create_table_artifact
 from prefect.states import Completed, Failed
 
+from ear import config
 from ear.errors import UserError
 from flows import overrides as parameter_overrides
 from flows import repository
 from flows.artifacts import GRID, metric_rows, picture
+from flows.inputs import changed_images
 from flows.overrides import PARAMETERS
 from flows.program import report
 from flows.repository import BusyError, RepositoryError
@@ -111,12 +113,22 @@ def bring_up_to_date(graph: dict[str, set[str]], order: list[str], forced: list[
     if not state.is_completed():
         return Failed(message=state.message)
     changed: Any = state.result()
-    outcomes = walk(graph, order, forced, changed)
+    unseen: set[str] = set()
+    if "fetch" in order and (images := changed_images(config.load(PARAMETERS))):
+        changed["fetch"] = "; ".join(filter(None, [images, changed.get("fetch", "")]))
+        unseen = {"fetch"}
+    outcomes = walk(graph, order, forced, changed, unseen)
     publish(outcomes)
     return summary(outcomes)
 
 
-def walk(graph: dict[str, set[str]], order: list[str], forced: list[str], changed: dict[str, str]) -> list[Outcome]:
+def walk(
+    graph: dict[str, set[str]],
+    order: list[str],
+    forced: list[str],  # stages that the user wants to run in any case
+    changed: dict[str, str],  # stage => why it is out of date
+    unseen: Collection[str],  # those that are out of date by a change that DVC does not see
+) -> list[Outcome]:
     """Run the stages one after another, up to the first that fails."""
     outcomes: list[Outcome] = []
     fresh: set[str] = set()  # stages with new outputs
@@ -127,7 +139,7 @@ def walk(graph: dict[str, set[str]], order: list[str], forced: list[str], change
         upstream_ran = bool(fresh & graph[name])
         why = "; ".join(filter(None, ["forced" if name in forced else "", changed.get(name, "")]))
         start = time.monotonic()
-        state = run_stage(name, why, upstream_ran, name in forced, return_state=True)
+        state = run_stage(name, why, upstream_ran, name in forced or name in unseen, return_state=True)
         result = str(state.name) if state.is_completed() else "failed"
         outcomes.append(Outcome(name, result, state.message or "", round(time.monotonic() - start, 1)))
         if result in ("ran", "restored"):

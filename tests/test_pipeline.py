@@ -13,6 +13,7 @@ import h5py
 import numpy as np
 import pytest
 from omegaconf import OmegaConf
+from photographs import write_class_folders
 from PIL import Image
 
 import ear
@@ -277,3 +278,17 @@ def test_latents_of_another_tokenizer_and_a_foreign_model_are_refused(repository
         )
         assert done.returncode == 1
         assert words in done.stderr.splitlines()[0]
+
+
+def test_a_flow_notices_new_images(tmp_path, monkeypatch):
+    """DVC does not watch data.path; the flow lists it every time."""
+    monkeypatch.setenv("PREFECT_HOME", str(tmp_path / "prefect"))
+    folder = fresh(tmp_path / "repository")
+    images = write_class_folders(tmp_path / "images", each=4, classes=2)
+    change(folder, {"data.source": "folder", "data.path": str(images)})
+    run("dvc", "repro", "fetch", cwd=folder)
+    shutil.copy(next(images.rglob("*.jpg")), images / "cat/new.jpg")
+    assert "fetch" not in stale(folder)
+    said = run(sys.executable, "-m", "flows.pipeline", "--stages", "fetch", cwd=folder)
+    assert "pipeline: ran: fetch" in said
+    assert "cat/new.jpg" in (folder / "data/raw/manifest.csv").read_text()

@@ -119,13 +119,7 @@ def write_manifest(
     Labels number the sorted class names. File sizes are recorded to notice images that changed since: reading sizes is
     cheap, digests would mean reading every image. Raises OSError if a file cannot be stat'ed.
     """
-    folder, classes = Path(folder), tuple(sorted({image.class_name for image in found}))
-    labels = {name: label for label, name in enumerate(classes)}
-    sizes = iter(_sizes([f"{tree}/{image.file}" for image in found if image.bytes is None]))
-    rows = [
-        Row(i.split, labels[i.class_name], i.path, next(sizes) if i.bytes is None else i.bytes, i.file, i.offset)
-        for i in found
-    ]
+    folder, classes, rows = Path(folder), _classes(found), _rows(found, tree)
     packed = sorted({image.file for image in found if image.offset is not None})
     archives = {file: os.path.getsize(f"{tree}/{file}") for file in packed}
     write_rows(folder / "manifest.csv", rows, classes)
@@ -133,6 +127,34 @@ def write_manifest(
     named = {name: names[name] for name in classes if name in names}
     write_json(folder / "source.json", {"format": FORMAT, **facts, "names": named})
     return Manifest(Path(root), classes, tuple(names.get(name, name) for name in classes), upright, archives, rows)
+
+
+def _classes(found: Sequence[ListedImage]) -> tuple[str, ...]:
+    return tuple(sorted({image.class_name for image in found}))
+
+
+def _rows(found: Sequence[ListedImage], tree: str | Path) -> list[Row]:
+    """The images with class numbers and sizes; `tree` is the folder of the files now."""
+    labels = {name: label for label, name in enumerate(_classes(found))}
+    sizes = iter(_sizes([f"{tree}/{image.file}" for image in found if image.bytes is None]))
+    return [
+        Row(i.split, labels[i.class_name], i.path, next(sizes) if i.bytes is None else i.bytes, i.file, i.offset)
+        for i in found
+    ]
+
+
+def changes(manifest: Manifest, found: Sequence[ListedImage], tree: str | Path) -> str:
+    """How the images found now in `tree` differ from those listed, such as `2 new, 1 removed`; empty if they do not.
+
+    An image counts as changed if its size, split, class or place in an archive differs; no image is read.
+    """
+    before, now = ({row.path: row for row in rows} for rows in (manifest.rows, _rows(found, tree)))
+    counts = {
+        "new": len(now.keys() - before.keys()),
+        "removed": len(before.keys() - now.keys()),
+        "changed": sum(before[path] != now[path] for path in before.keys() & now.keys()),
+    }
+    return ", ".join(f"{count} {kind}" for kind, count in counts.items() if count)
 
 
 def write_rows(path: Path, rows: Sequence[Row], classes: Sequence[str] = ()) -> None:

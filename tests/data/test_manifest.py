@@ -116,3 +116,21 @@ def test_pipes_and_devices_are_not_read(tmp_path):
         for name in ("pipe.png", "zero.png"):
             with pytest.raises(UserError, match="is not a plain file"):
                 contents.read(ListedImage("train", "c", name, name))
+
+
+def test_changes_are_counted_without_reading_an_image(tmp_path):
+    images = tree(tmp_path / "images", *(f"{name}/{k}.png" for name in "ab" for k in range(3)))
+    before = listed(tmp_path, images, recorded=str(images))
+
+    def changes() -> str:
+        return manifest.changes(before, sources.find(images, val_fraction=0.5).images, images)
+
+    assert changes() == ""
+    (images / "a/new.png").write_bytes(b"")
+    (images / "b/1.png").write_bytes(b"longer than before")
+    assert "1 new" in changes()
+    assert "changed" in changes()
+    (images / "a/new.png").unlink()
+    assert changes() == "1 changed"
+    (images / "b/1.png").unlink()
+    assert "1 removed" in changes()

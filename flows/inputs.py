@@ -1,0 +1,26 @@
+"""Images that were added, removed or changed since the fetch stage listed them; DVC does not watch data.path."""
+
+from pathlib import Path
+
+from ear import config
+from ear.data import manifest, sources
+from ear.errors import MissingFileError
+
+_LISTED = Path("data/raw")
+
+
+def changed_images(parameters: config.Parameters) -> str:
+    """How the images of data.path differ from the manifest, such as `images of data.path: 2 new`; empty if they do not.
+
+    Empty too if nothing is listed yet, or the images are the built-in digits. Raises UserError as the fetch stage does.
+    """
+    data = parameters.data
+    if data.source == "digits":
+        return ""
+    try:
+        listed = manifest.read_manifest(_LISTED)
+    except MissingFileError:
+        return ""
+    found = sources.find(data.path, val_fraction=data.val_fraction)
+    differing = manifest.changes(listed, found.images, found.root)
+    return f"images of data.path: {differing}" if differing else ""
