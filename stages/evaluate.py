@@ -59,7 +59,13 @@ def work(parameters: Parameters, run: Run) -> None:
 
     scratch = run.scratch(program.plain(parameters), [EXTRACTOR, SAMPLES, TOKENIZER, PREPARED])
     batches = partial(extract, extractor=extractor, batch_size=parameters.batch_size)
-    score = partial(block_metrics, reference=reference, options=options, labelled=extractor.name == CLASSIFIER)
+    score = partial(
+        block_metrics,
+        reference=reference,
+        options=options,
+        labelled=extractor.name == CLASSIFIER,
+        equal_images=real["val_images"],
+    )
     scored = [
         distributed.on_main(
             batches(block, title="samples", folder=scratch / f"samples-{number}"), partial(score, images=len(block))
@@ -72,7 +78,9 @@ def work(parameters: Parameters, run: Run) -> None:
     if distances is None:  # not rank 0
         return
     figures = metrics.across([block for block in scored if block is not None])
-    figures |= {"fid_floor": real["fid"], "fid_ratio": figures["fid"] / real["fid"] if real["fid"] > 0 else None}
+    equal, floor = figures.get("fid_equal"), real["fid"]
+    figures |= {"fid_floor": floor, "fid_equal_images": real["val_images"]}
+    figures["fid_ratio"] = equal / floor if equal is not None and floor > 0 else None
     figures["reconstruction"] = distances | {"psnr": read_json(TOKENIZER_METRICS)["psnr"]}
     described = protocol.describe(
         generated.sampling,
@@ -92,11 +100,22 @@ def work(parameters: Parameters, run: Run) -> None:
 
 
 def block_metrics(
-    batches: Iterator[Batch], images: int, reference: Reference, options: config.Evaluate, labelled: bool
+    batches: Iterator[Batch],
+    images: int,
+    reference: Reference,
+    options: config.Evaluate,
+    labelled: bool,
+    equal_images: int,
 ) -> dict[str, float]:
-    """All metrics of a block of generated images, with class accuracy if the logits are those of its classes."""
+    """All metrics of a block of generated images, with class accuracy if the logits are those of its classes.
+
+    fid_equal is the distance at `equal_images` images, as many as are behind the floor; absent if the block has fewer.
+    """
     generated = gather(batches, images)
     figures = metrics.compare(generated.features, generated.logits, reference, options)
+    at_equal = metrics.frechet_distance_at(generated.features, reference, images=equal_images)
+    if at_equal is not None:
+        figures["fid_equal"] = at_equal
     if labelled:
         figures["class_accuracy"] = class_accuracy(generated.logits, generated.labels)
     return figures

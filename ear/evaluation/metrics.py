@@ -104,6 +104,21 @@ def floor(reference: Reference, held_out: Summary, *, seed: int) -> dict[str, fl
     }
 
 
+def frechet_distance_at(features: Tensor, reference: Reference, *, images: int) -> float | None:
+    """The mean Frechet distance of disjoint blocks of `images` rows of features [N, D]; None if N is smaller.
+
+    A Frechet distance is biased upwards, the more so the fewer the images, so distances are comparable at equal numbers
+    only: with the floor, at the number of held-out images.
+    """
+    blocks = [block for block in features.split(images) if len(block) == images]
+    distances = []
+    for block in blocks:
+        moments = Moments()
+        moments.add(block)
+        distances.append(frechet_distance(moments.gaussian(), reference.gaussian))
+    return float(np.mean(distances)) if distances else None
+
+
 def check_counts(options: config.Evaluate, *, generated: int, real: int) -> None:
     """Raise UserError if there are too few generated or real images for a metric of `compare`."""
     kid_subset_size, neighborhood = options.kid_subset_size, options.neighborhood

@@ -263,3 +263,14 @@ def test_reconstructions_are_compared_with_their_originals_and_with_the_referenc
     assert exact["rfid_train"] == pytest.approx(metrics.frechet_distance(gaussian(held_out), gaussian(train)))
     shifted = metrics.reconstruction([(held_out + 1,)], pair)
     assert shifted["rfid"] == pytest.approx(8)  # |mu1 - mu2|^2 in 8 dimensions
+
+
+def test_distances_at_equal_numbers_average_over_whole_blocks():
+    rows = torch.randn(70, 4, generator=torch.Generator().manual_seed(0))
+    moments = Moments()
+    moments.add(torch.randn(500, 4, generator=torch.Generator().manual_seed(1)))
+    reference = Reference(moments.gaussian(), rows, moments.gaussian(), {})
+    blocks = [metrics.frechet_distance_at(part, reference, images=30) for part in (rows[:30], rows[30:60])]
+    assert metrics.frechet_distance_at(rows, reference, images=30) == pytest.approx(sum(blocks) / 2)  # 10 rows are left
+    assert metrics.frechet_distance_at(rows, reference, images=70) < sum(blocks) / 2  # more images, less bias
+    assert metrics.frechet_distance_at(rows, reference, images=71) is None
