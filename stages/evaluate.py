@@ -107,15 +107,9 @@ def block_metrics(
     labelled: bool,
     equal_images: int,
 ) -> dict[str, float]:
-    """All metrics of a block of generated images, with class accuracy if the logits are those of its classes.
-
-    fid_equal is the distance at `equal_images` images, as many as are behind the floor; absent if the block has fewer.
-    """
+    """All metrics of a block of generated images, with class accuracy if the logits are those of its classes."""
     generated = gather(batches, images)
-    figures = metrics.compare(generated.features, generated.logits, reference, options)
-    at_equal = metrics.frechet_distance_at(generated.features, reference, images=equal_images)
-    if at_equal is not None:
-        figures["fid_equal"] = at_equal
+    figures = metrics.compare(generated.features, generated.logits, reference, options, equal_images)
     if labelled:
         figures["class_accuracy"] = class_accuracy(generated.logits, generated.labels)
     return figures

@@ -10,7 +10,6 @@ import functools
 import hashlib
 import io
 import os
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +24,7 @@ from ear.display.progress import Progress
 from ear.errors import UserError
 from ear.files.atomic import link, whole_file, whole_folder
 from ear.files.digests import sha256
+from ear.files.disk import require_space
 from ear.files.hdf5 import fixed_place
 from ear.files.json_files import read_json, write_json
 from ear.files.tables import csv_writer
@@ -278,12 +278,9 @@ def _tidy(scratch: Path, shards: Sequence[Shard]) -> None:
             path.unlink()
     missing = [shard for shard in shards if shard.compression == "none" and not (scratch / shard.name).exists()]
     needed = sum(len(shard.images) * shard.image_size**2 * 3 for shard in missing)
-    free = shutil.disk_usage(scratch).free
-    if needed > free:
-        raise UserError(
-            f"the prepared images need {needed / 1e9:.1f} GB, but {scratch.resolve()} has {free / 1e9:.1f} GB left; "
-            "free some space, or set prepare.compression to gzip."
-        )
+    require_space(
+        scratch, needed, what="the prepared images", fix="free some space, or set prepare.compression to gzip"
+    )
 
 
 def _complaint(rejected: Sequence[tuple[str, str]], allowed: int, whole: Path) -> str:

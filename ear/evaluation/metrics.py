@@ -140,16 +140,22 @@ def compare(
     logits: Tensor,  # of generated images, float32 [N, K]
     reference: Reference,
     options: config.Evaluate,
+    equal_images: int = 0,  # as many as are behind the floor; 0: no comparison with it
 ) -> dict[str, float]:
-    """All metrics by name; `check_counts` says how many images they need."""
+    """All metrics by name; `check_counts` says how many images they need.
+
+    fid_equal is the distance at `equal_images` images; it is absent if there are fewer.
+    """
     moments = Moments()
     for part in features.split(_ROWS_AT_ONCE):
         moments.add(part)
     score, score_std = inception_score(logits, seed=options.seed)
     kid, kid_std = kernel_distance(features, reference.features, subset_size=options.kid_subset_size, seed=options.seed)
     precision, recall = precision_recall(features, reference.features, neighborhood=options.neighborhood)
+    equal = frechet_distance_at(features, reference, images=equal_images) if equal_images else None
     return {
         "fid": frechet_distance(moments.gaussian(), reference.gaussian),
+        **({} if equal is None else {"fid_equal": equal}),
         "inception_score": score,
         "inception_score_std": score_std,
         "kid": kid,

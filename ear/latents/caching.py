@@ -23,6 +23,7 @@ from ear.display.progress import Progress
 from ear.errors import UserError
 from ear.files.atomic import link, whole_file, whole_folder
 from ear.files.digests import sha256
+from ear.files.disk import require_space
 from ear.files.json_files import read_json, write_json
 from ear.latents.statistics import Statistics
 from ear.latents.store import FORMAT, STATS
@@ -31,6 +32,8 @@ from ear.runtime.device import prepare_device
 from ear.runtime.executor import check_shared, share_shards
 from ear.tokenizer import posterior
 from ear.tokenizer.autoencoder import Tokenizer, load_tokenizer
+
+_HALF = 2  # bytes of a float16
 
 
 @dataclass(frozen=True)
@@ -76,6 +79,10 @@ def cache(
     splits = {split: PreparedImages(prepared, split) for split in ("train", "val")}
     _check_size(splits["train"], encoder.tokenizer, prepared)
     shards = _shards(prepared)
+    if distributed.is_main():
+        missing = sum(len(shard.rows) for shard in shards if not (scratch / shard.file).exists())
+        size = missing * _bytes_per_image(encoder.tokenizer)
+        require_space(scratch, size, what="the latents", fix="free some space, or choose a larger tokenizer.downsample")
 
     def here(shard: _Shard) -> dict:
         return write_shard(shard.file, splits[shard.split], shard.rows, encoder, scratch)
@@ -174,6 +181,12 @@ def _shards(prepared: Path) -> list[_Shard]:
             if entry["rows"]  # none if every image of a shard was rejected
         ]
     return shards
+
+
+def _bytes_per_image(tokenizer: Tokenizer) -> int:
+    """Of the moments of an image and of its mirror image."""
+    side = tokenizer.image_size // tokenizer.downsample
+    return 2 * 2 * tokenizer.latent_channels * side**2 * _HALF
 
 
 def _check_size(images: PreparedImages, tokenizer: Tokenizer, prepared: Path) -> None:

@@ -26,7 +26,8 @@ from ear.runtime.versions import versions
 
 SCRATCH = Path("work")
 _PROGRESS_FORMAT = 1  # of what stages keep in their scratch folders; other formats are not continued
-_CODE, _DONE, _OUTPUTS = "code.json", "published.json", "outputs"
+_CODE, _DONE = ".code.json", ".published.json"  # notes beside work/STAGE/KEY: its code, and the record published
+_OUTPUTS = "outputs"
 Values = Mapping[str, Any]
 
 
@@ -93,20 +94,19 @@ class Run:
         for path in inputs:
             digest.update(sha256(path).encode())
         folder = SCRATCH / self.declared.stage / digest.hexdigest()[:16]
-        note = folder / _CODE
+        note = _beside(folder, _CODE)
         if note.is_file():
             self._resume(folder, [*read_json(note)["code"]])
         folder.mkdir(parents=True, exist_ok=True)
         remove_unfinished(folder)
-        (folder / _DONE).unlink(missing_ok=True)
+        _beside(folder, _DONE).unlink(missing_ok=True)
         write_json(note, {"code": [*self._earlier_code, self._code]})
         return folder
 
     def _resume(self, folder: Path, codes: list[Values]) -> None:
         """Decide about work that was begun under `codes`, the newest last."""
         changed = [path for path, digest in self._code.items() if codes[-1].get(path) != digest]
-        begun = any(path.name not in (_CODE, _DONE) for path in folder.iterdir())
-        if not begun:
+        if not folder.is_dir() or not any(folder.iterdir()):
             return
         if not changed:
             self._earlier_code = tuple(codes[:-1])
@@ -146,7 +146,7 @@ class Run:
         )
         record.write(self.output(self.declared.record))
         if self._scratch:
-            write_json(self._scratch / _DONE, {"md5": _md5(self.output(self.declared.record))})
+            write_json(_beside(self._scratch, _DONE), {"md5": _md5(self.output(self.declared.record))})
         for path in [*made, self.declared.record]:
             replace(self.output(path), path)
 
@@ -172,9 +172,11 @@ def clear_finished(declared: Iterable[Declaration]) -> None:
     """Delete the scratch folders whose results dvc.lock lists; those of stages that run now are left alone."""
     records = {output["path"]: output.get("md5") for stage in locked().values() for output in stage.get("outs", [])}
     for entry in declared:
-        for note in (SCRATCH / entry.stage).glob(f"*/{_DONE}"):
+        for note in (SCRATCH / entry.stage).glob(f"*{_DONE}"):
             if read_json(note)["md5"] == records.get(entry.record.as_posix()):
-                shutil.rmtree(note.parent, ignore_errors=True)
+                folder = note.with_name(note.name.removesuffix(_DONE))
+                for path in (folder, _beside(folder, _CODE), note):
+                    remove(path)
 
 
 @contextlib.contextmanager
@@ -202,6 +204,10 @@ def _check_links(outputs: Iterable[Path]) -> None:
 def _is_cached(target: Path) -> bool:
     """Whether a file lies in a DVC cache, whose folders are files/md5/XX."""
     return target.parent.parent.name == "md5"
+
+
+def _beside(folder: Path, ending: str) -> Path:
+    return folder.with_name(folder.name + ending)
 
 
 def _md5(path: Path) -> str:

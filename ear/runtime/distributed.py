@@ -36,8 +36,8 @@ def size() -> int:
 
 
 def rank() -> int:
-    """Rank of this process, from 0."""
-    return int(os.environ.get("RANK", "0"))
+    """Rank of this process, from 0; 0 without a world size, whatever a shell has left in RANK."""
+    return int(os.environ.get("RANK", "0")) if launched() else 0
 
 
 def local_rank() -> int:

@@ -226,4 +226,4 @@ def test_what_a_killed_writer_left_is_removed():
     (folder,) = scratches()
     (folder / ".kept.txt.0123456789ab.partial").write_text("half")
     Second()()
-    assert sorted(path.name for path in folder.iterdir()) == ["code.json", "kept.txt", "published.json"]
+    assert [path.name for path in folder.iterdir()] == ["kept.txt"]

@@ -1,0 +1,13 @@
+"""Free space, asked before long work rather than missed at its end."""
+
+import shutil
+from pathlib import Path
+
+from ear.errors import UserError
+
+
+def require_space(folder: Path, size: int, *, what: str, fix: str) -> None:
+    """Raise UserError, naming `what` needs `size` bytes and the `fix`, if the disk of `folder` has less left."""
+    free = shutil.disk_usage(folder).free
+    if size > free:
+        raise UserError(f"{what} need {size / 1e9:.1f} GB, but {folder.resolve()} has {free / 1e9:.1f} GB left; {fix}.")
