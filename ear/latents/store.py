@@ -1,9 +1,14 @@
-"""Read cached latents: posterior moments of every image and of its mirror image, row by row, from HDF5 shards.
+"""Read cached latents, one row per image, from HDF5 shards.
 
-A shard {train,val}-IIIII-of-NNNNN.h5 holds two data sets: `moments`, float16 [n, 2, 2C, H, W] (index 1: 0 is the image,
-1 its mirror image; see ear.tokenizer.posterior), and `labels`, int32 [n]. Its attributes are `format` and `tokenizer`,
-the SHA-256 of the tokenizer's file. Beside the shards, stats.json holds classes, shape and statistics of the latents,
-and the number of rows, the size and the SHA-256 of every shard. `ear.latents.caching` writes all of them.
+A row holds the moments of two posteriors, of the image and of its mirror image; latents are drawn from them later
+(ear.tokenizer.posterior). A shard {train,val}-IIIII-of-NNNNN.h5 has two datasets: `moments`, float16 [n, 2, 2C, h, w]
+(axis 1: the image, its mirror image; axis 2: means, then log-variances), and `labels`, int32 [n]. It has two
+attributes: `format`, and `tokenizer`, which is the SHA-256 of the tokenizer's file. stats.json, in the same folder,
+holds classes, shape and statistics of the latents, and of every shard the number of rows, the size and the SHA-256.
+`ear.latents.caching` writes all of them.
+
+`moments` are contiguous and not compressed: they are memory-mapped at their offset in the file, without HDF5,
+which would copy every row and whose open files do not survive a fork.
 """
 
 from collections.abc import Sequence
@@ -29,12 +34,13 @@ class _Stored:
     """Location of the moments of one shard."""
 
     path: Path
-    offset: int  # of the first byte of the moments in the file
-    shape: tuple[int, ...]
+    offset: int  # of the moments in the file, in bytes
+    shape: tuple[int, ...]  # [n, 2, 2C, h, w]
 
     def map(self) -> np.ndarray:
-        """The moments as a read-only memory map."""
-        # numpy.memmap would keep a file descriptor open per shard; ImageNet's 1251 shards exceed the usual limit.
+        """The moments as a read-only memory map, float16 [n, 2, 2C, h, w]."""
+        # numpy.memmap would keep a file descriptor open per shard, and ImageNet's 1251 shards exceed the usual limit of
+        # 1024; torch.from_file closes it.
         size = self.path.stat().st_size
         content = torch.from_file(str(self.path), shared=False, size=size, dtype=torch.uint8).numpy()
         view = np.ndarray(self.shape, "<f2", buffer=content, offset=self.offset)
@@ -45,12 +51,12 @@ class _Stored:
 class LatentStore:
     """The latents of one split, in stored order.
 
-    Attributes: `shape`, (C, H, W) of a latent; `labels`, int64 [N]; `classes`, names by label; `statistics` of the
-    training split, also for the held-out split; `tokenizer`, the SHA-256 of the tokenizer's file. A store can be
-    pickled and forked: each process maps the files when it first reads them.
+    split: "train" or "val". Attributes: `shape`, (C, h, w) of a latent; `labels`, int64 [N]; `classes`, class names,
+    indexed by label; `statistics`, of the training split for either split; `tokenizer`, the SHA-256 of the tokenizer's
+    file. A store can be pickled, without its maps, which are opened again at the first read, or inherited by a fork.
 
-    Raises MissingFileError if a file is missing, UserError if its format, size or tokenizer is not what stats.json
-    says.
+    Raises MissingFileError if stats.json or a shard is missing, UserError if stats.json has another format or a shard
+    is not what it says.
     """
 
     def __init__(self, folder: str | Path, split: str):
@@ -78,16 +84,16 @@ class LatentStore:
         return self.__dict__ | {"_maps": {}}  # pickling a map would copy the complete file
 
     def rows(self, indices: Sequence[int] | Tensor, mirrored: Sequence[bool] | Tensor) -> tuple[np.ndarray, np.ndarray]:
-        """Moments and labels of the given rows, in the given order: (float16 [n, 2C, H, W], int64 [n]).
+        """Moments and labels of the given rows, in the given order: (float16 [n, 2C, h, w], int64 [n]).
 
         indices: row numbers 0 .. N - 1. mirrored: for each of them, whether to return the mirror image's moments.
-        Raises IndexError for other row numbers.
+        Raises IndexError for any other row number, negative ones included.
         """
-        wanted, views = np.asarray(indices, dtype=np.int64), np.asarray(mirrored, dtype=np.int64)
+        wanted, sides = np.asarray(indices, dtype=np.int64), np.asarray(mirrored, dtype=np.int64)
         channels, height, width = self.shape
         out = np.empty((len(wanted), 2 * channels, height, width), np.float16)
         for shard, places, rows in self._rows.locate(wanted):
-            out[places] = self._map(shard)[rows, views[places]]
+            out[places] = self._map(shard)[rows, sides[places]]  # [k, 2C, h, w]
         return out, self.labels[wanted]
 
     def _map(self, shard: int) -> np.ndarray:
@@ -97,7 +103,13 @@ class LatentStore:
 
 
 def _open(path: Path, entry: dict, stats: dict) -> tuple[_Stored, np.ndarray]:
-    """Check a shard against stats.json => (location of its moments, its labels as int64)."""
+    """Hold a shard's size, attributes and shapes against stats.json => (location of its moments, its labels as int64).
+
+    entry: its item in stats["shards"][split]. Digests are checked by the stage that reads the shard (ear.lineage): at
+    every start, they would take too long.
+    """
+    channels, height, width = stats["shape"]
+    expected = (entry["rows"], 2, 2 * channels, height, width)
     if not path.is_file():
         raise MissingFileError(f"{path} does not exist; run the cache stage again.")
     if path.stat().st_size != entry["bytes"]:
@@ -108,21 +120,18 @@ def _open(path: Path, entry: dict, stats: dict) -> tuple[_Stored, np.ndarray]:
         with h5py.File(path, "r", locking=False) as file:
             _check_attributes(path, file.attrs, stats)
             moments, labels = file["moments"], file["labels"][:].astype(np.int64)
-            channels, height, width = stats["shape"]
-            expected = (entry["rows"], 2, 2 * channels, height, width)
             if moments.shape != expected or moments.dtype != np.float16 or len(labels) != entry["rows"]:
                 raise UserError(
                     f"{path} holds moments {moments.dtype} {moments.shape} and {len(labels)} labels, not float16 "
-                    f"{expected}; run the cache stage again."
+                    f"{expected} and {entry['rows']} labels; run the cache stage again."
                 )
             return _Stored(path, moments.id.get_offset(), moments.shape), labels
     except (OSError, KeyError) as error:
-        raise UserError(
-            f"{path} is not a readable HDF5 file of latents ({error}); run the cache stage again."
-        ) from error
+        raise UserError(f"{path} cannot be read as a shard of latents ({error}); run the cache stage again.") from error
 
 
 def _check_attributes(path: Path, attributes, stats: dict) -> None:
+    """Raise UserError unless the shard has this format and was made with the tokenizer that stats.json names."""
     for name, expected in (("format", FORMAT), ("tokenizer", stats["tokenizer"])):
         found = attributes.get(name)
         if found != expected:

@@ -52,7 +52,7 @@ class AutoregressiveModel(nn.Module, ABC):
     """Common parts of the masked and the causal model: embeddings, transformer, score, loss."""
 
     null_class: nn.Parameter  # [1, W]
-    positions: nn.Parameter  # [1, P + L, W]
+    positions: nn.Parameter  # [1, P + L, W], learned embeddings
 
     def __init__(self, shape: Shape, tables: Mapping[str, tuple[int, ...]]):
         """`tables`: names and sizes of the model's own parameters, in the order in which `initialise` draws them."""

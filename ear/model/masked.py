@@ -1,6 +1,7 @@
-"""The masked model: visible tokens and a class predict the masked tokens, as published (structure of MAR).
+"""The masked model: it predicts masked tokens from the visible ones and the class (MAR's architecture, used by EAR).
 
-Shapes: see ear.model.autoregressive.
+Shapes: B images, R rows (B, or 2 B with guidance), L tokens of D channels, P buffer tokens, W width, n predicted
+positions.
 """
 
 import torch
@@ -14,7 +15,10 @@ from ear.runtime.randomness import RandomSource
 
 
 class MaskedModel(AutoregressiveModel):
-    """Bidirectional attention over buffer tokens and image tokens, masked ones replaced by a learned vector."""
+    """A bidirectional transformer over P buffer tokens and the L image tokens of an image.
+
+    The buffer tokens are copies of the class embedding. A masked image token is replaced by a learned vector.
+    """
 
     mask_token: nn.Parameter  # [1, 1, W]
 
@@ -22,58 +26,75 @@ class MaskedModel(AutoregressiveModel):
         options = shape.model
         super().__init__(
             shape,
-            {
+            {  # `initialise` draws them in this order, so it determines the weights of a seed
                 "null_class": (1, options.width),
                 "mask_token": (1, 1, options.width),
-                "positions": (1, options.buffer_size + shape.tokens, options.width),
+                "positions": (1, options.buffer_size + shape.tokens, options.width),  # learned position embeddings
             },
         )
         self.mask_ratio_min = options.mask_ratio_min
 
     def hidden(self, tokens: Tensor, mask: Tensor, labels: Tensor, null: Tensor | None = None) -> Tensor:
-        """Tokens [B, L, D], mask bool [B, L] (true: hidden), labels [B], null bool [B] (true: no class) => [B, L, W].
+        """Hidden states [B, L, W] of all image tokens, masked or not.
 
-        The result does not depend on the tokens under the mask.
+        tokens: [B, L, D]; values under the mask are ignored. mask: bool [B, L], true where a token is masked. labels:
+        int64 [B]. null: bool [B], true where the class is dropped; None keeps all classes.
         """
-        visible = self.token_embedding(tokens)  # [B, L, W]
-        visible = torch.where(mask[..., None], self.mask_token.to(visible.dtype), visible)
-        sequence = torch.cat([self.prefix(labels, null), visible], dim=1)  # [B, P + L, W]
+        embedded = self.token_embedding(tokens)  # [B, L, W]
+        embedded = torch.where(mask[..., None], self.mask_token.to(embedded.dtype), embedded)
+        sequence = torch.cat([self.prefix(labels, null), embedded], dim=1)  # [B, P + L, W]
         return self.transformer(sequence + self.positions)[:, self.buffer :]
 
     def training_positions(self, images: int, generator: torch.Generator, device: torch.device | str = "cpu") -> Tensor:
-        """int64 [B, n]: the masked positions. All images mask the same number, so the head runs on these only."""
+        """int64 [B, n]: random positions to mask in each of B images.
+
+        n is drawn once for the batch, so the hidden states at these positions are one tensor [B, n, W], and the head
+        need not run on the others.
+        """
         orders = random_orders(images, self.tokens, generator, device)
         return orders[:, : masked_count(self.tokens, self.mask_ratio_min, generator)]
 
     def predict(self, tokens: Tensor, positions: Tensor, labels: Tensor, null: Tensor | None = None) -> Tensor:
-        """Mask the positions [B, n] of tokens [B, L, D] and predict them => hidden states [B, n, W]."""
+        """Hidden states [B, n, W] at `positions`, int64 [B, n], after masking these in `tokens` [B, L, D]."""
         return pick(self.hidden(tokens, mask_of(positions, self.tokens), labels, null), positions)
 
     def draw_orders(self, images: int, source: RandomSource, device: torch.device | str = "cpu") -> Tensor:
-        """int64 [B, L]: a random permutation per image; `draw` reveals it from its end to its start."""
+        """int64 [B, L]: a random order per image.
+
+        The masked positions are always the first ones of an order, so `draw` reveals it from its end to its start.
+        """
         return random_orders(images, self.tokens, source, device)
 
     def editing_orders(self, orders: Tensor, mask: Tensor) -> tuple[Tensor, int]:
-        """Move the masked positions to the start of each order; raises UserError if images mask different numbers."""
+        """Orders int64 [B, L], mask bool [B, L] (true: draw again) => (masked positions first, their number per image).
+
+        Raises UserError if two images have different numbers of masked tokens.
+        """
         return masked_before_known(orders, mask)
 
     def draw(
         self, tokens: Tensor, orders: Tensor, conditions: Conditions, draw_tokens: DrawTokens, *, count: int, steps: int
     ) -> None:
-        """Draw the first `count` tokens of each order, in place, from the last of them to the first."""
-        mask = mask_first(orders, count)
-        for left in masked_after(count, steps):
-            if left == count:
+        """Generate the tokens at the first `count` positions of each order, and write them into `tokens` [B, L, D].
+
+        In at most `steps` steps, from the last of these positions to the first. Each step draws several tokens at once,
+        given all tokens known by then. `draw_tokens(hidden [R, n, W], remaining)` returns the tokens [B, n, D];
+        `remaining` tokens are still masked after the step, which decides the guidance scale.
+        """
+        mask, masked = mask_first(orders, count), count
+        for remaining in masked_after(count, steps):
+            if remaining == masked:
                 continue  # with more steps than tokens, some steps reveal nothing
-            revealed = orders[:, left:count].sort(dim=1).values  # [B, n]
+            # Sorted, so that which noise a token gets depends only on the set of positions drawn together.
+            revealed = orders[:, remaining:masked].sort(dim=1).values  # [B, n]
             hidden = self.hidden(
                 conditions.expand(tokens), conditions.expand(mask), conditions.labels, conditions.null
             )  # [R, L, W]
-            drawn = draw_tokens(pick(hidden, conditions.expand(revealed)), left)
+            drawn = draw_tokens(pick(hidden, conditions.expand(revealed)), remaining)  # [R, n, W] => [B, n, D]
             tokens.scatter_(1, revealed[..., None].expand_as(drawn), drawn)
             mask.scatter_(1, revealed, False)
-            count = left
+            masked = remaining
 
     def passes(self, steps: int) -> int:
-        """One pass per step that reveals a token."""
-        return len(set(masked_after(self.tokens, steps)))
+        """Passes of the transformer to generate all L tokens in `steps` steps; a guided pass counts once."""
+        return len(set(masked_after(self.tokens, steps)))  # `draw` skips the steps that reveal nothing

@@ -1,8 +1,9 @@
 """The training loop of every network in the pipeline; model, loss and data are passed in.
 
-Progress is counted in images. A killed run that is started again resumes from its newest checkpoint and ends in the
-same bytes: data order, masks and noise are functions of (seed, images seen). A step consists of the same micro-batches
-for any world size; ranks share them, and every rank holds the same weights, EMAs and optimiser moments.
+Progress is counted in images. A killed run that is started again resumes from its newest checkpoint and, on as many
+ranks as before, ends with the same bytes: data order, masks and noise are functions of (seed, images seen). A step
+always consists of the same micro-batches, divided among however many ranks there are; every rank holds the same
+weights, EMAs and optimiser moments.
 """
 
 import contextlib
@@ -28,24 +29,30 @@ from ear.training.means import Means
 from ear.training.optimizer import set_rate
 
 Network = TypeVar("Network", bound=nn.Module)
-ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # signals that ask a program to end
-_LOG_STEPS = 25  # steps between log rows; reading the loss waits for the device
+_STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # that ask a program to end
+_LOG_STEPS = 25  # steps between log rows; reading the loss makes the host wait for the device, so it is done rarely
 
 
 @dataclass
 class History:
-    """Rows of the training log and of the validation log, in the order of images seen."""
+    """Rows of the two logs, in the order of images seen.
+
+    training: images, loss, gradient_norm, further figures of the loss (means since the row before), rate (learning rate
+    of the first group). validation: images, and what `validate` returned.
+    """
 
     training: list[dict] = field(default_factory=list)
     validation: list[dict] = field(default_factory=list)
 
 
 class Trainer(Generic[Network]):
-    """A network in training: weights, EMAs, optimiser, progress and log.
+    """Trains a network; holds its weights, EMAs, optimiser, progress and log.
 
-    `loss(micro_batch, position)` returns the mean loss of a micro-batch, whose first image is image `position` of the
-    training, and a dict of further means to log. `rate(images)` returns the factor of the base learning rates after
-    that many images.
+    `loss(micro_batch, position)` returns the mean loss of a micro-batch and a dict of further means to log; `position`
+    is the number of its first image, counted from the start of the run. `rate(images)` returns the factor by which the
+    base learning rates are multiplied after that many images.
+
+    Attributes: `images`, seen so far in this run; `history`; `averages`, the EMAs by name.
 
     Raises UserError if the ranks cannot share the micro-batches of a step evenly.
     """
@@ -54,14 +61,14 @@ class Trainer(Generic[Network]):
         self,
         module: Network,
         *,
-        optimizer: torch.optim.Optimizer,
+        optimizer: torch.optim.Optimizer,  # of ear.training.optimizer.adamw: fused, with base rates
         loss: Callable[[object, int], tuple[Tensor, dict[str, Tensor]]],
         rate: Callable[[int], float],
-        ema_decays: Mapping[str, float],  # name of an EMA => its decay per step
+        ema_decays: Mapping[str, float],  # name => decay per step; the first EMA is the one to publish
         clip_norm: float,
         global_batch_size: int,  # images per optimiser step
-        micro_batch_size: int,  # images per forward pass
-        earlier_images: int = 0,  # seen in earlier phases; they count towards the EMA warm-up
+        micro_batch_size: int,  # images per forward pass of one rank
+        earlier_images: int = 0,  # seen by earlier phases; counted for the warm-up of the EMAs only
     ):
         check_shares(global_batch_size, micro_batch_size, distributed.size())
         self.module, self.optimizer, self.loss, self.rate = module, optimizer, loss, rate
@@ -74,36 +81,37 @@ class Trainer(Generic[Network]):
         self._means = Means()
         self._gradients = SharedGradients(module.parameters())
         device = next(module.parameters()).device
-        # The fused optimiser skips its update while this flag is 1: the device decides, and the host need not wait.
+        # Set to 1 by the first non-finite gradient and never reset: the fused optimiser skips every update from then on,
+        # and the host need not wait. `_broken_at` is the image at which that step began, -1 without one.
         self._broken = torch.zeros((), device=device)
         self._broken_at = torch.full((), -1, dtype=torch.int64, device=device)
 
     @property
     def average(self) -> Average[Network]:
-        """The first EMA, whose weights a training publishes."""
+        """The first EMA, the one whose weights are published."""
         return next(iter(self.averages.values()))
 
     def fit(
         self,
-        batches: Callable[[Iterator[int]], Iterable],  # endless positions => the micro-batches that start at them
+        batches: Callable[[Iterator[int]], Iterable],  # endless positions => a micro-batch for each; may read ahead
         *,
         total_images: int,
         folder: Path,  # for checkpoints
-        checkpoint_images: int,
-        validate: Callable[[], dict[str, float]]
-        | None = None,  # figures of the present weights, alike in all processes
-        validate_images: int = 0,
-        check: Callable[[], None] | None = None,  # called with each log row; it can only raise
+        checkpoint_images: int,  # interval
+        validate: Callable[[], dict[str, float]] | None = None,  # metrics, the same on every rank
+        validate_images: int = 0,  # interval; 0: only at the end
+        check: Callable[[], None] | None = None,  # called after each log row; raises to stop the run
         title: str = "training",
     ) -> None:
         """Train until `total_images` (rounded up to full steps) have been seen, starting from the newest checkpoint.
 
-        Raises UserError if a loss or a gradient is not finite, before it reaches the weights; InterruptedError if any
+        Raises UserError if a gradient is not finite: the weights stop changing at that step, and the error follows with
+        the next log row or checkpoint. Raises InterruptedError if, before the last step, any
         rank receives SIGTERM, SIGINT or SIGHUP, after writing a checkpoint.
         """
         self.resume(folder)
         with (
-            _termination() as asked,
+            _stop_signals() as asked,
             Progress(title, total_images, start=self.images) as progress,
             contextlib.closing(self._stream(batches)) as stream,
         ):
@@ -123,7 +131,8 @@ class Trainer(Generic[Network]):
                 progress.advance(self.images - before, note=self._note())
                 if stop and not last:
                     raise InterruptedError(
-                        f"{stop} ended {title} after {self.images} images, with a checkpoint; run it again to resume."
+                        f"{title} was stopped by {stop} after {self.images} images, with a checkpoint; run it again to "
+                        "resume."
                     )
 
     def _own(self, start: int) -> Sequence[int]:
@@ -131,24 +140,29 @@ class Trainer(Generic[Network]):
         return distributed.own_slice(range(start, start + self.global_batch_size, self.micro_batch_size))
 
     def _stream(self, batches: Callable[[Iterator[int]], Iterable]) -> Generator:
-        """The micro-batches of this rank. Closing it ends the workers that read ahead; they would block the exit."""
+        """The micro-batches of this rank, as a generator.
+
+        Closing it ends the workers that read ahead, which would otherwise keep the process alive.
+        """
         yield from batches(self._positions())
 
     def _positions(self) -> Iterator[int]:
+        """Endless positions of this rank's micro-batches, from the current image on, as `step` counts them."""
         for start in itertools.count(self.images, self.global_batch_size):
             yield from self._own(start)
 
     def step(self, micro_batches: Iterator) -> None:
-        """One optimiser step; `micro_batches` yields this rank's part of the global batch."""
+        """One optimiser step on the next micro-batches of this rank's stream. All ranks must call it together."""
         self.module.train()
         self._gradients.clear()
         set_rate(self.optimizer, self.rate(self.images))
         *earlier, last = self._own(self.images)
         for position in earlier:
             self._backward(next(micro_batches), position)
-        with self._gradients.summed():
+        with self._gradients.summed():  # over ranks, once per step, while the last backward pass still runs
             self._backward(next(micro_batches), last)
         norm = nn.utils.clip_grad_norm_(self.module.parameters(), self.clip_norm, foreach=True)
+        # Before clipping. Every rank has the norm of the summed gradients already, and `Means` sums over ranks.
         self._means.add({"gradient_norm": norm}, 1.0 / distributed.size())
         self._means.steps += 1
         self._guard(norm)
@@ -159,31 +173,32 @@ class Trainer(Generic[Network]):
         self.images += self.global_batch_size
 
     def _backward(self, micro_batch, position: int) -> None:
-        """Add the gradients of one micro-batch, weighted by its share of the global batch."""
+        """Forward and backward pass; the gradient is weighted by the micro-batch's share of the global batch."""
         share = self.micro_batch_size / self.global_batch_size
         loss, figures = self.loss(micro_batch, position)
         (loss * share).backward()
         self._means.add({"loss": loss, **figures}, share)
 
     def _guard(self, norm: Tensor) -> None:
-        """Make the optimiser skip non-finite updates, and remember the first one.
+        """From the first non-finite gradient norm on, make the optimiser skip every update.
 
-        The gradient norm is taken after summing over ranks, so all ranks decide alike.
+        The run then stops with intact weights. The norm is taken after summing over ranks, so all ranks decide alike.
         """
         broken = ~torch.isfinite(norm)
         first = broken & (self._broken_at < 0)
         self._broken_at = torch.where(first, torch.full_like(self._broken_at, self.images), self._broken_at)
         self._broken = torch.maximum(self._broken, broken.float())
-        # Attributes that torch.amp.GradScaler sets for fused optimisers.
+        # How torch.amp.GradScaler tells a fused optimiser, on the device, to skip an update.
         self.optimizer.found_inf = self._broken  # type: ignore[attr-defined]
         self.optimizer.grad_scale = None  # type: ignore[attr-defined]
 
     def _check_finite(self) -> None:
+        """Raise UserError if a gradient was not finite so far; waits for the device."""
         at = int(self._broken_at)
         if at >= 0:
             raise UserError(
-                f"the loss or its gradient became infinite or NaN in the step from image {at}, and the weights were "
-                "not updated since; lower the learning rate or check the data. The last checkpoint is intact."
+                f"a gradient became infinite or NaN in the step that starts at image {at}; the weights have not been "
+                "updated since. Lower the learning rate or check the data; the last checkpoint is intact."
             )
 
     def log(self) -> None:
@@ -200,11 +215,11 @@ class Trainer(Generic[Network]):
         return weights | {name: average.module for name, average in self.averages.items()}
 
     def state(self) -> dict[str, Tensor]:
-        """All tensors needed to resume, by name: weights, EMAs, optimiser moments."""
+        """Weights, EMAs and optimiser moments by name; `save` adds the sums that are not logged yet."""
         return checkpoint.pack(self._modules(), self.optimizer)
 
     def restore(self, tensors: dict[str, Tensor], *, images: int) -> None:
-        """Load what `state` returned after `images` images.
+        """Load what `state` returned. `images`: seen by then; only at 0 may optimiser moments be absent.
 
         Raises UserError if it belongs to another model or lacks the moments of the optimiser.
         """
@@ -257,11 +272,11 @@ def check_shares(global_batch_size: int, micro_batch_size: int, processes: int) 
 
 
 @contextlib.contextmanager
-def _termination() -> Iterator[Callable[[], str]]:
+def _stop_signals() -> Iterator[Callable[[], str]]:
     """Catch the signals that ask a program to end, unless they are ignored, as SIGHUP is under nohup.
 
     Yields a function that names the signal that any rank has received, or returns ''. All ranks must call it together.
-    A second Ctrl-C ends the program at once.
+    After the first signal, Ctrl-C ends the program at once.
     """
     received: list[str] = []
 
@@ -277,7 +292,7 @@ def _termination() -> Iterator[Callable[[], str]]:
     if threading.current_thread() is not threading.main_thread():  # only the main thread can catch signals
         yield lambda: ""
         return
-    before = {number: signal.getsignal(number) for number in ENDING}
+    before = {number: signal.getsignal(number) for number in _STOP_SIGNALS}
     for number, handler in before.items():
         if handler is not signal.SIG_IGN:
             signal.signal(number, receive)
@@ -289,4 +304,5 @@ def _termination() -> Iterator[Callable[[], str]]:
 
 
 def _crossed(before: int, after: int, interval: int) -> bool:
+    """Whether a multiple of `interval` lies in (before, after]; never if the interval is 0."""
     return interval > 0 and before // interval != after // interval

@@ -163,7 +163,7 @@ def test_sigterm_to_training_and_its_readers_leaves_a_checkpoint(repository, mon
         run("train", **{"runtime.workers": 2, "runtime.checkpoint_images": 192})
 
     (error,) = together(work, 1)
-    assert str(error) == "SIGTERM ended train after 112 images, with a checkpoint; run it again to resume."
+    assert str(error) == "train was stopped by SIGTERM after 112 images, with a checkpoint; run it again to resume."
     (saved,) = Path("work/train").glob("*/checkpoint-*.safetensors")
     assert read_description(saved)["images"] == 112
 

@@ -124,7 +124,7 @@ def test_nan_stops_before_the_weights_are_harmed(tmp_path):
 
     t.loss = poisoned
     reference = fit(trainer(), tmp_path / "clean", total=80)
-    with pytest.raises(ValueError, match="in the step from image 80"):
+    with pytest.raises(ValueError, match="in the step that starts at image 80"):
         fit(t, tmp_path / "poisoned")
     assert torch.equal(t.module.weight, reference.module.weight)
     tensors, description = read_tensors(checkpoint.newest(tmp_path / "poisoned"))
@@ -292,7 +292,7 @@ def terminate():
 
 def test_sigterm_saves_and_the_rerun_ends_in_the_same_state(tmp_path):
     whole = fit(trainer(), tmp_path / "whole")
-    with pytest.raises(InterruptedError, match="SIGTERM ended training after 216 images"):
+    with pytest.raises(InterruptedError, match="training was stopped by SIGTERM after 216 images"):
         fit(interrupt_at(trainer(), 212, terminate), tmp_path / "parts")
     assert checkpoint.newest(tmp_path / "parts").name == "checkpoint-000000000216.safetensors"
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
@@ -323,7 +323,7 @@ def test_nan_in_one_process_stops_all_before_harm(tmp_path):
         return None
 
     (message, weight), other = together(work)
-    assert "in the step from image 80" in message
+    assert "in the step that starts at image 80" in message
     assert other == (message, weight)
     assert torch.tensor(weight).isfinite().all()
 
