@@ -81,7 +81,7 @@ class Trainer(Generic[Network]):
         self._means = Means()
         self._gradients = SharedGradients(module.parameters())
         device = next(module.parameters()).device
-        # Set to 1 by the first non-finite gradient and never reset: the fused optimiser skips every update from then on,
+        # Set to 1 by the first non-finite gradient and never reset: the fused optimiser then skips all updates,
         # and the host need not wait. `_broken_at` is the image at which that step began, -1 without one.
         self._broken = torch.zeros((), device=device)
         self._broken_at = torch.full((), -1, dtype=torch.int64, device=device)
