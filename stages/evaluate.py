@@ -14,7 +14,6 @@ from typing import Annotated
 from ear import config
 from ear.data.prepared import PreparedImages
 from ear.evaluation import metrics, protocol
-from ear.evaluation.classifier import CLASSIFIER
 from ear.evaluation.extraction import Batch, extract, gather
 from ear.evaluation.extractors import open_extractor
 from ear.evaluation.reference import Reference
@@ -59,13 +58,7 @@ def work(parameters: Parameters, run: Run) -> None:
 
     scratch = run.scratch(program.plain(parameters), [EXTRACTOR, SAMPLES, TOKENIZER, PREPARED])
     batches = partial(extract, extractor=extractor, batch_size=parameters.batch_size)
-    score = partial(
-        block_metrics,
-        reference=reference,
-        options=options,
-        labelled=extractor.name == CLASSIFIER,
-        equal_images=real["val_images"],
-    )
+    score = partial(block_metrics, reference=reference, options=options, real=real)
     scored = [
         distributed.on_main(
             batches(block, title="samples", folder=scratch / f"samples-{number}"), partial(score, images=len(block))
@@ -100,17 +93,15 @@ def work(parameters: Parameters, run: Run) -> None:
 
 
 def block_metrics(
-    batches: Iterator[Batch],
-    images: int,
-    reference: Reference,
-    options: config.Evaluate,
-    labelled: bool,
-    equal_images: int,
+    batches: Iterator[Batch], images: int, reference: Reference, options: config.Evaluate, real: dict
 ) -> dict[str, float]:
-    """All metrics of a block of generated images, with class accuracy if the logits are those of its classes."""
+    """All metrics of a block of generated images, with class accuracy if the extractor is a classifier.
+
+    real: what the reference stage measured on real images.
+    """
     generated = gather(batches, images)
-    figures = metrics.compare(generated.features, generated.logits, reference, options, equal_images)
-    if labelled:
+    figures = metrics.compare(generated.features, generated.logits, reference, options, real["val_images"])
+    if "val_accuracy" in real:
         figures["class_accuracy"] = class_accuracy(generated.logits, generated.labels)
     return figures
 
