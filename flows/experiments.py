@@ -2,7 +2,7 @@
 
 `dvc exp run --temp` makes a new copy each time, starting from the workspace's outputs. Here one copy is kept in
 work/experiments: a killed experiment resumes inside its stage, and each experiment starts from the outputs of the run
-that leaves it the least to do. (DVC's run cache would do the latter, but excludes persisted outputs.)
+that leaves it the least to do.
 """
 
 import contextlib
