@@ -1,6 +1,8 @@
 """Fixtures of all tests."""
 
+import os
 import signal
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,6 +12,18 @@ from perceptual_files import generated_files
 
 # A shell starts background jobs with SIGINT ignored, which the programs that tests stop by it would inherit.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _forget_prefect() -> None:
+    """In a forked process, drop what Prefect wants to do at the end: its services are not inherited, so it fails there.
+
+    After a test has run a flow in this process, a reader of latents would otherwise end with exit code 1, and torch warn.
+    """
+    hooks = threading._threading_atexits
+    hooks[:] = [hook for hook in hooks if not hook.func.__module__.startswith("prefect.")]
+
+
+os.register_at_fork(after_in_child=_forget_prefect)
 
 
 # `make test` gives each worker one file after the other, in this order.
