@@ -17,7 +17,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 def _forget_prefect() -> None:
     """In a forked process, drop what Prefect wants to do at the end: its services are not inherited, so it fails there.
 
-    After a test has run a flow in this process, a reader of latents would otherwise end with exit code 1, and torch warn.
+    After a test has run a flow in this process, a DataLoader worker would otherwise end with exit code 1.
     """
     hooks = threading._threading_atexits
     hooks[:] = [hook for hook in hooks if not hook.func.__module__.startswith("prefect.")]
