@@ -49,5 +49,6 @@ $(BIN)/.ready: pyproject.toml requirements.txt
 	$(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python --constraint requirements.txt --editable '.[dev]'
 	touch $@
 
-clean:  ## delete scratch of unfinished stages and local Prefect state, never results
-	rm -rf work .prefect .coverage .coverage.* .mypy_cache .pytest_cache .ruff_cache
+clean:  ## delete scratch of unfinished stages and local Prefect state, never results or kept checkpoints
+	find work -mindepth 1 -maxdepth 1 ! -name kept -exec rm -rf {} + 2>/dev/null || true
+	rm -rf .prefect .coverage .coverage.* .mypy_cache .pytest_cache .ruff_cache

@@ -16,11 +16,11 @@ from benchmarks import measure
 from benchmarks.comparison import plan
 from benchmarks.models import Training, untrained
 from ear import config
+from ear.config import edit
 from ear.runtime.device import prepare_device
 from ear.runtime.randomness import ImageStreams
 from ear.sampling.sampler import network_evaluations, sample
 from ear.sampling.settings import SamplingSettings
-from flows import overrides
 
 _STEPS = 3  # optimiser steps of one turn
 
@@ -65,7 +65,7 @@ class Candidate:
 
 def changed(path: str, values: plan.Values) -> config.Parameters:
     """The parameter file at `path` with {"section.key": value} set."""
-    return config.parse(overrides.plain(overrides.check(path, values)))
+    return edit.check(path, values)
 
 
 def main() -> None:

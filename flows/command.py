@@ -9,6 +9,7 @@ from pathlib import Path
 
 import psutil
 
+_running: set[subprocess.Popen] = set()
 GRACE_SECONDS = 60.0  # a large training state takes tens of seconds to write
 
 
@@ -40,13 +41,21 @@ def stream(
     )
     assert process.stdout is not None
     with process.stdout:
+        _running.add(process)
         try:
             for text in process.stdout:
                 line(text.rstrip())
             return process.wait()
         finally:
+            _running.discard(process)
             if process.poll() is None:
                 _stop(process, grace)
+
+
+def stop_all(grace: float = GRACE_SECONDS) -> None:
+    """Stop the commands that other threads of this process run, in which no signal or Ctrl-C arrives."""
+    for process in list(_running):
+        _stop(process, grace)
 
 
 def _stop(process: subprocess.Popen, grace: float) -> None:

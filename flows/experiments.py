@@ -1,29 +1,34 @@
-"""DVC experiments in a copy of the workspace, which itself is not changed.
+"""DVC experiments in copies of the workspace, which itself is not changed.
 
-`dvc exp run --temp` makes a new copy each time, starting from the workspace's outputs. Here one copy is kept in
-work/experiments: a killed experiment resumes inside its stage, and each experiment starts from the outputs of the run
-that leaves it the least to do.
+DVC has its own copies (`dvc exp run --temp`, `--queue`). Those lack the inputs that git ignores and the unfinished work
+of killed runs, and their workers are daemons, which outlive a cancelled flow. Here each device has one copy, in
+work/experiments: it sees the inputs, shares the workspace's folder of unfinished work and its DVC cache, and runs
+`dvc exp run`. What ran before comes from DVC's run cache.
 """
 
-import contextlib
 import json
+import os
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from filelock import FileLock, Timeout
-from ruamel.yaml import YAML
-
+from ear import config
+from ear.config import edit
+from ear.config.edit import PARAMETERS
+from ear.errors import UserError
 from ear.files.atomic import whole_file, whole_folder
-from flows import overrides, repository
-from flows.repository import BusyError, RepositoryError
+from ear.lineage.declaration import stages_of
+from ear.lineage.run import SHARED_WORK, WORK
+from flows import repository
+from flows.devices import environment, hold
+from flows.repository import RepositoryError
 
-COPY = Path("work/experiments")
-LOCK, PARAMETERS = "dvc.lock", "params.yaml"
+COPIES = Path("work/experiments")
+LOCK = "dvc.lock"
 
 
 def experiment_name(values: Mapping[str, Any], prefix: str) -> str:
@@ -31,63 +36,35 @@ def experiment_name(values: Mapping[str, Any], prefix: str) -> str:
     return "-".join([prefix, *(f"{key}={quote(str(value), safe='')}" for key, value in values.items())])
 
 
-def run(name: str, values: Mapping[str, Any], *, line: Callable[[str], None]) -> None:
-    """Run the pipeline as the DVC experiment `name` with {"section.key": value} changed.
+def snapshot() -> str:
+    """A tree of git with the workspace as it is: edits, and new files that git does not ignore. Returns its name.
 
-    The copy holds the files that git tracks, with uncommitted edits, and new files that it does not ignore; outputs
-    come from DVC's cache. An experiment of this name on the same commit is replaced. Raises UserError for a wrong
-    value, RepositoryError, BusyError.
+    Nothing in the workspace, its index or its branches changes. Raises RepositoryError.
     """
-    parameters = overrides.check(PARAMETERS, values)
-    with _alone():
-        _bring_up(nearest(parameters))
-        overrides.apply(COPY / PARAMETERS, values)
-        if name in _names(COPY):
-            repository.act("exp", "remove", name, line=line, folder=COPY)
-        repository.act("exp", "run", "--name", name, line=line, folder=COPY)
-        _git("fetch", "--quiet", str(COPY), f"+{_refs()}*:{_refs()}*")
+    with tempfile.TemporaryDirectory() as folder:
+        index = {"GIT_INDEX_FILE": str(Path(folder) / "index")}
+        _git("read-tree", "HEAD", variables=index)
+        _git("add", "--all", variables=index)
+        return _git("write-tree", variables=index).strip()
 
 
-def nearest(parameters: Mapping) -> dict[str, str]:
-    """The known outputs that leave the least to run for `parameters`, as far as git tracks them: path => text.
+def run(name: str, values: Mapping[str, Any], *, tree: str, among: list[str], line: Callable[[str], None]) -> None:
+    """Run the pipeline of the snapshot `tree` as the DVC experiment `name` with {"section.key": value} changed.
 
-    Known are the outputs of the workspace, of a killed experiment in the copy, and of the experiments of this commit.
+    It waits for one of the devices `among`, or as many as `runtime.processes` says. An experiment of this name on the
+    same commit is replaced. Raises UserError for a wrong value, RepositoryError.
     """
-    known = [_results_in(Path()), _results_in(COPY), *map(_results_of, _names())]
-    return max(known, key=lambda files: len(up_to_date(_stages(files.get(LOCK, "")), parameters)))
-
-
-def is_complete(name: str, values: Mapping[str, Any]) -> bool:
-    """Whether the experiment `name` of this commit exists and was made with {"section.key": value}."""
-    if name not in _names():
-        return False
-    lock = _stages(read(name, LOCK))
-    return up_to_date(lock, overrides.check(PARAMETERS, values)) == set(lock)
-
-
-def up_to_date(lock: Mapping[str, Mapping], parameters: Mapping) -> set[str]:
-    """Stages that would not run again; `lock` maps stages to deps, params and outs, as in dvc.lock."""
-    stale = {name for name, stage in lock.items() if not _made_with(stage, parameters)}
-    while True:
-        changed = [output["path"] for name in stale for output in lock[name].get("outs", [])]
-        below = {
-            name
-            for name in lock.keys() - stale
-            if any(_overlap(dep["path"], path) for dep in lock[name].get("deps", []) for path in changed)
-        }
-        if not below:
-            return lock.keys() - stale
-        stale |= below
-
-
-def _made_with(stage: Mapping, parameters: Mapping) -> bool:
-    recorded = stage.get("params", {}).get(PARAMETERS, {})
-    return all(_value(parameters, key) == value for key, value in recorded.items())
-
-
-def _overlap(path: str, other: str) -> bool:
-    """Whether one path equals the other or contains it."""
-    return path == other or path.startswith(f"{other}/") or other.startswith(f"{path}/")
+    parameters = edit.check(PARAMETERS, values)
+    with hold(parameters.runtime.processes, among, line) as held:
+        copy = COPIES / held[0]
+        _bring_up(copy, tree)
+        _show_inputs(copy, parameters)
+        edit.apply(copy / PARAMETERS, values)
+        if name in _names(copy):
+            repository.act("exp", "remove", name, line=line, folder=copy)
+        shared = {SHARED_WORK: str(Path.cwd() / WORK), **environment(held)}
+        repository.act("exp", "run", "--name", name, line=line, folder=copy, variables=shared)
+        _git("fetch", "--quiet", str(copy), f"+{_refs()}{name}:{_refs()}{name}")
 
 
 def read(name: str, path: str) -> str:
@@ -105,46 +82,46 @@ def fetch(name: str, path: str, target: Path) -> None:
 
 
 def metrics(name: str) -> dict[str, dict]:
-    """Metrics file (JSON) => its content, in the experiment `name`. Raises RepositoryError."""
-    return {path: json.loads(text) for path, text in _results_of(name).items() if path.endswith(".json")}
+    """Metrics file => its content, in the experiment `name`. Raises RepositoryError."""
+    outputs = {output["path"] for stage in stages_of(read(name, LOCK)).values() for output in stage.get("outs", [])}
+    tracked = _git("ls-tree", "-r", "--name-only", "-z", f"{_refs()}{name}").split("\0")
+    return {path: json.loads(read(name, path)) for path in tracked if path in outputs and path.endswith(".json")}
 
 
-@contextlib.contextmanager
-def _alone() -> Iterator[None]:
-    """Hold the lock of the copy; raises BusyError if another process holds it."""
-    COPY.parent.mkdir(exist_ok=True)
-    try:
-        with FileLock(COPY.with_suffix(".lock"), blocking=False):
-            yield
-    except Timeout as error:
-        raise BusyError(f"another sweep or comparison is running in {COPY}; wait until it ends.") from error
+def _bring_up(copy: Path, tree: str) -> None:
+    """Bring the copy to the snapshot, on the workspace's commit."""
+    if not copy.is_dir():
+        _create(copy)
+    _git("fetch", "--quiet", "--prune", str(Path.cwd()), "HEAD", f"+{_refs()}*:{_refs()}*", folder=copy)
+    _git("checkout", "--quiet", "--force", "--detach", head(), folder=copy)
+    _git("read-tree", "--reset", "-u", tree, folder=copy)
+    _git("clean", "--quiet", "--force", "-d", folder=copy)
 
 
-def _bring_up(results: Mapping[str, str]) -> None:
-    """Bring the copy to the state of the workspace, with these `results` of earlier stages."""
-    if not COPY.is_dir():
-        _create()
-    _git("fetch", "--quiet", "--prune", str(Path.cwd()), "HEAD", f"+{_refs()}*:{_refs()}*", folder=COPY)
-    _git("checkout", "--quiet", "--force", "--detach", head(), folder=COPY)
-    _git("clean", "--quiet", "--force", "-d", folder=COPY)
-    for path in edited():
-        (COPY / path).unlink(missing_ok=True)
-        if Path(path).is_file():
-            (COPY / path).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(path, COPY / path)
-    for path, text in results.items():
-        (COPY / path).parent.mkdir(parents=True, exist_ok=True)
-        (COPY / path).write_text(text)
-
-
-def _create() -> None:
-    """Clone the repository; both share one DVC cache."""
-    with whole_folder(COPY) as partial:
-        _git("clone", "--quiet", ".", str(partial))
+def _create(copy: Path) -> None:
+    """Clone the repository; both share one DVC cache, and the clone reads the objects of this one's git."""
+    with whole_folder(copy) as partial:
+        _git("clone", "--quiet", "--shared", ".", str(partial))
         if Path(".dvc/config.local").is_file():
             shutil.copy2(".dvc/config.local", partial / ".dvc/config.local")
         cache = Path(repository.ask("cache", "dir").strip()).resolve()
         repository.ask("config", "--local", "cache.dir", str(cache), folder=partial)
+
+
+def _show_inputs(copy: Path, parameters: config.Parameters) -> None:
+    """Link the files that parameters name into the copy, where git ignores them and they are therefore absent."""
+    for key, path in config.named_paths(parameters).items():
+        inside = copy / path
+        if path.is_absolute() or inside.exists():
+            continue
+        if ".." in path.parts:
+            raise UserError(
+                f"{key} is {str(path)!r}, outside the repository, where experiments in a copy of it look elsewhere; "
+                "give an absolute path."
+            )
+        inside.parent.mkdir(parents=True, exist_ok=True)
+        inside.unlink(missing_ok=True)
+        inside.symlink_to(path.absolute())
 
 
 def edited() -> list[str]:
@@ -153,32 +130,7 @@ def edited() -> list[str]:
     return [path for path in listed.split("\0") if path]
 
 
-def _results_in(folder: Path) -> dict[str, str]:
-    """dvc.lock and the metrics files in `folder`: path => text; empty without a dvc.lock."""
-    if not (folder / LOCK).is_file():
-        return {}
-    listed = _git("ls-files", "-z", "--cached", "--others", "--exclude-standard", folder=folder).split("\0")
-    kept = _kept((folder / LOCK).read_text(), listed)
-    return {path: (folder / path).read_text() for path in kept if (folder / path).is_file()}
-
-
-def _results_of(name: str) -> dict[str, str]:
-    """dvc.lock and the metrics files of the experiment `name`: path => text."""
-    listed = _git("ls-tree", "-r", "--name-only", "-z", f"{_refs()}{name}").split("\0")
-    return {path: read(name, path) for path in _kept(read(name, LOCK), listed)}
-
-
-def _kept(lock: str, paths: Iterable[str]) -> list[str]:
-    """dvc.lock and those of `paths` that it lists as outputs; all other outputs are in DVC's cache."""
-    outputs = {output["path"] for stage in _stages(lock).values() for output in stage.get("outs", [])}
-    return [LOCK, *(path for path in paths if path in outputs)]
-
-
-def _stages(lock: str) -> dict[str, dict]:
-    return (YAML(typ="safe", pure=True).load(lock) or {}).get("stages", {})
-
-
-def _names(folder: Path = Path()) -> list[str]:
+def _names(folder: Path) -> list[str]:
     """The experiments of the current commit."""
     listed = _git("for-each-ref", "--format=%(refname)", _refs(), folder=folder)
     return [reference.removeprefix(_refs()) for reference in listed.split()]
@@ -195,16 +147,9 @@ def head() -> str:
     return _git("rev-parse", "HEAD").strip()
 
 
-def _git(*arguments: str, folder: Path = Path()) -> str:
-    done = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True)
+def _git(*arguments: str, folder: Path = Path(), variables: Mapping[str, str] | None = None) -> str:
+    settings = {**os.environ, **(variables or {})}
+    done = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, env=settings)
     if done.returncode:
         raise RepositoryError(f"git {arguments[0]} failed: {' '.join(done.stderr.split())}")
     return done.stdout
-
-
-def _value(parameters: Mapping, key: str) -> Any:
-    """The value of "section.key" or of a section; None if absent."""
-    value: Any = parameters
-    for part in key.split("."):
-        value = value.get(part) if isinstance(value, Mapping) else None
-    return value

@@ -12,10 +12,11 @@ _LISTED = Path("data/raw")
 def changed_images(parameters: config.Parameters) -> str:
     """How the images of data.path differ from the manifest, such as `images of data.path: 2 new`; empty if they do not.
 
-    Empty too if nothing is listed yet, or the images are the built-in digits. Raises UserError as the fetch stage does.
+    Empty too if nothing is listed yet, the images are the built-in digits, or the folder is on another machine: later
+    stages do without it. Raises UserError as the fetch stage does.
     """
     data = parameters.data
-    if data.source == "digits":
+    if data.source == "digits" or not Path(data.path).exists():
         return ""
     try:
         listed = manifest.read_manifest(_LISTED)

@@ -29,19 +29,23 @@ from typing import Any
 
 from prefect import State, flow, get_run_logger, task
 from prefect.artifacts import create_markdown_artifact, create_table_artifact
+from prefect.cache_policies import NO_CACHE
 from prefect.states import Completed, Failed
 
 from ear import config
+from ear.config import edit
+from ear.config.edit import PARAMETERS
 from ear.errors import UserError
-from flows import overrides as parameter_overrides
-from flows import repository
+from flows import readiness, repository
 from flows.artifacts import GRID, metric_rows, picture
+from flows.devices import devices, environment, hold
 from flows.inputs import changed_images
-from flows.overrides import PARAMETERS
 from flows.program import report
-from flows.repository import BusyError, RepositoryError
-from flows.states import OPTIONS, failed
+from flows.repository import RepositoryError
 from flows.turns import turn
+
+CACHED = "Cached"  # Prefect's name for a result that was there already
+UNCHANGED = "none of its dependencies changed"
 
 
 @dataclass
@@ -54,31 +58,45 @@ class Outcome:
     seconds: float
 
 
-@task(task_run_name="check what changed", **OPTIONS)
+@task(task_run_name="check what changed", cache_policy=NO_CACHE)
 def check(stages: list[str]) -> dict[str, str] | State:
     """Stage => why it is out of date, before anything runs."""
     try:
         return repository.changes(*stages)
     except RepositoryError as error:
-        return failed(error)
+        return Failed(message=str(error))
 
 
-@task(task_run_name="stage-{name}", **OPTIONS)
-def run_stage(name: str, why: str, upstream_ran: bool, force: bool) -> State:
-    """Bring one stage up to date; the state's name says how, its message why."""
+@task(task_run_name="stage-{name}", cache_policy=NO_CACHE)
+def run_stage(name: str, why: str, upstream_ran: bool, force: bool, variables: dict[str, str]) -> State:
+    """Bring one stage up to date; the state's data says how (ran, restored, up to date), its message also why."""
     log = get_run_logger()
     try:
         if upstream_ran and not force:  # upstream stages may have changed its inputs, or written the same bytes again
             why = repository.changes(name).get(name, "")
         if not why:
             log.info("%s is up to date", name)
-            return Completed(name="up to date", message="none of its dependencies changed")
+            return Completed(name=CACHED, data="up to date", message=UNCHANGED)
         log.info("%s is out of date: %s", name, why)
-        return Completed(name=repository.reproduce(name, force=force, line=log.info), message=why)
+        how = repository.reproduce(name, force=force, line=log.info, variables=variables)
+        return Completed(name="Completed" if how == "ran" else CACHED, data=how, message=why)
     except RepositoryError as error:
-        if not isinstance(error, BusyError) and (restored := repository.restore(name)):
-            log.info("restored the earlier outputs of %s: %s", name, ", ".join(restored))
-        return failed(error)
+        restore(name)
+        return Failed(message=str(error))
+    except BaseException:  # stopped by Ctrl-C, a signal or a cancelled run
+        restore(name)
+        raise
+
+
+def restore(name: str) -> None:
+    """Bring back the outputs that DVC deleted before a stage that has not written new ones."""
+    if restored := repository.restore(name):
+        get_run_logger().info("restored the earlier outputs of %s: %s", name, ", ".join(restored))
+
+
+def Cached(**options: Any) -> State:
+    """Prefect's state of a task whose result was there already."""
+    return Completed(name="Cached", **options)
 
 
 @flow(name="pipeline")
@@ -99,25 +117,35 @@ def pipeline(
         targets = repository.known(stages or graph, graph)
         order = repository.with_upstream(graph, targets)
         forced = repository.known((targets if force else ()) if isinstance(force, bool) else force, order)
-        parameter_overrides.check(PARAMETERS, overrides or {})
-        with turn(get_run_logger().info):
-            parameter_overrides.apply(PARAMETERS, overrides or {})
-            return bring_up_to_date(graph, order, forced)
+        parameters = edit.check(PARAMETERS, overrides or {})
+        readiness.check(parameters, overrides or {})
+        say = get_run_logger().info
+        with turn(say), hold(parameters.runtime.processes, devices(parameters), say) as held:
+            edit.apply(PARAMETERS, overrides or {})
+            return bring_up_to_date(graph, order, forced, environment(held))
     except (UserError, RepositoryError) as error:
         return Failed(message=str(error))
 
 
-def bring_up_to_date(graph: dict[str, set[str]], order: list[str], forced: list[str]) -> State:
-    """Check what changed, run the stages, publish the artifacts => the flow's final state."""
+def bring_up_to_date(
+    graph: dict[str, set[str]], order: list[str], forced: list[str], variables: dict[str, str]
+) -> State:
+    """Check what changed, run the stages, publish the artifacts => the flow's final state.
+
+    Raises UserError if a stage that would run cannot: nothing has been touched then.
+    """
     state = check(order, return_state=True)
     if not state.is_completed():
         return Failed(message=state.message)
     changed: Any = state.result()
+    parameters = config.load(PARAMETERS)
     unseen: set[str] = set()
-    if "fetch" in order and (images := changed_images(config.load(PARAMETERS))):
+    if "fetch" in order and (images := changed_images(parameters)):
         changed["fetch"] = "; ".join(filter(None, [images, changed.get("fetch", "")]))
         unseen = {"fetch"}
-    outcomes = walk(graph, order, forced, changed, unseen)
+    running = repository.with_downstream(graph, {*forced, *changed}) & set(order)
+    readiness.check(parameters, readiness.read_by(running))
+    outcomes = walk(graph, order, forced, changed, unseen, variables)
     publish(outcomes)
     return summary(outcomes)
 
@@ -128,6 +156,7 @@ def walk(
     forced: list[str],  # stages that the user wants to run in any case
     changed: dict[str, str],  # stage => why it is out of date
     unseen: Collection[str],  # those that are out of date by a change that DVC does not see
+    variables: dict[str, str],  # of the stages' environment
 ) -> list[Outcome]:
     """Run the stages one after another, up to the first that fails."""
     outcomes: list[Outcome] = []
@@ -136,11 +165,11 @@ def walk(
         if any(outcome.result == "failed" for outcome in outcomes):
             outcomes.append(Outcome(name, "not run", "an earlier stage failed", 0.0))
             continue
-        upstream_ran = bool(fresh & graph[name])
         why = "; ".join(filter(None, ["forced" if name in forced else "", changed.get(name, "")]))
+        force = name in forced or name in unseen
         start = time.monotonic()
-        state = run_stage(name, why, upstream_ran, name in forced or name in unseen, return_state=True)
-        result = str(state.name) if state.is_completed() else "failed"
+        state = run_stage(name, why, bool(fresh & graph[name]), force, variables, return_state=True)
+        result: Any = state.result() if state.is_completed() else "failed"
         outcomes.append(Outcome(name, result, state.message or "", round(time.monotonic() - start, 1)))
         if result in ("ran", "restored"):
             fresh.add(name)
@@ -192,7 +221,7 @@ def main() -> int:
     )
     arguments = parser.parse_args()
     try:
-        values = parameter_overrides.parse(arguments.set)
+        values = edit.values_of(arguments.set)
     except UserError as error:
         print(f"pipeline: {error}", file=sys.stderr)
         return 1

@@ -8,19 +8,22 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from graphlib import TopologicalSorter
 from pathlib import Path
 
 from ear.errors import MissingFileError, UserError
 from ear.files.atomic import whole_file
-from ear.lineage import declaration as lineage
+from ear.lineage.cache import cached_outputs
+from ear.lineage.declaration import locked
 from flows import command
 
 # Without --wait-for-lock, a stage that has finished is reported as failed if another DVC process holds the lock.
 DVC = [sys.executable, "-m", "dvc", "--wait-for-lock"]
 _LINES_KEPT = 200
+_BUSY_SECONDS = 2.0  # between two tries while another DVC process is in the way
 # DVC's advice about git after every run; noise in a flow's log.
 _ADVICE = (
     "To track the changes with git",
@@ -39,7 +42,7 @@ class RepositoryError(RuntimeError):
 
 
 class BusyError(RepositoryError):
-    """Another DVC process works on the same files; waiting helps."""
+    """Another DVC process works on the same files; trying again helps."""
 
 
 def environment() -> dict[str, str]:
@@ -49,27 +52,47 @@ def environment() -> dict[str, str]:
 
 
 def ask(*arguments: str, folder: Path = Path()) -> str:
-    """The standard output of a short DVC command in `folder`. Raises RepositoryError, BusyError."""
-    done = subprocess.run([*DVC, *arguments], capture_output=True, text=True, env=environment(), cwd=folder)
-    if done.returncode:
-        raise failure(done.stderr.splitlines())
-    return done.stdout
+    """The standard output of a short DVC command in `folder`, once no other DVC process is in its way.
+
+    Raises RepositoryError.
+    """
+    while True:
+        done = subprocess.run([*DVC, *arguments], capture_output=True, text=True, env=environment(), cwd=folder)
+        if not done.returncode:
+            return done.stdout
+        error = failure(done.stderr.splitlines())
+        if not isinstance(error, BusyError):
+            raise error
+        time.sleep(_BUSY_SECONDS)
 
 
-def act(*arguments: str, line: Callable[[str], None], folder: Path = Path()) -> None:
+def act(
+    *arguments: str, line: Callable[[str], None], folder: Path = Path(), variables: Mapping[str, str] | None = None
+) -> None:
     """Run a DVC command in `folder` and pass each line of its output to `line` immediately.
 
-    Raises RepositoryError, BusyError.
+    While another DVC process works on the same files, it is tried again, without a limit of time: trainings last days.
+    `variables`: of the environment, beside the present ones. Raises RepositoryError.
     """
-    kept: deque[str] = deque(maxlen=_LINES_KEPT)
+    settings = {**environment(), **(variables or {})}
+    said = ""
+    while True:
+        kept: deque[str] = deque(maxlen=_LINES_KEPT)
 
-    def keep(text: str) -> None:
-        if text and not text.startswith(_ADVICE):
-            kept.append(text)
-            line(text)
+        def keep(text: str, kept: deque[str] = kept) -> None:
+            if text and not text.startswith(_ADVICE):
+                kept.append(text)
+                line(text)
 
-    if command.stream([*DVC, *arguments], line=keep, environment=environment(), folder=folder):
-        raise failure(kept)
+        if not command.stream([*DVC, *arguments], line=keep, environment=settings, folder=folder):
+            return
+        error = failure(kept)
+        if not isinstance(error, BusyError):
+            raise error
+        if not said:
+            said = f"waiting: {error}"
+            line(said)
+        time.sleep(_BUSY_SECONDS)
 
 
 def failure(lines: Iterable[str]) -> RepositoryError:
@@ -124,6 +147,15 @@ def with_upstream(graph: dict[str, set[str]], names: Iterable[str]) -> list[str]
     return [name for name in graph if name in wanted]
 
 
+def with_downstream(graph: dict[str, set[str]], names: Iterable[str]) -> set[str]:
+    """`names` and all stages that need one of them."""
+    wanted = set(names)
+    for name, upstream in graph.items():  # in an order in which they can run
+        if upstream & wanted:
+            wanted.add(name)
+    return wanted
+
+
 def changes(*names: str) -> dict[str, str]:
     """Stage => why it is out of date, for those that are; of all stages, or only of `names`. Raises as `ask` does."""
     return {name: reason(entries) for name, entries in json.loads(ask("status", "--json", *names) or "{}").items()}
@@ -153,10 +185,10 @@ def _change(kind: str, path: str, change: str | dict) -> tuple[str, str]:
     return ("code" if path.endswith(".py") else "inputs"), f"{path} {change}"
 
 
-def reproduce(name: str, *, force: bool, line: Callable[[str], None]) -> str:
+def reproduce(name: str, *, force: bool, line: Callable[[str], None], variables: Mapping[str, str]) -> str:
     """Bring one stage up to date without checking its upstream => `ran`, `restored` (run cache) or `up to date`.
 
-    Raises RepositoryError with the stage's last error line, BusyError.
+    Raises RepositoryError with the stage's last error line.
     """
     outcome = "up to date"
 
@@ -168,7 +200,7 @@ def reproduce(name: str, *, force: bool, line: Callable[[str], None]) -> str:
             outcome = "restored"
         line(text)
 
-    act("repro", "--single-item", *(["--force"] if force else []), name, line=watch)
+    act("repro", "--single-item", *(["--force"] if force else []), name, line=watch, variables=variables)
     return outcome
 
 
@@ -180,21 +212,20 @@ def metrics() -> dict[str, dict]:
 
 
 def restore(name: str) -> list[str]:
-    """Bring back the outputs that dvc.lock lists of a stage, as far as DVC's cache or git has them => those restored.
+    """Bring back the outputs that dvc.lock lists of a stage, as far as DVC's cache has them => those restored.
 
     DVC deletes a stage's outputs before it runs. Large ones return by checkout; metrics, which git keeps, lie in DVC's
     cache too, for its run cache.
     """
-    outputs = lineage.locked().get(name, {}).get("outs", [])
-    lost = [entry for entry in outputs if not Path(entry["path"]).exists()]
+    lost = [Path(entry["path"]) for entry in locked().get(name, {}).get("outs", [])]
+    lost = [path for path in lost if not path.exists()]
     if not lost:
         return []
     with contextlib.suppress(RepositoryError):  # an output that is in no cache does not keep the others from returning
         ask("checkout", name)
-    objects = Path(ask("cache", "dir").strip()) / "files/md5"
-    for entry in lost:
-        path, cached = Path(entry["path"]), objects / entry["md5"][:2] / entry["md5"][2:]
-        if not path.exists() and cached.is_file():
+    cached = cached_outputs(name)
+    for path in lost:
+        if not path.exists() and path.as_posix() in cached:
             with whole_file(path) as partial:
-                shutil.copyfile(cached, partial)
-    return [entry["path"] for entry in lost if Path(entry["path"]).exists()]
+                shutil.copyfile(cached[path.as_posix()], partial)
+    return [str(path) for path in lost if path.exists()]

@@ -2,8 +2,10 @@
 
     python -m flows.sweep --set sample.guidance=1.0,1.5,2.0 sample.temperature=0.7,1.0
 
-Experiments run one after another in a copy of the workspace, which itself is not changed; `dvc exp apply NAME` brings
-one of them into it. The table is rewritten after each run, so a stopped sweep keeps its results so far.
+Experiments run in a copy of the workspace, which itself is not changed; edits made meanwhile do not reach them.
+`dvc exp apply NAME` brings one of them into the workspace. With several GPUs, `-j N` runs N at a time, one per GPU. The
+table is rewritten after each run, so a stopped sweep keeps its results so far; started again, it restores what ran
+before and continues inside the stage that was stopped.
 """
 
 # isort: off
@@ -14,34 +16,40 @@ import argparse
 import csv
 import itertools
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from prefect import State, flow, get_run_logger, task
 from prefect.artifacts import create_table_artifact
+from prefect.cache_policies import NO_CACHE
 from prefect.states import Completed, Failed
 
+from ear import config
+from ear.config import edit
+from ear.config.edit import PARAMETERS
 from ear.errors import UserError
 from ear.files.atomic import whole_file
-from flows import experiments, overrides
+from flows import command, experiments, readiness, repository
 from flows.artifacts import metric_rows
+from flows.devices import devices
 from flows.experiments import experiment_name
-from flows.overrides import PARAMETERS
 from flows.program import report
 from flows.repository import RepositoryError
-from flows.states import OPTIONS, failed
+from flows.turns import turn
 
+_POLL_SECONDS = 0.5
 EVALUATION = "data/evaluation/metrics.json"  # a metric without a file is looked up here first
 
 
-@task(task_run_name="{name}", **OPTIONS)
-def run_experiment(name: str, values: dict[str, Any]) -> State:
-    """Run one combination as a DVC experiment."""
+@task(task_run_name="{name}", cache_policy=NO_CACHE)
+def run_experiment(name: str, values: dict[str, Any], tree: str, among: list[str]) -> State:
+    """Run one combination as a DVC experiment of the snapshot `tree`, on one of the devices `among`."""
     try:
-        experiments.run(name, values, line=get_run_logger().info)
-    except RepositoryError as error:
-        return failed(error)
+        experiments.run(name, values, tree=tree, among=among, line=get_run_logger().info)
+    except (UserError, RepositoryError) as error:
+        return Failed(message=str(error))
     return Completed(message=f"`dvc exp apply {name}` brings it into the workspace")
 
 
@@ -50,6 +58,7 @@ def sweep(
     parameters: dict[str, list[Any]],
     metric: str = "fid",
     maximize: bool = False,
+    jobs: int = 1,
     output: str = "work/sweep",
 ) -> State:
     """Run every combination of `parameters` and compare one metric.
@@ -58,13 +67,17 @@ def sweep(
         parameters: {"section.key": values to try}.
         metric: a name in the metrics of the evaluation or of one other stage, or FILE:NAME.
         maximize: whether a higher metric is better (accuracy) rather than a lower one (FID).
+        jobs: experiments at a time, each on its own GPU; on a CPU one at a time.
         output: folder for table.csv and plot.png.
     """
     try:
         runs = grid(parameters)
-        for values in runs.values():
-            overrides.check(PARAMETERS, values)
-        rows = compare(runs, metric, maximize, lambda rows: write(rows, list(parameters), metric, Path(output)))
+        checked = [edit.check(PARAMETERS, values) for values in runs.values()]
+        for each in checked:
+            readiness.check(each, parameters)
+        if known := repository.metrics():
+            find(metric, known)
+        rows = compare(runs, metric, maximize, jobs, lambda rows: write(rows, list(parameters), metric, Path(output)))
     except (UserError, RepositoryError) as error:
         return Failed(message=str(error))
     create_table_artifact(key="sweep", table=rows, description=f"{metric} by {', '.join(parameters)}")
@@ -83,21 +96,50 @@ def grid(parameters: dict[str, list[Any]]) -> dict[str, dict[str, Any]]:
 
 
 def compare(
-    runs: dict[str, dict[str, Any]], metric: str, maximize: bool, save: Callable[[list[dict]], None]
+    runs: dict[str, dict[str, Any]], metric: str, maximize: bool, jobs: int, save: Callable[[list[dict]], None]
 ) -> list[dict]:
-    """Run the experiments in turn => one row each: experiment, values, metric (None if it failed), best, error.
+    """Run the experiments, `jobs` at a time => a row each: experiment, values, metric, best, error.
 
-    `save` is called with the rows so far after each run. Raises UserError if no metrics file has `metric`.
+    The metric of a failed one is None. `save` is called with the rows so far after each run. Raises UserError if no
+    metrics file has `metric`.
     """
-    rows: list[dict] = []
-    for name, values in runs.items():
-        state = run_experiment(name, values, return_state=True)
+    rows: dict[str, dict] = {}
+    for name, state in run_all(runs, jobs):
         found = find(metric, experiments.metrics(name)) if state.is_completed() else None
         error = "" if state.is_completed() else state.message
-        rows.append({"experiment": name, **values, metric: found, "best": False, "error": error})
-        mark_best(rows, metric, maximize)
-        save(rows)
-    return rows
+        rows[name] = {"experiment": name, **runs[name], metric: found, "best": False, "error": error}
+        ordered = [rows[each] for each in runs if each in rows]
+        mark_best(ordered, metric, maximize)
+        save(ordered)
+    return [rows[name] for name in runs]
+
+
+def run_all(runs: Mapping[str, Mapping[str, Any]], jobs: int = 1) -> Iterator[tuple[str, State]]:
+    """Run experiments of one snapshot of the workspace, `jobs` at a time => (name, final state), as they end.
+
+    Raises UserError if there are fewer devices than `jobs`.
+    """
+    among = devices(config.load(PARAMETERS))
+    if jobs > len(among):
+        raise UserError(f"jobs is {jobs}, but one device runs one experiment, and there are {len(among)}; lower it.")
+    with turn(get_run_logger().info):
+        tree = experiments.snapshot()
+    if jobs == 1:  # in this thread, which signals reach
+        for name, values in runs.items():
+            yield name, run_experiment(name, dict(values), tree, among, return_state=True)
+        return
+    waiting = list(runs)
+    running: dict[str, Any] = {}
+    try:
+        while waiting or running:
+            while waiting and len(running) < jobs:
+                name = waiting.pop(0)
+                running[name] = run_experiment.submit(name, dict(runs[name]), tree, among)
+            for name in [name for name, future in running.items() if future.state.is_final()]:
+                yield name, running.pop(name).state
+            time.sleep(_POLL_SECONDS)
+    finally:
+        command.stop_all()
 
 
 def find(metric: str, files: dict[str, dict]) -> float:
@@ -187,14 +229,20 @@ def main() -> int:
     parser.add_argument("--set", nargs="+", action="extend", required=True, metavar="KEY=VALUE,VALUE,...")
     parser.add_argument("--metric", default="fid", help="NAME in the evaluation, or FILE:NAME (default: fid)")
     parser.add_argument("--maximize", action="store_true", help="a higher metric is better")
+    parser.add_argument("-j", "--jobs", type=int, default=1, help="experiments at a time, one per GPU (default: 1)")
     parser.add_argument("--output", default="work/sweep", help="folder for table.csv and plot.png")
     arguments = parser.parse_args()
     try:
-        parameters = overrides.parse([text.replace("=", "=[", 1) + "]" for text in arguments.set])
+        parameters = edit.values_of([text.replace("=", "=[", 1) + "]" for text in arguments.set])
     except UserError as error:
         print(f"sweep: {error}", file=sys.stderr)
         return 1
-    options = {"metric": arguments.metric, "maximize": arguments.maximize, "output": arguments.output}
+    options = {
+        "metric": arguments.metric,
+        "maximize": arguments.maximize,
+        "jobs": arguments.jobs,
+        "output": arguments.output,
+    }
     return report("sweep", lambda: sweep(parameters, **options, return_state=True))
 
 

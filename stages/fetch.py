@@ -14,7 +14,6 @@ from typing import Annotated
 
 from ear import config
 from ear.data import manifest, sources
-from ear.errors import MissingFileError, UserError
 from ear.lineage.run import Run
 from stages import program
 
@@ -32,8 +31,6 @@ class Parameters:
 
 def work(data: Parameters, run: Run) -> None:
     """List the images, and write the digits first if they are the source."""
-    if data.source != "digits":
-        _check_apart(Path(data.path))
     folder = run.output(RAW)
     path = folder / "digits" if data.source == "digits" else Path(data.path)
     if data.source == "digits":
@@ -55,21 +52,5 @@ def work(data: Parameters, run: Run) -> None:
     )
 
 
-def check_files(parameters: config.Parameters) -> None:
-    """Raise MissingFileError for the first absent file that a later stage needs (`work` checks data.path)."""
-    missing = config.missing_files(parameters)
-    missing.pop("data.path", None)
-    for sentence in missing.values():
-        raise MissingFileError(sentence)
-
-
-def _check_apart(path: Path) -> None:
-    """Refuse a data.path inside data/, where stages replace folders."""
-    if path.resolve().is_relative_to(Path("data").resolve()):
-        raise UserError(
-            f"data.path is {str(path)!r}, inside data/, where stages replace whole folders; move the images elsewhere."
-        )
-
-
 if __name__ == "__main__":
-    program.run("fetch", work, Parameters, __doc__, check=check_files)
+    program.run("fetch", work, Parameters, __doc__, check=config.check_files)

@@ -66,8 +66,8 @@ def work(parameters: Parameters, run: Run) -> None:
         statistics=Statistics(**description["statistics"]),
     )
     phase.trainer.restore(state, images=progress["images"])
-    phase.run(run.scratch(program.plain(parameters), ["data/latents/stats.json", STATE]))
-    phase.publish(run.output("data/finetuned"), keep_state=False)
+    phase.run(run.scratch(program.plain(parameters), ["data/latents/stats.json", STATE]), run.kept)
+    phase.publish(run.output("data/finetuned"))
 
 
 if __name__ == "__main__":

@@ -104,11 +104,10 @@ def run(
     parser = argparse.ArgumentParser(
         prog=f"python -m stages.{stage}", description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--params", default="params.yaml", help="parameter file (default: params.yaml)")
-    arguments = parser.parse_args()
+    parser.parse_args()
     try:
         with distributed.group():
-            parameters = config.load(arguments.params)
+            parameters = config.load()
             if check:
                 check(parameters)
             if distributed.size() > 1 and not many_processes:
@@ -117,7 +116,7 @@ def run(
                 )
             if many_processes and parameters.runtime.processes > 1 and not distributed.launched():
                 sys.exit(distributed.launch(f"stages.{stage}", sys.argv[1:], parameters.runtime.processes))
-            perform(stage, work, kind, lambda: config.load(arguments.params))
+            perform(stage, work, kind, config.load)
     except distributed.FailedElsewhere:
         sys.exit(1)
     except (UserError, OSError, MemoryError) as error:

@@ -2,22 +2,29 @@
 
 Reads data/latents and, if train.weights names one, a published checkpoint to start from (DVC does not track that file).
 Writes data/model: EMA weights, the complete training state, logs and metrics. A killed run resumes from its last
-checkpoint and ends in the same bytes.
+checkpoint and ends in the same bytes. A finished training goes on if train.images alone grew and the schedule is
+constant.
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated
 
 from ear import config
+from ear.files.atomic import link
+from ear.files.tensors import read_description
 from ear.latents.store import LatentStore
 from ear.lineage.run import Run
 from ear.model import interop
 from ear.model.files import build_model
 from ear.model.shape import Shape
 from ear.model.training import Phase, PhaseSettings, fit_codebook
-from ear.runtime import randomness
+from ear.runtime import distributed, randomness
 from ear.runtime.device import prepare_device, set_precision
+from ear.training import checkpoint
 from stages import program
+
+STATE = "data/model/state.safetensors"
 
 
 @dataclass(frozen=True)
@@ -64,8 +71,23 @@ def work(parameters: Parameters, run: Run) -> None:
         statistics=interop.published_statistics(store.shape[0]) if options.weights else None,
     )
     inputs = ["data/latents/stats.json", *([options.weights] if options.weights else [])]
-    phase.run(run.scratch(program.plain(parameters), inputs))
-    phase.publish(run.output("data/model"), keep_state=True)
+    scratch = run.scratch(program.plain(parameters), inputs)
+    distributed.from_main(lambda: continue_shorter(options, run, scratch))
+    phase.run(scratch, run.kept)
+    phase.publish(run.output("data/model"), state_from=scratch)
+
+
+def continue_shorter(options: config.Train, run: Run, scratch: Path) -> None:
+    """Start from the end of a finished training of fewer images, if a longer one would have passed through it."""
+    if checkpoint.newest(scratch):
+        return
+    state, obstacle = run.shorter("train.images", STATE)
+    if options.schedule != "constant" and state:
+        obstacle = f"train.schedule is {options.schedule}, whose rates depend on train.images; constant's do not"
+    if obstacle:
+        print(f"train: begins anew, not where the shorter training ended: {obstacle}", flush=True)
+    elif state:
+        link(state, checkpoint.at(scratch, read_description(state)["images"]))
 
 
 if __name__ == "__main__":

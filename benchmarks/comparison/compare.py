@@ -20,7 +20,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from prefect import State, flow, get_run_logger, task
+from prefect import State, flow, task
 from prefect.artifacts import create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
 from prefect.states import Completed, Failed
@@ -35,16 +35,16 @@ from benchmarks.comparison.plan import (
     run_name,
 )
 from ear import config
+from ear.config import edit
+from ear.config.edit import PARAMETERS
 from ear.errors import UserError
 from ear.files.atomic import whole_file
 from ear.files.json_files import read_json, write_json
-from flows import command, experiments, overrides, repository
+from flows import command, experiments, repository
 from flows.artifacts import GRID
-from flows.overrides import PARAMETERS
 from flows.program import report
 from flows.repository import RepositoryError
-from flows.states import failed
-from flows.sweep import EVALUATION, run_experiment
+from flows.sweep import EVALUATION, run_all
 
 Part = Literal["rules", "ablations"]
 
@@ -79,10 +79,10 @@ def compare(
         check_extractor(parameters)
         runs = {run_name(values): values for values in planned(parameters, budget)}
         for values in runs.values():
-            overrides.check(PARAMETERS, values)
+            edit.check(PARAMETERS, values)
     except (UserError, RepositoryError) as error:
         return Failed(message=str(error))
-    errors = run_all(runs)
+    errors = errors_of(runs)
     if errors:
         name, message = next(iter(errors.items()))
         return Failed(message=f"{len(errors)} of {len(runs)} runs failed ({name}: {message}); nothing was written")
@@ -121,18 +121,10 @@ def planned(parameters: config.Parameters, budget: Mapping[Part, int]) -> list[V
     return runs
 
 
-def run_all(runs: Mapping[str, Values]) -> dict[str, str]:
-    """Run the experiments that do not exist yet => error by experiment, for those that failed."""
-    log = get_run_logger()
-    errors: dict[str, str] = {}
-    for number, (name, values) in enumerate(runs.items(), start=1):
-        log.info("%d of %d: %s", number, len(runs), name)
-        if experiments.is_complete(name, values):
-            continue
-        state = run_experiment(name, dict(values), return_state=True)
-        if not state.is_completed():
-            errors[name] = str(state.message)
-    return errors
+def errors_of(runs: Mapping[str, Values]) -> dict[str, str]:
+    """Run the experiments; what ran before is restored => error by experiment, for those that failed."""
+    states = run_all(runs)
+    return {name: str(state.message) for name, state in states if not state.is_completed()}
 
 
 @task(task_run_name="measure rates", cache_policy=NO_CACHE)
@@ -141,7 +133,7 @@ def measure_rates() -> State:
     lines: list[str] = []
     program = [sys.executable, "-m", "benchmarks.scores", "--save", "--rules", *plan.RULES]
     if command.stream(program, line=lines.append, environment=repository.environment()):
-        return failed(RepositoryError(f"benchmarks.scores failed: {lines[-1] if lines else 'it said nothing'}"))
+        return Failed(message=f"benchmarks.scores failed: {lines[-1] if lines else 'it said nothing'}")
     return Completed()
 
 

@@ -41,15 +41,16 @@ def main() -> None:
 @click.option(
     "--output", type=click.Path(path_type=Path), default=Path("params.yaml"), show_default=True, help="file to write"
 )
-def configure(overrides: tuple[str, ...], output: Path) -> None:
-    """Write params.yaml from a preset and overrides.
+@click.option("--force", is_flag=True, help="let a preset replace a file that was edited")
+def configure(overrides: tuple[str, ...], output: Path, force: bool) -> None:
+    """Write params.yaml from a preset and overrides, or change the given keys of an existing one.
 
     Every key is checked first. NAME_smoke is the laptop-size form of preset NAME: the complete pipeline in a minute or
     two.
     """
     from ear.commands import configure
 
-    print("\n".join(configure.run(list(overrides), output)))
+    print("\n".join(configure.run(list(overrides), output, force=force)))
 
 
 @main.command(cls=_Command)
@@ -102,3 +103,25 @@ def verify(context: click.Context, repair: bool) -> None:
     print("\n".join(lines))
     if not well:
         context.exit(1)
+
+
+@main.command(cls=_Command)
+@click.argument("output", type=click.Path(path_type=Path))
+@click.option(
+    "--checkpoint",
+    type=click.Path(path_type=Path),
+    required=True,
+    help="of the train or finetune stage, such as one in work/kept",
+)
+@click.option(
+    "--weights",
+    type=click.Choice(["averaged", "averaged_long", "weights"]),
+    default="averaged",
+    show_default=True,
+    help="an EMA, or the weights that are trained",
+)
+def export(output: Path, checkpoint: Path, weights: str) -> None:
+    """Write a model file that `ear.load` and `ear.generate` take, from a checkpoint of a training."""
+    from ear.commands import export
+
+    print(export.run(checkpoint, output, weights=weights))

@@ -6,8 +6,6 @@ them again.
 
 import hashlib
 import json
-import subprocess
-import sys
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +14,7 @@ from typing import Any
 from ear.display.progress import Progress
 from ear.errors import UserError
 from ear.files.atomic import remove
+from ear.lineage.cache import cache_folder, listed_files, stored
 from ear.lineage.declaration import Declaration, declarations, locked
 from ear.lineage.digests import files_under
 from ear.lineage.record import Record, difference
@@ -57,7 +56,7 @@ def run(*, repair: bool) -> tuple[list[str], bool]:
     lines = [f"{problem.stage}: {problem.what}" for problem in problems] + _notes(records)
     damaged = [problem.damaged for problem in problems if problem.damaged]
     if repair and damaged:
-        deleted = _repair(damaged, lock, _cache())
+        deleted = _repair(damaged, lock, cache_folder())
         lines.append(f"deleted {', '.join(map(str, deleted))}; `dvc repro` makes them again")
     if not problems:
         lines.append(f"{len(stages)} stages and {len(found)} files agree with their records and with dvc.lock")
@@ -138,36 +137,17 @@ def _notes(records: Mapping[str, Record]) -> list[str]:
     return lines
 
 
-def _cache() -> Path:
-    """The folder of DVC's cache."""
-    command = [sys.executable, "-m", "dvc", "cache", "dir"]
-    return Path(subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip())
-
-
 def _repair(damaged: Iterable[Path], lock: Mapping[str, Any], cache: Path) -> list[Path]:
     """Delete damaged files, and the objects of DVC's cache that are damaged too => the paths deleted."""
     damaged = list(damaged)
-    objects = {path: digest for entry in lock.values() for path, digest in _objects(entry, cache)}
+    objects = {path: digest for entry in lock.values() for path, digest in listed_files(entry, cache)}
     deleted = []
     for path in damaged:
         digest = objects.get(path.as_posix(), "")
-        stored = cache / "files/md5" / digest[:2] / digest[2:]
-        if digest and stored.is_file() and _digest(stored).md5 != digest:
-            remove(stored)
-            deleted.append(stored)
+        copy = stored(digest, cache)
+        if digest and copy.is_file() and _digest(copy).md5 != digest:
+            remove(copy)
+            deleted.append(copy)
         remove(path)
         deleted.append(path)
     return deleted
-
-
-def _objects(entry: Mapping[str, Any], cache: Path) -> Iterator[tuple[str, str]]:
-    """(file, MD5) of every file that dvc.lock lists as an output of a stage, those in folders included."""
-    for output in entry.get("outs", []):
-        path, digest = output["path"], output["md5"]
-        if not digest.endswith(".dir"):
-            yield path, digest
-            continue
-        listing = cache / "files/md5" / digest[:2] / digest[2:]
-        if listing.is_file():
-            for file in json.loads(listing.read_text()):
-                yield f"{path}/{file['relpath']}", file["md5"]

@@ -122,11 +122,31 @@ def missing_files(parameters: Parameters) -> dict[str, str]:
     }
 
 
+def check_files(parameters: Parameters, keys: Iterable[str] | None = None) -> None:
+    """Raise MissingFileError for the first absent file that is named and needed; UserError if images are in data/.
+
+    keys: sections and keys to look at; default: all.
+    """
+    for key, sentence in missing_files(parameters).items():
+        if keys is None or _is_among(key, keys):
+            raise MissingFileError(sentence)
+    path = Path(parameters.data.path)
+    if parameters.data.source != "digits" and path.resolve().is_relative_to(Path("data").resolve()):
+        raise UserError(
+            f"data.path is {str(path)!r}, inside data/, where stages replace whole folders; move the images elsewhere."
+        )
+
+
+def named_paths(parameters: Parameters) -> dict[str, Path]:
+    """Key => the file or folder that it names, for all that are needed."""
+    return {key: Path(named.path) for key, named in _named(parameters).items() if named.used and named.path}
+
+
 def named_files(parameters: Parameters, keys: Iterable[str]) -> list[Path]:
     """The files and folders, images aside, that the sections or keys in `keys` name and need."""
-    sections = set(keys)
-    return [
-        Path(named.path)
-        for key, named in _named(parameters).items()
-        if key != "data.path" and named.used and named.path and {key, key.partition(".")[0]} & sections
-    ]
+    return [path for key, path in named_paths(parameters).items() if key != "data.path" and _is_among(key, keys)]
+
+
+def _is_among(key: str, keys: Iterable[str]) -> bool:
+    """Whether `keys` holds the key or its section."""
+    return not {key, key.partition(".")[0]}.isdisjoint(keys)

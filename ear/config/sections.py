@@ -213,6 +213,9 @@ class Runtime(Section):
     checkpoint_images: int = Field(
         description="images between checkpoints of train and finetune; a killed run loses at most so many", ge=1
     )
+    keep_images: int = Field(
+        description="images between checkpoints of train and finetune that stay in work/kept; 0: none", ge=0
+    )
     other_code: Literal["refuse", "continue", "restart"] = Field(
         description="unfinished work begun before the code changed: refuse (stop and say so), continue or restart"
     )

@@ -29,6 +29,12 @@ def read_tensors(path: str | Path) -> tuple[dict, dict]:
         return {name: file.get_tensor(name) for name in file.keys()}, _description(file)  # noqa: SIM118 - not a dict
 
 
+def read_part(path: str | Path, prefix: str) -> dict:
+    """The tensors whose names start with `prefix`, by the rest of the name; raises as `read_tensors` does."""
+    with _opened(Path(path)) as file:
+        return {n.removeprefix(prefix): file.get_tensor(n) for n in file.keys() if n.startswith(prefix)}  # noqa: SIM118
+
+
 def read_description(path: str | Path) -> dict:
     """Only the description; raises as `read_tensors` does, also if the file is truncated."""
     with _opened(Path(path)) as file:

@@ -11,9 +11,10 @@ RECORDS = Path("data/lineage")
 
 @dataclass(frozen=True)
 class Declaration:
-    """A stage: its code (files and packages), its inputs (outputs of earlier stages) and its outputs."""
+    """A stage: its parameters, code (files and packages), inputs (outputs of earlier stages) and outputs."""
 
     stage: str
+    parameters: tuple[str, ...]  # sections and keys of params.yaml
     code: tuple[Path, ...]
     inputs: tuple[Path, ...]
     outputs: tuple[Path, ...]
@@ -38,6 +39,7 @@ def _declaration(name: str, entry: dict[str, Any]) -> Declaration:
     ]
     return Declaration(
         name,
+        parameters=tuple(entry.get("params", [])),
         code=tuple(path for path in needed if path.parts[0] != "data"),
         inputs=tuple(path for path in needed if path.parts[0] == "data"),
         outputs=tuple(made),
@@ -47,12 +49,21 @@ def _declaration(name: str, entry: dict[str, Any]) -> Declaration:
 def locked() -> dict[str, dict[str, Any]]:
     """Stage => its entry in dvc.lock; empty without that file."""
     path = Path("dvc.lock")
-    return _yaml(path).get("stages", {}) if path.is_file() else {}
+    return stages_of(path.read_text()) if path.is_file() else {}
+
+
+def stages_of(lock: str) -> dict[str, dict[str, Any]]:
+    """Stage => its entry in the text of a dvc.lock."""
+    return _content(lock).get("stages", {})
 
 
 def _yaml(path: Path) -> Any:
-    from omegaconf import OmegaConf
-
     if not path.is_file():
         raise MissingFileError(f"{path} is not in {Path.cwd()}; run stages from the repository's root.")
-    return OmegaConf.to_container(OmegaConf.load(path))
+    return _content(path.read_text())
+
+
+def _content(text: str) -> Any:
+    from omegaconf import OmegaConf
+
+    return OmegaConf.to_container(OmegaConf.create(text))

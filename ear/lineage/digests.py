@@ -83,6 +83,12 @@ class Inputs:
             raise UserError(f"{changed[0]} changed while the stage read it; run the stage again.")
         return found
 
+    def expected(self, name: str) -> str:
+        """The SHA-256 that a file should have: what its stage recorded, else its own; "" if it is no input."""
+        if name not in self._futures:
+            return ""
+        return self._published.get(name) or self._futures[name].result()
+
     def close(self) -> None:
         """Stop hashing."""
         self._pool.shutdown(wait=False, cancel_futures=True)

@@ -2,11 +2,14 @@
 
 work/STAGE/KEY keeps unfinished work, KEY being a digest of the parameters and inputs it depends on. Nothing deletes it
 but the success of the stage, once dvc.lock lists the outputs: a kill, an edit of the code or other parameters do not.
+Copies of the repository, as experiments use, can share this folder (the variable EAR_WORK names it).
 """
 
 import contextlib
 import hashlib
 import json
+import os
+import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -18,16 +21,18 @@ from ear.errors import UserError
 from ear.files.atomic import remove, remove_unfinished, replace
 from ear.files.digests import sha256
 from ear.files.json_files import read_json, write_json
+from ear.lineage.cache import cached_outputs
 from ear.lineage.declaration import Declaration, declarations, locked
-from ear.lineage.digests import Inputs, code_digest, file_digests
+from ear.lineage.digests import Inputs, code_digest, file_digests, files_under
 from ear.lineage.record import Record, difference, published
 from ear.runtime import distributed
 from ear.runtime.versions import versions
 
-SCRATCH = Path("work")
-_PROGRESS_FORMAT = 1  # of what stages keep in their scratch folders; other formats are not continued
+WORK = Path("work")  # of this copy of the repository
+SHARED_WORK = "EAR_WORK"  # environment variable: the folder for unfinished work; default: WORK
+_PROGRESS_FORMAT = 2  # of what stages keep in their scratch folders; other formats are not continued
 _CODE, _DONE = ".code.json", ".published.json"  # notes beside work/STAGE/KEY: its code, and the record published
-_OUTPUTS = "outputs"
+_LOCK, _OUTPUTS, _KEPT = "lock", "outputs", "kept"
 Values = Mapping[str, Any]
 
 
@@ -53,8 +58,8 @@ class Run:
         self._leaving = contextlib.ExitStack()
         if not distributed.is_main():
             return
-        _check_links(self.declared.outputs)
-        self._leaving.enter_context(_lock(stage))
+        check_links(self.declared.outputs)
+        self._leaving.enter_context(_alone(stage))
         clear_finished(declared.values())
         remove(self._staging)  # of a killed run
         self._leaving.callback(remove, self._staging)
@@ -71,7 +76,7 @@ class Run:
 
     @property
     def _staging(self) -> Path:
-        return SCRATCH / self.declared.stage / _OUTPUTS
+        return WORK / self.declared.stage / _OUTPUTS
 
     def output(self, path: str | Path) -> Path:
         """Where to write the declared output `path`, or a folder of outputs; `publish` moves it into place."""
@@ -93,7 +98,10 @@ class Run:
         digest = hashlib.sha256(json.dumps([_PROGRESS_FORMAT, key], sort_keys=True).encode())
         for path in inputs:
             digest.update(sha256(path).encode())
-        folder = SCRATCH / self.declared.stage / digest.hexdigest()[:16]
+        folder = unfinished(self.declared.stage) / digest.hexdigest()[:16]
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        self._leaving.enter_context(_held(folder))
+        self._mention_others(folder)
         note = _beside(folder, _CODE)
         if note.is_file():
             self._resume(folder, [*read_json(note)["code"]])
@@ -102,6 +110,53 @@ class Run:
         _beside(folder, _DONE).unlink(missing_ok=True)
         write_json(note, {"code": [*self._earlier_code, self._code]})
         return folder
+
+    @property
+    def kept(self) -> Path:
+        """A folder for what outlives the work in `scratch`: nothing but the user deletes it."""
+        assert self._scratch is not None
+        stage = self._scratch.parent
+        return stage.parent / _KEPT / f"{stage.name}-{self._scratch.name}"
+
+    def shorter(self, key: str, output: str) -> tuple[Path | None, str]:
+        """The file `output` of the result in dvc.lock, if that differs from this run in a smaller `key` alone.
+
+        key: a number in params.yaml, such as train.images. Returns (file in DVC's cache, ""), or (None, why not), with
+        an empty reason if other parameters differ, so that nobody expects it.
+        """
+        cached = cached_outputs(self.declared.stage)
+        note, made = cached.get(self.declared.record.as_posix()), cached.get(output)
+        if note is None or made is None:
+            return None, ""
+        record = Record.read(note)
+        section, _, name = key.partition(".")
+        before, now = (dict(values[section]) for values in (record.parameters, self._began))
+        fewer, rest = before.pop(name) < now.pop(name), {section: None}
+        if not fewer or before != now or {**record.parameters, **rest} != {**self._began, **rest}:
+            return None, ""
+        inputs = {file: digest for file in record.inputs if (digest := self._inputs.expected(file))}
+        for what, old, new in (
+            ("code", record.code, self._code),
+            ("libraries", record.libraries, versions()),
+            ("inputs", record.inputs, inputs),
+        ):
+            if changed := difference(old, new):
+                return None, f"other {what} ({changed.partition(':')[0]})"
+        if sha256(made) != record.outputs[output]:
+            return None, f"its {output} is damaged"
+        return made, ""
+
+    def _mention_others(self, folder: Path) -> None:
+        """Tell of work that this run does not continue: nothing else would ever delete it."""
+        others = sorted(path for path in folder.parent.iterdir() if _is_key(path) and path != folder)
+        if others:
+            sizes = sum(file.stat().st_size for path in others for file in files_under(path))
+            names = ", ".join(map(str, others))
+            print(
+                f"note: unfinished work of other parameters or inputs ({sizes / 1e9:.2f} GB) is kept in {names}; "
+                "delete what you will not continue",
+                flush=True,
+            )
 
     def _resume(self, folder: Path, codes: list[Values]) -> None:
         """Decide about work that was begun under `codes`, the newest last."""
@@ -168,29 +223,62 @@ class Run:
         return {path.as_posix(): code_digest(path) for path in self.declared.code}
 
 
+def unfinished(stage: str) -> Path:
+    """The folder of a stage's unfinished work."""
+    return Path(os.environ.get(SHARED_WORK, WORK)) / stage
+
+
 def clear_finished(declared: Iterable[Declaration]) -> None:
     """Delete the scratch folders whose results dvc.lock lists; those of stages that run now are left alone."""
     records = {output["path"]: output.get("md5") for stage in locked().values() for output in stage.get("outs", [])}
     for entry in declared:
-        for note in (SCRATCH / entry.stage).glob(f"*{_DONE}"):
-            if read_json(note)["md5"] == records.get(entry.record.as_posix()):
-                folder = note.with_name(note.name.removesuffix(_DONE))
-                for path in (folder, _beside(folder, _CODE), note):
-                    remove(path)
+        for note in unfinished(entry.stage).glob(f"*{_DONE}"):
+            folder = note.with_name(note.name.removesuffix(_DONE))
+            with contextlib.suppress(Timeout), _lock_of(folder).acquire(blocking=False):
+                if note.is_file() and read_json(note)["md5"] == records.get(entry.record.as_posix()):
+                    for path in (folder, _beside(folder, _CODE), note):
+                        remove(path)
 
 
 @contextlib.contextmanager
-def _lock(stage: str) -> Iterator[None]:
-    folder = SCRATCH / stage
+def _alone(stage: str) -> Iterator[None]:
+    """Be the only run of a stage in this copy of the repository; raises UserError if there is another."""
+    folder = WORK / stage
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        with FileLock(folder / "lock", blocking=False):
+        with FileLock(folder / _LOCK, blocking=False):
             yield
     except Timeout as error:
         raise UserError(f"another {stage} stage runs in this folder; wait until it ends, or stop it.") from error
 
 
-def _check_links(outputs: Iterable[Path]) -> None:
+@contextlib.contextmanager
+def _held(folder: Path) -> Iterator[None]:
+    """Hold a scratch folder; waits for a run in another copy of the repository that works on the same."""
+    lock = _lock_of(folder)
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        print(f"another copy of the repository works in {folder}; waiting until it ends", flush=True)
+        lock.acquire(poll_interval=1)
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _lock_of(folder: Path) -> FileLock:
+    """The lock of a scratch folder, outside it: a file that others wait for must never be deleted."""
+    path = folder.parent.parent / "locks" / f"{folder.parent.name}-{folder.name}"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return FileLock(path)
+
+
+def _is_key(path: Path) -> bool:
+    return path.is_dir() and re.fullmatch("[0-9a-f]{16}", path.name) is not None
+
+
+def check_links(outputs: Iterable[Path]) -> None:
     """Refuse outputs that are links, or lie behind one: DVC removes links, and renames cannot cross disks."""
     for path in outputs:
         for place in (path, *path.parents):

@@ -5,7 +5,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from ear.errors import UserError
-from ear.files.tensors import read_tensors, write_tensors
+from ear.files.tensors import read_description, read_part, write_tensors
 from ear.files.weights import load_weights
 from ear.model.autoregressive import AutoregressiveModel
 from ear.model.causal import CausalModel
@@ -13,6 +13,7 @@ from ear.model.masked import MaskedModel
 from ear.model.shape import Shape
 
 FORMAT = "ear-model-1"
+_CHOICES = ("averaged", "averaged_long", "weights")  # sets of weights in a checkpoint
 _MODELS: dict[str, type[MaskedModel] | type[CausalModel]] = {"bidirectional": MaskedModel, "causal": CausalModel}
 
 
@@ -21,20 +22,34 @@ def build_model(shape: Shape) -> AutoregressiveModel:
     return _MODELS[shape.model.attention](shape)
 
 
-def save_model(path: str | Path, model: AutoregressiveModel, description: dict) -> None:
-    """Write weights, shape and `description` (statistics of the latents, tokenizer)."""
-    write_tensors(path, model.state_dict(), {**description, "format": FORMAT, "shape": model.shape.as_dict()})
+def describe(model: AutoregressiveModel, latents: dict) -> dict:
+    """What a file with its weights says of a model; `latents`: their statistics, and their tokenizer."""
+    return {**latents, "format": FORMAT, "shape": model.shape.as_dict()}
 
 
-def load_model(path: str | Path) -> tuple[AutoregressiveModel, dict]:
-    """(model in eval mode, description) of a file written by `save_model`.
+def save_model(path: str | Path, model: AutoregressiveModel, latents: dict) -> None:
+    """Write weights with `describe(model, latents)`."""
+    write_tensors(path, model.state_dict(), describe(model, latents))
 
-    Raises MissingFileError; UserError for another format, or tensors that do not fit the shape.
+
+def load_model(path: str | Path, weights: str | None = None) -> tuple[AutoregressiveModel, dict]:
+    """(model in eval mode, description) of a file written by `save_model`, or of a checkpoint of a training.
+
+    weights: which of a checkpoint's; averaged (default), averaged_long, or weights, those that are trained.
+    Raises MissingFileError; UserError for another format, other `weights`, or tensors that do not fit the shape.
     """
-    tensors, description = read_tensors(path)
+    description = read_description(path)
+    part = ""
+    if about := description.get("about"):
+        description, part = about, f"{weights or _CHOICES[0]}."
+        if weights not in (None, *_CHOICES):
+            raise UserError(f"weights is {weights!r}, but must be {', '.join(_CHOICES[:-1])} or {_CHOICES[-1]}.")
+    elif weights is not None:
+        raise UserError(f"{path} is no checkpoint of a training, so it has only one set of weights; omit `weights`.")
     if description.get("format") != FORMAT:
         raise UserError(
-            f"{path} has format {description.get('format')!r}, but must have {FORMAT!r}; give a model file of ear."
+            f"{path} has format {description.get('format')!r}, but must have {FORMAT!r}; give a model file of ear, or "
+            "a checkpoint of the train or finetune stage."
         )
     try:
         shape = Shape.from_dict(description["shape"])
@@ -43,5 +58,5 @@ def load_model(path: str | Path) -> tuple[AutoregressiveModel, dict]:
             f"{path} describes an impossible model ({' '.join(str(error).split())}); train it again."
         ) from error
     model = build_model(shape)
-    load_weights(model, tensors, origin=str(path))
+    load_weights(model, read_part(path, part), origin=str(path))
     return model.eval(), description

@@ -9,18 +9,18 @@ import torch
 from torch import Tensor
 
 from ear import config
-from ear.files.atomic import whole_folder
+from ear.files.atomic import link, whole_folder
 from ear.files.json_files import rounded, write_json
 from ear.files.tables import write_table
-from ear.files.tensors import write_tensors
 from ear.latents.batches import latent_batches
 from ear.latents.statistics import Statistics, normalised
 from ear.latents.store import LatentStore
 from ear.model.autoregressive import AutoregressiveModel
-from ear.model.files import save_model
+from ear.model.files import describe, save_model
 from ear.model.tokens import patchify
 from ear.runtime import distributed, randomness
 from ear.runtime.device import compile_in_place
+from ear.training import checkpoint
 from ear.training.optimizer import Group, adamw, schedule
 from ear.training.trainer import History, Trainer
 
@@ -90,18 +90,24 @@ class Phase:
     ):
         self.settings, self.options, self.device = settings, options, device
         self.store, self.held_out, self.mirror, self.workers = store, held_out, mirror, runtime.workers
-        self.checkpoint_images, self.check = runtime.checkpoint_images, check
+        self.runtime, self.check = runtime, check
         self.seed = randomness.derive(options.seed, settings.name)
         self.statistics = statistics or store.statistics
+        self.latents = {"statistics": self.statistics.as_dict(), "tokenizer": store.tokenizer}
+        self.about = describe(model, self.latents)
         self.batch_loss = BatchLoss(self.statistics, self.seed, options.precision, device)
         self.trainer = build_trainer(model, settings, options, self.loss)
         model.transformer.checkpointing = runtime.checkpointing
         if runtime.compile and device.type == "cuda":
             compile_in_place(model.transformer)
 
-    def run(self, folder: Path) -> None:
-        """Train to the end, resuming from checkpoints in `folder`; with 0 images, only validate."""
+    def run(self, folder: Path, kept: Path) -> None:
+        """Train to the end, resuming from checkpoints in `folder`; with 0 images, only validate.
+
+        kept: folder in which a checkpoint stays every `runtime.keep_images` images.
+        """
         if not self.settings.images:
+            self.trainer.save(folder, about=self.about)
             metrics = {"images": 0, **self.validate()}
             # The same columns as a training's log; the loss is the validation loss.
             row = {"images": 0, "loss": metrics["loss"], "gradient_norm": 0.0, "rate": 0.0}
@@ -113,7 +119,10 @@ class Phase:
             self.batches,
             total_images=self.settings.images,
             folder=folder,
-            checkpoint_images=self.checkpoint_images,
+            checkpoint_images=self.runtime.checkpoint_images,
+            keep_images=self.runtime.keep_images,
+            kept=kept,
+            about=self.about,
             check=self.check,
             validate=self.validate,
             validate_images=self.options.validate_images,
@@ -176,19 +185,18 @@ class Phase:
         means = (distributed.total(sums) / rows).tolist()
         return dict(zip(["loss", *(f"{name}_loss" for name in averages)], means, strict=True))
 
-    def publish(self, target: str | Path, *, keep_state: bool) -> None:
+    def publish(self, target: str | Path, *, state_from: Path | None = None) -> None:
         """Write EMA weights, logs and metrics into the folder `target`; rank 0 only.
 
-        keep_state: also write the complete training state, for a following phase.
+        state_from: folder of the checkpoints, of which the last becomes the training state of a following phase.
         """
         if not distributed.is_main():
             return
         history, model = self.trainer.history, self.trainer.average.module
         with whole_folder(target) as folder:
-            description = {"statistics": self.statistics.as_dict(), "tokenizer": self.store.tokenizer}
-            save_model(folder / "model.safetensors", model, description)
-            if keep_state:
-                write_tensors(folder / "state.safetensors", self.trainer.state(), {"images": self.trainer.images})
+            save_model(folder / "model.safetensors", model, self.latents)
+            if state_from:
+                link(checkpoint.at(state_from, self.trainer.images), folder / "state.safetensors")
             write_table(folder / "training.tsv", history.training)
             write_table(folder / "validation.tsv", history.validation)
             metrics = {

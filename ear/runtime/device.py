@@ -16,28 +16,40 @@ def prepare_device(device: str, threads: int) -> torch.device:
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.backends.cudnn.benchmark = False
     torch.backends.cudnn.allow_tf32 = False  # convolutions use TF32 by default; features and latents need full float32
-    available = torch.cuda.is_available()
-    if device == "cuda" and not available:
-        raise UserError("runtime.device is 'cuda', but torch finds no CUDA device; set it to auto or cpu.")
-    if not available or device == "cpu":
+    number = distributed.local_rank()
+    check_devices(device, number + 1)
+    if not uses_cuda(device):
         return torch.device("cpu")
-    number, devices = distributed.local_rank(), torch.cuda.device_count()
-    if number >= devices:
-        raise UserError(
-            f"process {number + 1} of this machine finds {devices} CUDA device(s), but each process needs one; set "
-            f"runtime.processes to {devices}, or runtime.device to cpu."
-        )
     torch.cuda.set_device(number)
     return torch.device("cuda", number)
 
 
-def set_precision(precision: str, device: torch.device, *, key: str) -> None:
-    """Enable TF32 matmuls if precision is "tfloat32", else disable them.
+def uses_cuda(device: str) -> bool:
+    """Whether stages compute on CUDA devices, for "auto", "cpu" or "cuda"."""
+    return device != "cpu" and torch.cuda.is_available()
 
-    Raises UserError naming the parameter `key` if a CPU is to use less than float32.
-    """
-    if precision != "float32" and device.type == "cpu":
+
+def check_devices(device: str, processes: int) -> None:
+    """Raise UserError if CUDA is requested but absent, or has fewer devices than `processes`."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("runtime.device is 'cuda', but torch finds no CUDA device; set it to auto or cpu.")
+    if uses_cuda(device) and processes > torch.cuda.device_count():
+        count = torch.cuda.device_count()
+        raise UserError(
+            f"process {processes} of this machine finds {count} CUDA device(s), but each process needs one; set "
+            f"runtime.processes to {count}, or runtime.device to cpu."
+        )
+
+
+def check_precision(precision: str, cuda: bool, *, key: str) -> None:
+    """Raise UserError naming the parameter `key` if a CPU is to use less than float32."""
+    if precision != "float32" and not cuda:
         raise UserError(f"{key} is {precision!r}, which CPUs lack (or emulate, 100 times slower); set it to 'float32'.")
+
+
+def set_precision(precision: str, device: torch.device, *, key: str) -> None:
+    """Enable TF32 matmuls if precision is "tfloat32", else disable them; raises as `check_precision` does."""
+    check_precision(precision, device.type == "cuda", key=key)
     torch.set_float32_matmul_precision("high" if precision == "tfloat32" else "highest")
 
 

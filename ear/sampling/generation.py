@@ -24,9 +24,14 @@ MODEL = "finetuned/model.safetensors"
 TOKENIZER = "tokenizer/tokenizer.safetensors"
 
 
-def load(folder: str | Path) -> AutoregressiveModel:
-    """Load the model of data/model or data/finetuned: EMA weights, eval mode."""
-    return load_model(Path(folder) / "model.safetensors")[0]
+def load(path: str | Path, weights: str | None = None) -> AutoregressiveModel:
+    """Load a model in eval mode: EMA weights of data/model or data/finetuned, of a model file, or of a checkpoint.
+
+    weights: which of a checkpoint's; averaged (default), averaged_long, or weights, those that are trained.
+    Raises MissingFileError or UserError.
+    """
+    path = Path(path)
+    return load_model(path / "model.safetensors" if path.is_dir() else path, weights)[0]
 
 
 class ImageSampler:
@@ -115,6 +120,7 @@ def generate(
     data: str | Path,  # the pipeline's data folder
     labels: Sequence[int | str],  # class numbers or names, one per image
     *,
+    model: str | Path | None = None,  # a model file or a checkpoint; default: data/finetuned/model.safetensors
     steps: int = 16,
     guidance: float = 1.0,
     schedule: str = "linear",
@@ -129,7 +135,7 @@ def generate(
     """
     if not len(labels):
         raise UserError("labels is empty; give one class per image.")
-    sampler = ImageSampler.open(Path(data) / MODEL, Path(data) / TOKENIZER, device)
+    sampler = ImageSampler.open(model or Path(data) / MODEL, Path(data) / TOKENIZER, device)
     settings = SamplingSettings(steps=steps, guidance=guidance, schedule=schedule, temperature=temperature, seed=seed)
     parts = batches(sampler.labels(labels), batch_size)
     return np.concatenate([sampler.images(part, settings, first=first) for first, part in parts])

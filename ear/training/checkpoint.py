@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from ear.errors import UserError
+from ear.files.atomic import link
 from ear.files.tensors import read_description, write_tensors
 from ear.files.weights import load_weights
 
@@ -51,9 +52,16 @@ def _of_parameter(moments: dict[str, torch.Tensor], parameter: str) -> dict[str,
 
 def save(folder: Path, images: int, tensors: dict[str, torch.Tensor], description: dict) -> None:
     """Write the state after `images` images, complete or not at all, and delete all but the newest two."""
-    write_tensors(folder / f"checkpoint-{images:012d}.safetensors", tensors, description)
+    write_tensors(at(folder, images), tensors, description)
     for path in _by_progress(folder)[:-_KEPT]:
         path.unlink()
+
+
+def keep(folder: Path, images: int, kept: Path) -> None:
+    """Let the checkpoint after `images` images stay in the folder `kept`; it takes no space while `folder` has it."""
+    kept.mkdir(parents=True, exist_ok=True)
+    at(kept, images).unlink(missing_ok=True)
+    link(at(folder, images), at(kept, images))
 
 
 def newest(folder: Path) -> Path | None:
@@ -66,6 +74,11 @@ def newest(folder: Path) -> Path | None:
         else:
             return path
     return None
+
+
+def at(folder: Path, images: int) -> Path:
+    """The checkpoint after `images` images."""
+    return folder / f"checkpoint-{images:012d}.safetensors"
 
 
 def _by_progress(folder: Path) -> list[Path]:

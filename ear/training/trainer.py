@@ -98,6 +98,9 @@ class Trainer(Generic[Network]):
         total_images: int,
         folder: Path,  # for checkpoints
         checkpoint_images: int,  # interval
+        keep_images: int = 0,  # interval of the checkpoints that are kept in `kept`; 0: none
+        kept: Path | None = None,  # folder for them
+        about: Mapping | None = None,  # what checkpoints say of the network, for who reads them without its trainer
         validate: Callable[[], dict[str, float]] | None = None,  # metrics, the same on every rank
         validate_images: int = 0,  # interval; 0: only at the end
         check: Callable[[], None] | None = None,  # called after each log row; raises to stop the run
@@ -105,6 +108,7 @@ class Trainer(Generic[Network]):
     ) -> None:
         """Train until `total_images` (rounded up to full steps) have been seen, starting from the newest checkpoint.
 
+        The last checkpoint is that of any other moment in a longer training: from it, more images can follow.
         Raises UserError if a gradient is not finite: the weights stop changing at that step, and the error follows with
         the next log row or checkpoint. Raises InterruptedError if, before the last step, any
         rank receives SIGTERM, SIGINT or SIGHUP, after writing a checkpoint.
@@ -119,21 +123,29 @@ class Trainer(Generic[Network]):
                 before = self.images
                 self.step(stream)
                 last = self.images >= total_images
-                if last or self._means.steps == _LOG_STEPS:
+                if self._means.steps == _LOG_STEPS:
                     self.log()
                     if check:
                         check()
-                if validate and (last or _crossed(before, self.images, validate_images)):
+                if validate and _crossed(before, self.images, validate_images):
                     self.history.validation.append({"images": self.images, **validate()})
-                stop = asked()
-                if last or bool(stop) or _crossed(before, self.images, checkpoint_images):
-                    self.save(folder)
+                stop, keep = asked(), _crossed(before, self.images, keep_images)
+                if last or stop or keep or _crossed(before, self.images, checkpoint_images):
+                    self.save(folder, about=about, kept=kept if keep else None)
                 progress.advance(self.images - before, note=self._note())
                 if stop and not last:
                     raise InterruptedError(
                         f"{title} was stopped by {stop} after {self.images} images, with a checkpoint; run it again to "
                         "resume."
                     )
+        self._close(validate)
+
+    def _close(self, validate: Callable[[], dict[str, float]] | None) -> None:
+        """Add the last rows to the history, after a shorter interval than the others."""
+        if self._means.steps:
+            self.log()
+        if validate and not (self.history.validation and self.history.validation[-1]["images"] == self.images):
+            self.history.validation.append({"images": self.images, **validate()})
 
     def _own(self, start: int) -> Sequence[int]:
         """Positions of this rank's micro-batches in the step that begins at image `start`."""
@@ -227,8 +239,8 @@ class Trainer(Generic[Network]):
             raise UserError("the training state has no optimizer.* tensors; use an earlier checkpoint, or start again.")
         checkpoint.unpack(tensors, self._modules(), self.optimizer)
 
-    def save(self, folder: Path) -> None:
-        """Write a checkpoint that any world size can resume from."""
+    def save(self, folder: Path, *, about: Mapping | None = None, kept: Path | None = None) -> None:
+        """Write a checkpoint that any world size can resume from; `kept` is a folder in which it stays, too."""
         self._check_finite()
         sums, means = self._means.state()
         description = {
@@ -236,9 +248,12 @@ class Trainer(Generic[Network]):
             "training": self.history.training,
             "validation": self.history.validation,
             "means": means,
+            "about": dict(about or {}),
         }
         if distributed.is_main():
             checkpoint.save(folder, self.images, {**self.state(), "sums": sums}, description)
+            if kept:
+                checkpoint.keep(folder, self.images, kept)
 
     def resume(self, folder: Path) -> None:
         """Load the newest checkpoint in `folder`, if there is one."""

@@ -15,9 +15,10 @@ from benchmarks.comparison.compare import check_committed, check_extractor, join
 from benchmarks.comparison.plan import ablation_runs, changes, default_run, rule_runs, run_name
 from benchmarks.scores import Candidate
 from ear import config
+from ear.config import edit
 from ear.config.compose import compose
 from ear.config.document import to_yaml
-from flows import overrides, repository
+from flows import repository
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -69,9 +70,9 @@ def test_every_run_is_valid(parameters, tmp_path):
     path = tmp_path / "params.yaml"
     path.write_text(to_yaml(parameters, "test"))
     for values in planned(parameters, {"rules": 640, "ablations": 640}):
-        overrides.check(path, values)
+        edit.check(path, values)
     with pytest.raises(ValueError, match=r"train\.images is 0 and train\.weights is empty"):
-        overrides.check(path, default_run(parameters, 0))
+        edit.check(path, default_run(parameters, 0))
 
 
 def test_rules_name_files():

@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 from pathlib import Path
@@ -15,7 +16,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from flows import command, experiments, overrides, repository
+from ear.config import edit
+from flows import command, devices, experiments, repository
 from flows.pipeline import main, pipeline
 from flows.sweep import find, grid, sweep
 
@@ -33,15 +35,13 @@ stages:
     deps: [source, stage.py]
     params: [sample.steps]
     outs:
-      - out/first:
-          persist: true
+      - out/first
   middle:
     cmd: python stage.py middle out/first out/middle sample.temperature
     deps: [out/first, stage.py]
     params: [sample.temperature]
     outs:
-      - out/middle:
-          persist: true
+      - out/middle
     metrics:
       - metrics.json:
           cache: false
@@ -87,7 +87,7 @@ def template(tmp_path_factory) -> Path:
     """A repository whose three stages are up to date and committed."""
     folder = tmp_path_factory.mktemp("template")
     shutil.copy(ROOT / "params.yaml", folder)
-    overrides.apply(folder / "params.yaml", {"sample.steps": 8, "sample.temperature": 1.0, "sample.guidance": 1.5})
+    edit.apply(folder / "params.yaml", {"sample.steps": 8, "sample.temperature": 1.0, "sample.guidance": 1.5})
     (folder / "dvc.yaml").write_text(DVC_YAML)
     (folder / "stage.py").write_text(STAGE)
     (folder / "source").write_text("source\n")
@@ -251,9 +251,9 @@ def test_a_failure_is_the_last_line_of_the_stage():
 def test_overrides_are_read_as_dvc_reads_yaml():
     texts = ["a.b=1e-4", "a.c=yes", "a.d=[1, 2]", "a.e=", "a.f=x=y", "a.g=true"]
     values = {"a.b": 1e-4, "a.c": "yes", "a.d": [1, 2], "a.e": None, "a.f": "x=y", "a.g": True}
-    assert overrides.parse(texts) == values
+    assert edit.values_of(texts) == values
     with pytest.raises(ValueError, match=r"'sample\.guidance' sets nothing; write SECTION.KEY=VALUE"):
-        overrides.parse(["sample.guidance"])
+        edit.values_of(["sample.guidance"])
 
 
 def test_overrides_change_only_their_lines(tmp_path):
@@ -266,7 +266,7 @@ def test_overrides_change_only_their_lines(tmp_path):
         "data.path": "a b: c",
         "tokenizer.block_channels": [8, 8],
     }
-    overrides.apply(path, values)
+    edit.apply(path, values)
     changed = [(a, b) for a, b in zip(before, path.read_text().splitlines(), strict=True) if a != b]
     assert [b.split("#")[0].strip() for _, b in changed] == [
         'source: "folder"',
@@ -293,7 +293,7 @@ def test_a_wrong_override_leaves_the_file_alone(tmp_path, values, message):
     shutil.copy(ROOT / "params.yaml", path)
     before = path.read_bytes()
     with pytest.raises(ValueError, match=message.replace("?", r"\?")):
-        overrides.apply(path, values)
+        edit.apply(path, values)
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
 
@@ -376,7 +376,7 @@ def test_a_half_written_upstream_is_repaired_first(repo, client):
     Path("out/first").unlink()  # as a stage that was killed leaves its output
     Path("out/first").write_text("sou")
     state = pipeline(("last",), force=("last",), return_state=True)
-    assert state.message == "ran: first, last; up to date: middle"
+    assert state.message == "restored: first; up to date: middle; ran: last"
     assert Path("out/first").read_text() == "source\nfirst 8\n"
     assert [row["why"] for row in table("stages")] == [
         "outputs: out/first modified",
@@ -412,11 +412,9 @@ def test_a_mistake_is_said_before_a_stage_runs(repo, client, parameters, message
 
 
 def test_a_busy_repository_is_waited_for(repo, client, server):
-    overrides.apply("params.yaml", {"sample.steps": 50})
+    edit.apply("params.yaml", {"sample.steps": 50})
     with background(*repository.DVC, "repro", "first", cwd=repo, log=repo / "work.log", env=environment()) as other:
         wait_for(lambda: (repo / "work.log").read_text().count("first at 50"))
-        with pytest.raises(repository.BusyError, match="is busy, it is being blocked by"):
-            repository.changes("first")
         state = pipeline(("first",), return_state=True)
         assert other.wait() == 0
     assert state.message == "up to date: first"
@@ -458,7 +456,7 @@ def test_a_server_that_is_down_is_said_in_one_line(repo):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])  # SIGHUP becomes SIGTERM
 def test_a_signal_stops_the_stage_and_its_children(repo, server, number):
-    overrides.apply("params.yaml", {"sample.steps": 99})
+    edit.apply("params.yaml", {"sample.steps": 99})
     log = repo.parent / "log"
     start = [sys.executable, "-m", "flows.pipeline", "--stages", "first"]
     with background(*start, cwd=repo, log=log, env=server) as process:
@@ -512,58 +510,79 @@ def test_the_program_starts_its_own_server(repo):
 # --- experiments
 
 
-def test_what_is_up_to_date_follows_from_the_lock():
-    def stage(params: dict, deps: list[str], out: str) -> dict:
-        return {
-            "deps": [{"path": path} for path in deps],
-            "params": {"params.yaml": params},
-            "outs": [{"path": out}],
-        }
-
-    lock = {
-        "sample": stage({"sample": {"seed": 0}}, ["out/model/weights"], "out/samples"),
-        "train": stage({"train": {"rate": 0.1, "steps": 2}, "data.size": 8}, ["raw"], "out/model"),
-        "other": stage({"data.size": 8}, ["raw"], "out/modelled"),
-    }
-    parameters = {"data": {"size": 8, "path": ""}, "train": {"rate": 0.1, "steps": 2}, "sample": {"seed": 0}}
-    assert experiments.up_to_date(lock, parameters) == {"train", "other", "sample"}
-    assert experiments.up_to_date(lock, parameters | {"sample": {"seed": 1}}) == {"train", "other"}
-    assert experiments.up_to_date(lock, parameters | {"train": {"rate": 0.1}}) == {"other"}
-    assert experiments.up_to_date(lock, parameters | {"data": {"size": 9}}) == set()
-    assert experiments.up_to_date({}, parameters) == set()
-
-
-def test_an_experiment_starts_from_the_outputs_that_leave_it_least_to_do(repo):
-    """A half-finished copy, an edit, a new file in a new folder and a broken run before it change nothing of that."""
-    Path("notes/today").mkdir(parents=True)
-    Path("notes/today/new").write_text("new")
-    other, both = {"sample.temperature": 0.5}, {"sample.temperature": 0.5, "sample.guidance": 3.0}
-    assert not experiments.is_complete("other", other)
-    assert run_lines("other", other) == ["middle at 0.5", "last at 1.5"]
-    with pytest.raises(repository.RepositoryError, match="which is unlucky"):
-        experiments.run("broken", {"sample.steps": 9, "sample.temperature": 13}, line=print)
-    assert run_lines("mended", {"sample.steps": 9}) == ["middle at 1.0", "last at 1.5"]
-    overrides.apply("params.yaml", {"sample.seed": 5})
-    assert run_lines("both", both) == ["last at 3.0"]
-    assert experiments.is_complete("both", both)
-    assert not experiments.is_complete("both", other)
-    assert experiments.read("both", "metrics.json") == experiments.read("other", "metrics.json")
-    experiments.fetch("both", "out/last", Path("last"))
-    assert Path("last").read_text() == "source\nfirst 8\nmiddle 0.5\nlast 3.0\n"
-    assert (experiments.COPY / "notes/today/new").read_text() == "new"
-    assert Path("out/last").read_text() == "source\nfirst 8\nmiddle 1.0\nlast 1.5\n"
-
-
-def run_lines(name: str, values: dict) -> list[str]:
+def run_lines(name: str, values: dict, tree: str) -> list[str]:
     """What the stages of an experiment print."""
     lines: list[str] = []
-    experiments.run(name, values, line=lines.append)
+    experiments.run(name, values, tree=tree, among=["cpu"], line=lines.append)
     return [line for line in lines if line.split()[0] in ("first", "middle", "last")]
 
 
-def test_two_do_not_share_the_copy(repo):
-    with experiments._alone(), pytest.raises(repository.BusyError, match="another sweep or comparison is running"):
-        experiments.run("second", {"sample.temperature": 0.5}, line=print)
+def test_experiments_run_what_never_ran_and_leave_the_workspace(repo):
+    """Edits, a new file in a new folder and a broken run before it change nothing of that."""
+    Path("notes/today").mkdir(parents=True)
+    Path("notes/today/new").write_text("new")
+    edit.apply("params.yaml", {"sample.seed": 5})
+    status = run("git", "status", "--short", cwd=repo)
+    tree = experiments.snapshot()
+    other, both = {"sample.temperature": 0.5}, {"sample.temperature": 0.5, "sample.guidance": 3.0}
+    assert run_lines("other", other, tree) == ["middle at 0.5", "last at 1.5"]
+    with pytest.raises(repository.RepositoryError, match="which is unlucky"):
+        experiments.run("broken", {"sample.temperature": 13}, tree=tree, among=["cpu"], line=print)
+    assert run_lines("both", both, tree) == ["last at 3.0"]
+    assert run_lines("other", other, tree) == []
+    assert experiments.read("both", "metrics.json") == experiments.read("other", "metrics.json")
+    assert experiments.metrics("both") == {"metrics.json": {"fid": 0.25, "nested": {"count": 3}}}
+    experiments.fetch("both", "out/last", Path("last"))
+    assert Path("last").read_text() == "source\nfirst 8\nmiddle 0.5\nlast 3.0\n"
+    Path("last").unlink()
+    assert (experiments.COPIES / "cpu/notes/today/new").read_text() == "new"
+    assert Path("out/last").read_text() == "source\nfirst 8\nmiddle 1.0\nlast 1.5\n"
+    assert run("git", "status", "--short", cwd=repo) == status
+
+
+def test_experiments_run_the_code_of_their_snapshot(repo):
+    tree = experiments.snapshot()
+    Path("stage.py").write_text("raise SystemExit('edited')")
+    assert run_lines("before", {"sample.guidance": 3.0}, tree) == ["last at 3.0"]
+    with pytest.raises(repository.RepositoryError, match="edited"):
+        experiments.run("after", {"sample.guidance": 4.0}, tree=experiments.snapshot(), among=["cpu"], line=print)
+
+
+def test_experiments_see_inputs_that_git_ignores(repo):
+    Path("images").mkdir()
+    Path("images/a").write_text("pixels")
+    Path(".gitignore").write_text(Path(".gitignore").read_text() + "/images/\n")
+    folder = {"data.source": "folder", "data.path": "images"}
+    run_lines("ignored", folder, experiments.snapshot())
+    assert (experiments.COPIES / "cpu/images/a").read_text() == "pixels"
+    with pytest.raises(ValueError, match=r"data\.path is '\.\./images', outside the repository.*absolute path"):
+        experiments.run("outside", folder | {"data.path": "../images"}, tree="HEAD", among=["cpu"], line=print)
+
+
+def test_experiments_share_the_folder_of_unfinished_work(repo):
+    Path("stage.py").write_text("import os; raise SystemExit(os.environ['EAR_WORK'])")
+    with pytest.raises(repository.RepositoryError, match=f"^{repo}/work$"):
+        experiments.run("shared", {"sample.steps": 9}, tree=experiments.snapshot(), among=["cpu"], line=print)
+
+
+# --- devices
+
+
+def test_a_device_is_waited_for(repo):
+    said: list[str] = []
+    with devices.hold(1, ["0", "1"], said.append) as first, devices.hold(1, ["0", "1"], said.append) as second:
+        assert (first, second) == (["0"], ["1"])
+        waiting = threading.Thread(target=lambda: hold_both(said))
+        waiting.start()
+        wait_for(lambda: said, 10)
+        assert said == ["other runs use 0, 1; this one starts when they end"]
+    waiting.join(20)
+    assert said[1:] == ["held 0,1"]
+
+
+def hold_both(said: list[str]) -> None:
+    with devices.hold(2, ["0", "1"], said.append) as held:
+        said.append(f"held {devices.environment(held)['CUDA_VISIBLE_DEVICES']}")
 
 
 # --- the sweep
@@ -598,7 +617,7 @@ def test_metrics_of_the_evaluation_come_first():
 
 
 def test_a_sweep_marks_the_best_and_leaves_the_workspace(repo, client):
-    overrides.apply("params.yaml", {"sample.seed": 5})  # an edit that is not committed goes into the runs, and stays
+    edit.apply("params.yaml", {"sample.seed": 5})  # an edit that is not committed goes into the runs, and stays
     before = {path: path.read_bytes() for path in map(Path, ("params.yaml", "dvc.lock", "out/last", "metrics.json"))}
     status = run("git", "status", "--short", cwd=repo)
     state = sweep({"sample.temperature": [13, 0.5], "sample.guidance": [1.0]}, return_state=True)
@@ -617,3 +636,22 @@ def test_a_sweep_marks_the_best_and_leaves_the_workspace(repo, client):
     ]
     assert Path("work/sweep/plot.png").read_bytes().startswith(b"\x89PNG")
     assert table("sweep")[1]["best"] is True
+
+
+def test_experiments_run_on_several_devices_at_once(repo, client, monkeypatch):
+    monkeypatch.setattr("flows.sweep.devices", lambda parameters: ["0", "1"])
+    state = sweep({"sample.guidance": [50, 1.0, 2.0]}, jobs=2, return_state=True)  # 50: the first takes longest
+    assert state.message.startswith("best fid 1: sweep-sample.guidance=50")
+    assert [row["sample.guidance"] for row in table("sweep")] == [50, 1.0, 2.0]
+    assert sorted(path.name for path in experiments.COPIES.iterdir()) == ["0", "1"]
+
+
+def test_a_sweep_refuses_what_it_cannot_do_before_it_runs(repo, client):
+    options = {"parameters": {"sample.guidance": [1.0]}, "return_state": True}
+    assert sweep(metric="fdi", **options).message == (
+        "metric 'fdi' is in no metrics file; there are: metrics.json:fid, metrics.json:nested.count."
+    )
+    assert sweep(jobs=2, **options).message == (
+        "jobs is 2, but one device runs one experiment, and there are 1; lower it."
+    )
+    assert not experiments.COPIES.exists()

@@ -106,7 +106,7 @@ def test_fetch_errors_are_one_line_and_keep_the_old_list(repository, digits):
     (repository.path / "tree/empty").mkdir()
     for path, message in (
         ("tree", "class folder tree/empty has no images"),
-        ("nowhere", "there is no folder nowhere"),
+        ("nowhere", "data.path is 'nowhere', which does not exist"),
         ("data/raw/digits", "is 'data/raw/digits', inside data/, where stages replace whole folders"),
     ):
         repository.set(data__source="folder", data__path=path)

@@ -21,7 +21,7 @@ from ear import config
 from ear.files.digests import sha256
 from ear.files.json_files import read_json
 from ear.files.tensors import read_description, read_tensors
-from ear.lineage.run import SCRATCH
+from ear.lineage.run import WORK
 from ear.model.training import Phase
 from ear.runtime import distributed
 from stages import program
@@ -56,7 +56,7 @@ def run(stage: str, **changes) -> None:
     for key, value in {**TINY, **changes}.items():
         OmegaConf.update(content, key, value)
     if distributed.is_main():
-        shutil.rmtree(SCRATCH / stage, ignore_errors=True)
+        shutil.rmtree(WORK / stage, ignore_errors=True)
         OmegaConf.save(content, "params.yaml")
     distributed.barrier()
     module = importlib.import_module(f"stages.{stage}")

@@ -10,14 +10,15 @@ from ruamel.yaml.comments import CommentedMap, CommentedSeq
 from ruamel.yaml.error import YAMLError
 from ruamel.yaml.scalarstring import DoubleQuotedScalarString
 
-from ear import config
+from ear.config.parameters import Parameters, load
+from ear.config.parameters import parse as parse_parameters
 from ear.errors import UserError
 from ear.files.atomic import whole_file
 
 PARAMETERS = Path("params.yaml")
 
 
-def parse(texts: Iterable[str]) -> dict[str, Any]:
+def values_of(texts: Iterable[str]) -> dict[str, Any]:
     """["section.key=value", ...] => {"section.key": value}, with values read as DVC reads YAML. Raises UserError."""
     values = {}
     for text in texts:
@@ -36,9 +37,9 @@ def apply(path: str | Path, values: Mapping[str, Any]) -> None:
 
     Raises UserError or MissingFileError with one sentence, and leaves the file unchanged.
     """
-    before = config.load(path)
-    content = check(path, values)
-    if config.parse(plain(content)) == before:
+    before = load(path)
+    content = _edited(path, values)
+    if _parsed(content) == before:
         return
     text = io.StringIO()
     _yaml().dump(content, text)
@@ -46,17 +47,24 @@ def apply(path: str | Path, values: Mapping[str, Any]) -> None:
         partial.write_text(text.getvalue())
 
 
-def check(path: str | Path, values: Mapping[str, Any]) -> CommentedMap:
-    """The content of the parameter file at `path` with {"section.key": value} set; the file is not changed.
+def check(path: str | Path, values: Mapping[str, Any]) -> Parameters:
+    """The parameters of the file at `path` with {"section.key": value} set; the file is not changed.
 
     Raises UserError or MissingFileError with one sentence.
     """
-    config.load(path)  # errors of the file itself come first
+    load(path)  # errors of the file itself come first
+    return _parsed(_edited(path, values))
+
+
+def _edited(path: str | Path, values: Mapping[str, Any]) -> CommentedMap:
     content = _yaml().load(Path(path).read_text())
     for key, value in values.items():
         _set(content, key, value)
-    config.parse(plain(content), origin="overrides")
     return content
+
+
+def _parsed(content: CommentedMap) -> Parameters:
+    return parse_parameters(_plain(content), origin="overrides")
 
 
 def _yaml() -> YAML:
@@ -86,12 +94,12 @@ def _styled(value: Any) -> Any:
     return value
 
 
-def plain(node: Any) -> Any:
+def _plain(node: Any) -> Any:
     """Convert ruamel's scalars and containers to plain types."""
     if isinstance(node, Mapping):
-        return {str(key): plain(value) for key, value in node.items()}
+        return {str(key): _plain(value) for key, value in node.items()}
     if isinstance(node, list):
-        return [plain(value) for value in node]
+        return [_plain(value) for value in node]
     for kind in (bool, int, float, str):
         if isinstance(node, kind):
             return kind(node)

@@ -1,0 +1,45 @@
+"""DVC's cache: where it keeps the bytes of outputs that dvc.lock lists."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from ear.errors import UserError
+from ear.lineage.declaration import locked
+
+
+def cache_folder() -> Path:
+    """The folder of DVC's cache; raises UserError outside a DVC repository."""
+    done = subprocess.run([sys.executable, "-m", "dvc", "cache", "dir"], capture_output=True, text=True)
+    if done.returncode:
+        raise UserError(f"DVC names no cache here: {' '.join(done.stderr.split())}")
+    return Path(done.stdout.strip())
+
+
+def stored(digest: str, cache: Path) -> Path:
+    """Where the cache keeps the file, or the list of a folder, with this MD5 of dvc.lock."""
+    return cache / "files/md5" / digest[:2] / digest[2:]
+
+
+def listed_files(entry: Mapping[str, Any], cache: Path) -> Iterator[tuple[str, str]]:
+    """(file, MD5) of every file that a stage's entry in dvc.lock lists as an output, those in folders included."""
+    for output in entry.get("outs", []):
+        path, digest = output["path"], output["md5"]
+        if not digest.endswith(".dir"):
+            yield path, digest
+        elif stored(digest, cache).is_file():
+            for file in json.loads(stored(digest, cache).read_text()):
+                yield f"{path}/{file['relpath']}", file["md5"]
+
+
+def cached_outputs(stage: str) -> dict[str, Path]:
+    """Output file => its copy in the cache, for those of the stage's entry in dvc.lock that the cache holds."""
+    entry = locked().get(stage)
+    if not entry:
+        return {}
+    cache = cache_folder()
+    found = {path: stored(digest, cache) for path, digest in listed_files(entry, cache)}
+    return {path: file for path, file in found.items() if file.is_file()}
