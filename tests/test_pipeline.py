@@ -230,10 +230,30 @@ def test_a_killed_training_goes_on_to_the_same_bytes(repository, stage):
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not (repository / folder).exists()
-    assert checkpoint.newest(next(scratch.iterdir())) is not None
+    assert checkpoint.newest(next(path for path in scratch.iterdir() if path.is_dir())) is not None
     resumed = run(sys.executable, "-m", f"stages.{stage}", cwd=repository)
     assert "resuming after" in resumed
     assert {path.name: sha256(path) for path in (repository / folder).iterdir()} == whole
+
+
+def test_a_longer_training_goes_on_from_a_finished_one(repository, tmp_path):
+    """To the bytes of one that was not interrupted, if the rates allow it."""
+    shutil.copytree(repository, tmp_path / "whole", symlinks=True)
+    change(tmp_path / "whole", {"train.schedule": "constant", "train.images": 1280})
+    assert "resuming" not in run("dvc", "repro", "train", cwd=tmp_path / "whole")
+    change(repository, {"train.schedule": "constant"})
+    run("dvc", "repro", "train", cwd=repository)
+    change(repository, {"train.images": 1280})
+    assert "resuming after 640 images" in run("dvc", "repro", "train", cwd=repository)
+    assert sorted(set(digests(repository).items()) ^ set(digests(tmp_path / "whole").items())) == []
+    shutil.rmtree(tmp_path / "whole")
+
+
+def test_a_longer_training_says_why_it_begins_anew(repository):
+    change(repository, {"train.images": 1280})
+    assert "begins anew, not where the shorter training ended: train.schedule is cosine" in run(
+        "dvc", "repro", "train", cwd=repository
+    )
 
 
 def test_python_loads_and_generates(finished):

@@ -64,3 +64,25 @@ def test_an_unknown_command_names_the_known_ones_in_help():
     done = run(str(SCRIPT), "configur")
     assert done.returncode == 2
     assert "configur" in done.stderr
+
+
+def configured(folder: Path, *arguments: str) -> tuple[int, str]:
+    done = run(str(SCRIPT), "configure", *arguments, cwd=folder)
+    return done.returncode, (done.stdout + done.stderr).splitlines()[0]
+
+
+def test_configure_never_replaces_an_edited_file_silently(tmp_path):
+    path = tmp_path / "params.yaml"
+    assert configured(tmp_path, "preset=digits") == (0, "wrote params.yaml")
+    assert configured(tmp_path, "preset=digits_smoke") == (0, "wrote params.yaml")
+    path.write_text(path.read_text().replace("  guidance: 2.2 ", "  guidance: 4.4 ") + "# mine\n")
+    edited = path.read_text()
+    code, said = configured(tmp_path, "preset=digits")
+    assert code == 1
+    assert said.startswith("configure: params.yaml has been edited (sample.guidance: 2.2, now 4.4); add --force")
+    assert path.read_text() == edited
+    assert configured(tmp_path, "sample.steps=5") == (0, "changed sample.steps in params.yaml")
+    assert path.read_text() == edited.replace("  steps: 8 ", "  steps: 5 ")
+    path.write_text("sample: 3\n")
+    assert configured(tmp_path, "preset=digits")[1].startswith("configure: params.yaml has been edited (it names no")
+    assert configured(tmp_path, "preset=digits", "--force") == (0, "wrote params.yaml")

@@ -1,9 +1,13 @@
 """A run of a stage in a small repository of its own: what it publishes, refuses, keeps and deletes."""
 
 import json
+import shutil
+import threading
+import time
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 from ear.errors import UserError
 from ear.files.digests import sha256
@@ -198,6 +202,44 @@ def test_scratch_goes_once_dvc_lock_lists_the_record():
     Path("dvc.lock").write_text(f"stages: {{second: {{outs: [{{path: data/lineage/second.json, md5: {md5}}}]}}}}\n")
     clear_finished(declarations().values())
     assert scratches() == []
+
+
+def test_unfinished_work_of_other_parameters_is_mentioned(capsys):
+    interrupt(Second())
+    (folder,) = scratches()
+    other = Second()
+    other.values["second"]["scale"] = 3
+    other()
+    assert f"unfinished work of other parameters or inputs (0.00 GB) is kept in {folder}" in capsys.readouterr().out
+
+
+def test_copies_of_the_repository_share_unfinished_work(tmp_path, monkeypatch):
+    """One that was stopped is continued in another; two at once take turns."""
+    shutil.copytree(tmp_path, tmp_path / "copy")
+    monkeypatch.setenv(run_module.SHARED_WORK, str(tmp_path / "shared"))
+    interrupt(Second())
+    monkeypatch.chdir("copy")
+    assert (Second()() / "kept.txt").read_text() == "continued"
+    assert [path.name for path in Path("work/second").iterdir()] == ["lock"]
+
+
+def test_a_run_waits_for_another_copy_at_the_same_work(tmp_path, monkeypatch, capsys):
+    held, ended = threading.Event(), []
+
+    def other_copy(folder: Path):
+        with FileLock(tmp_path / "work/locks" / f"second-{folder.name}"):
+            held.set()
+            time.sleep(0.5)
+            ended.append(True)
+
+    with Run("second", dict) as run:
+        folder = run.scratch({}, [])
+    threading.Thread(target=other_copy, args=[folder]).start()
+    held.wait()
+    with Run("second", dict) as run:
+        assert run.scratch({}, []) == folder
+        assert ended == [True]
+    assert f"another copy of the repository works in {folder}; waiting" in capsys.readouterr().out
 
 
 def test_a_second_run_of_the_stage_is_refused():

@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
 import torch
@@ -17,10 +18,12 @@ from omegaconf import OmegaConf
 from prepared_sets import pixels, write_prepared
 from processes import together
 
+import ear
 from ear import config
+from ear.commands import export
 from ear.files.digests import sha256
 from ear.files.json_files import read_json
-from ear.files.tensors import read_description, read_tensors
+from ear.files.tensors import read_description, read_tensors, write_tensors
 from ear.lineage.run import WORK
 from ear.model.training import Phase
 from ear.runtime import distributed
@@ -133,6 +136,30 @@ def test_recomputed_activations_change_no_bit(repository):
     expected = contents("data/model")
     run("train", **{"train.images": 48, "runtime.checkpointing": True})
     assert contents("data/model") == expected
+
+
+def test_a_kept_checkpoint_is_a_model(repository):
+    """The newest one holds the published weights; an earlier one generates, and is exported."""
+    run("train", **{"runtime.keep_images": 96})
+    early, last = sorted(Path("work/kept").glob("train-*/checkpoint-*.safetensors"))
+    published = ear.load("data/model").state_dict()
+    for weights, equal in ((None, True), ("averaged", True), ("weights", False)):
+        loaded = ear.load(last, weights).state_dict()
+        assert all(torch.equal(loaded[name], published[name]) for name in published) is equal, weights
+    drawn = ear.generate("data", [0, 1], steps=4, model=early)
+    assert drawn.shape == (2, 8, 8, 3)
+    assert not np.array_equal(drawn, ear.generate("data", [0, 1], steps=4, model=last))
+    export.run(early, Path("early/model.safetensors"))
+    assert np.array_equal(drawn, ear.generate("data", [0, 1], steps=4, model="early/model.safetensors"))
+    with pytest.raises(ear.UserError, match="weights is 'long', but must be averaged, averaged_long or weights"):
+        ear.load(last, "long")
+    assert ear.load(last, "averaged_long").shape == ear.load(last).shape
+    with pytest.raises(ear.UserError, match="is no checkpoint of a training"):
+        export.run(Path("data/model/model.safetensors"), Path("other"), weights="averaged")
+    tokenizer_checkpoint = Path("foreign.safetensors")
+    write_tensors(tokenizer_checkpoint, {"weights.a": torch.zeros(1)}, {"images": 1, "about": {}})
+    with pytest.raises(ear.UserError, match="give a model file of ear, or a checkpoint of the train or finetune stage"):
+        ear.load(tokenizer_checkpoint)
 
 
 def test_a_global_batch_that_does_not_divide_is_refused_with_the_remedy(repository):

@@ -79,6 +79,27 @@ def test_stopped_and_resumed_ends_in_the_same_state(tmp_path):
     assert_same(whole, fit(trainer(), tmp_path / "parts"))
 
 
+def test_a_finished_training_goes_on_to_the_state_of_a_longer_one(tmp_path):
+    options = {"validate": lambda: {"loss": 1.0}, "validate_images": 96}
+    whole = fit(trainer(), tmp_path / "whole", **options)
+    short = fit(trainer(), tmp_path / "parts", total=232, **options)
+    assert [row["images"] for row in short.history.training] == [200, 232]
+    assert [row["images"] for row in short.history.validation] == [96, 192, 232]
+    assert_same(whole, fit(trainer(), tmp_path / "parts", **options))
+
+
+def test_checkpoints_are_kept_at_their_interval_and_change_nothing(tmp_path):
+    whole = fit(trainer(), tmp_path / "whole")
+    kept = fit(trainer(), tmp_path / "parts", keep_images=100, kept=tmp_path / "kept", about={"shape": "small"})
+    assert_same(whole, kept)
+    names = [f"checkpoint-{images:012d}.safetensors" for images in (104, 200, 304, 400)]
+    assert sorted(path.name for path in (tmp_path / "kept").iterdir()) == names
+    tensors, description = read_tensors(tmp_path / "kept" / names[1])
+    assert (description["images"], description["about"]) == (200, {"shape": "small"})
+    assert tensors["average.weight"].shape == (2, 3)
+    assert sorted(path.name for path in (tmp_path / "parts").iterdir()) == [names[2].replace("304", "384"), names[3]]
+
+
 def test_accumulation_equals_one_pass(tmp_path):
     one, two = fit(trainer(micro=8), tmp_path / "a"), fit(trainer(micro=4), tmp_path / "b")
     torch.testing.assert_close(one.module.weight, two.module.weight, atol=1e-5, rtol=1e-5)
