@@ -8,7 +8,7 @@ export DO_NOT_TRACK := 1
 WORKERS ?= auto
 TEST := OMP_NUM_THREADS=1 python -m pytest -q --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 
-.PHONY: help demo test test-slow test-gpu coverage lint format setup clean
+.PHONY: help demo test test-slow test-faults test-gpu coverage lint format setup clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -23,6 +23,9 @@ test: setup  ## run the default tests, on all cores
 
 test-slow: setup  ## run the tests marked slow: full-length pipelines, minutes each
 	$(TEST) -m slow
+
+test-faults: setup  ## inject faults into the real pipeline, at most 10 minutes; FULL=1: all of docs/reliability.md, resumable
+	python -m tests.faults $(if $(FULL),--full --page)
 
 test-gpu: setup  ## run the tests that need a CUDA device
 	python -m pytest -q -m gpu

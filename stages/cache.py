@@ -9,8 +9,10 @@ from pathlib import Path
 
 from ear import config
 from ear.files.digests import sha256
+from ear.files.json_files import read_json
 from ear.latents import caching
 from ear.lineage.run import Run
+from ear.runtime import distributed
 from ear.runtime.device import prepare_device
 from ear.tokenizer.autoencoder import load_tokenizer
 from stages import program
@@ -40,7 +42,10 @@ def work(parameters: Parameters, run: Run) -> None:
     scratch = run.scratch(program.plain(parameters), [TOKENIZER, PREPARED / "index.json"])
     address = parameters.runtime.cluster
     cluster = caching.Cluster(address, TOKENIZER, parameters.compute.threads) if address else None
-    caching.cache(PREPARED, run.output("data/latents"), encoder=encoder, scratch=scratch, cluster=cluster)
+    target = run.output("data/latents")
+    caching.cache(PREPARED, target, encoder=encoder, scratch=scratch, cluster=cluster)
+    if distributed.is_main():
+        run.computed("data/latents", read_json(target / "stats.json")["shards"])
 
 
 if __name__ == "__main__":

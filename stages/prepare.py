@@ -9,6 +9,7 @@ from typing import Annotated
 
 from ear import config
 from ear.data import manifest, preparation
+from ear.files.json_files import read_json
 from ear.lineage.run import Run
 from stages import program
 
@@ -29,16 +30,18 @@ def work(parameters: Parameters, run: Run) -> None:
     # The key has neither max_rejected nor the manifest: shards finished before images were repaired, or before more
     # were allowed to be unreadable, stay valid.
     scratch = run.scratch(program.plain(layout))
+    target = run.output("data/prepared")
     preparation.prepare(
         manifest.read_manifest("data/raw"),
         scratch=scratch,
-        target=run.output("data/prepared"),
+        target=target,
         rejected_list=program.LOGS / "prepare-rejected.csv",
         layout=layout,
         max_rejected=options.max_rejected,
         workers=parameters.runtime.workers,
         cluster=parameters.runtime.cluster,
     )
+    run.computed("data/prepared", read_json(target / "index.json")["shards"])
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
 """The pipeline as a user has it: fresh repositories, `dvc repro`, changes, kills. Real stages, tiny sizes."""
 
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -12,81 +11,13 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
-from omegaconf import OmegaConf
 from photographs import write_class_folders
 from PIL import Image
+from repositories import STAGES, change, digests, environment, fresh, run, stale
 
 import ear
 from ear.files.digests import sha256
 from ear.training import checkpoint
-
-ROOT = Path(__file__).resolve().parent.parent
-STAGES = ["fetch", "prepare", "reference", "tokenizer", "cache", "train", "finetune", "sample", "evaluate"]
-TINY = {
-    "compute.threads": 1,
-    "tokenizer.block_channels": [8, 16],
-    "tokenizer.images": 640,
-    "model.width": 32,
-    "model.depth": 2,
-    "model.head_width": 32,
-    "model.head_depth": 1,
-    "train.images": 640,
-    "train.warmup_images": 64,
-    "train.validate_images": 320,
-    "runtime.checkpoint_images": 64,
-    "finetune.images": 128,
-    "sample.count": 40,
-    "sample.steps": 4,
-    "sample.batch_size": 16,
-    "reference.images": 640,
-    "evaluate.kid_subset_size": 20,
-    "runtime.workers": 0,
-}
-
-
-def environment() -> dict[str, str]:
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    # Without PYTHONPATH the repository's own code runs, as in a user's clone.
-    clean = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    return clean | {"PATH": path, "DVC_NO_ANALYTICS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
-
-
-def run(*command: str, cwd: Path) -> str:
-    done = subprocess.run(command, cwd=cwd, env=environment(), text=True, capture_output=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
-
-
-def fresh(folder: Path) -> Path:
-    """A repository of the project's files as they are now, with tiny parameters, committed."""
-    listed = run("git", "ls-files", "-z", "--cached", "--others", "--exclude-standard", cwd=ROOT)
-    for name in filter(None, listed.split("\0")):
-        if (ROOT / name).is_file() and name != "dvc.lock":
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(ROOT / name, folder / name)
-    change(folder, TINY)
-    run("git", "init", "-q", cwd=folder)
-    run("dvc", "config", "core.site_cache_dir", str(folder / ".dvc/tmp/site"), cwd=folder)
-    run("git", "add", "-A", cwd=folder)
-    identity = ("-c", "user.name=tests", "-c", "user.email=tests@localhost")
-    run("git", *identity, "commit", "-q", "-m", "tiny", cwd=folder)
-    return folder
-
-
-def change(folder: Path, values: dict) -> None:
-    content = OmegaConf.load(folder / "params.yaml")
-    for key, value in values.items():
-        OmegaConf.update(content, key, value)
-    OmegaConf.save(content, folder / "params.yaml")
-
-
-def stale(folder: Path) -> set[str]:
-    """The stages that are out of date themselves; what follows them runs once their outputs have changed."""
-    return set(json.loads(run("dvc", "status", "--json", cwd=folder)))
-
-
-def digests(folder: Path) -> dict[str, str]:
-    return {str(p.relative_to(folder)): sha256(p) for p in sorted((folder / "data").rglob("*")) if p.is_file()}
 
 
 @pytest.fixture(scope="module")

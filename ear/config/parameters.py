@@ -26,6 +26,7 @@ from ear.config.sections import (
     Train,
 )
 from ear.errors import MissingFileError, UserError
+from ear.files.reading import reading
 
 
 class Parameters(Section):
@@ -65,7 +66,7 @@ def parse(content: object, *, origin: str = "parameters") -> Parameters:
     try:
         return Parameters.model_validate(content)
     except ValidationError as error:
-        raise UserError(f"{origin}: {first_problem(error, Parameters)}") from error
+        raise UserError(" ".join(f"{origin}: {first_problem(error, Parameters)}".split())) from error
 
 
 def load(path: str | Path = "params.yaml") -> Parameters:
@@ -75,15 +76,12 @@ def load(path: str | Path = "params.yaml") -> Parameters:
     """
     # OmegaConf reads numbers as DVC does; PyYAML would read 1e-4 as a string.
     from omegaconf import OmegaConf
-    from yaml import YAMLError
 
     path = Path(path)
     if not path.is_file():
         raise MissingFileError(f"{path} does not exist; write it with `ear configure preset=digits`.")
-    try:
+    with reading(path, "YAML file", "correct it, or write it with `ear configure preset=digits --force`"):
         content: Any = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
-    except YAMLError as error:
-        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
     return parse(content, origin=str(path))
 
 

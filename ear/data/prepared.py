@@ -14,6 +14,7 @@ import numpy as np
 from ear.errors import MissingFileError, UserError
 from ear.files.hdf5 import Rows
 from ear.files.json_files import read_json
+from ear.files.reading import reading
 
 FORMAT = "ear-prepared-1"
 
@@ -101,14 +102,14 @@ def _number(path: Path) -> tuple[int, str]:
 
 def _open(path: Path) -> tuple[_Stored, np.ndarray, int]:
     """(location of the images, their labels as int64, their side in pixels) of a shard."""
-    try:
-        with h5py.File(path, "r", locking=False) as file:
-            found = file.attrs.get("format")
-            if found != FORMAT:
-                raise UserError(f"{path} has format {found!r}, not {FORMAT!r}; run the prepare stage again.")
-            images, labels, size = file["images"], file["labels"][:].astype(np.int64), int(file.attrs["image_size"])
-            if images.shape != (len(labels), size, size, 3) or images.dtype != np.uint8:
-                raise UserError(f"{path} holds images {images.dtype} {images.shape} and {len(labels)} labels.")
-            return _Stored(path, len(labels), images.id.get_offset()), labels, size
-    except (OSError, KeyError) as error:
-        raise UserError(f"{path} is not a readable HDF5 file of images ({error}); run prepare again.") from error
+    with (
+        reading(path, "shard of images", "run the prepare stage again"),
+        h5py.File(path, "r", locking=False) as file,
+    ):
+        found = file.attrs.get("format")
+        if found != FORMAT:
+            raise UserError(f"{path} has format {found!r}, not {FORMAT!r}; run the prepare stage again.")
+        images, labels, size = file["images"], file["labels"][:].astype(np.int64), int(file.attrs["image_size"])
+        if images.shape != (len(labels), size, size, 3) or images.dtype != np.uint8:
+            raise UserError(f"{path} holds images {images.dtype} {images.shape} and {len(labels)} labels.")
+        return _Stored(path, len(labels), images.id.get_offset()), labels, size

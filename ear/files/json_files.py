@@ -4,8 +4,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ear.errors import MissingFileError, UserError
+from ear.errors import MissingFileError
 from ear.files.atomic import whole_file
+from ear.files.reading import reading
 
 
 def write_json(path: str | Path, content: object) -> None:
@@ -19,10 +20,15 @@ def read_json(path: str | Path) -> dict:
     path = Path(path)
     if not path.is_file():
         raise MissingFileError(f"{path} does not exist; run the stage that writes it (`dvc repro`).")
-    try:
-        return json.loads(path.read_text())
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON ({error}); delete it and run its stage again.") from error
+    with reading(path, "JSON file", "delete it and run its stage again"):
+        return as_object(json.loads(path.read_text()))
+
+
+def as_object(content: Any) -> dict:
+    """JSON content, if it is an object; raises TypeError."""
+    if not isinstance(content, dict):
+        raise TypeError(f"it holds a {type(content).__name__}, not an object")
+    return content
 
 
 def rounded(figures: Any) -> Any:

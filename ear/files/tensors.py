@@ -8,8 +8,10 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from ear.errors import MissingFileError, UserError
+from ear.errors import MissingFileError
 from ear.files.atomic import whole_file
+from ear.files.json_files import as_object
+from ear.files.reading import reading
 
 _DESCRIPTION = "ear"
 
@@ -42,17 +44,14 @@ def read_description(path: str | Path) -> dict:
 
 
 def _description(file) -> dict:
-    return json.loads((file.metadata() or {}).get(_DESCRIPTION, "{}"))
+    return as_object(json.loads((file.metadata() or {}).get(_DESCRIPTION, "{}")))
 
 
 @contextlib.contextmanager
 def _opened(path: Path) -> Iterator:
-    from safetensors import SafetensorError, safe_open
+    from safetensors import safe_open
 
     if not path.is_file():
         raise MissingFileError(f"{path} does not exist; run the stage that writes it (`dvc repro`).")
-    try:
-        with safe_open(path, framework="pt") as file:
-            yield file
-    except (SafetensorError, ValueError) as error:
-        raise UserError(f"{path} is not a readable safetensors file ({error}); run its stage again.") from error
+    with reading(path, "safetensors file", "run its stage again"), safe_open(path, framework="pt") as file:
+        yield file

@@ -1,5 +1,6 @@
 """Micro-batches of cached latents in training order, read ahead by worker processes."""
 
+import contextlib
 import signal
 from collections.abc import Iterator
 
@@ -52,6 +53,23 @@ def latent_batches(
         dataset, sampler=positions, batch_size=None, num_workers=workers, worker_init_fn=_outlast_signals
     )
     yield from loader
+
+
+@contextlib.contextmanager
+def dead_readers_named() -> Iterator[None]:
+    """Raise ChildProcessError with a remedy if a worker of `latent_batches` is killed.
+
+    PyTorch raises from a signal handler, in whatever code runs at that moment.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise ChildProcessError(
+            "a process that loads latents died, perhaps out of memory; the last checkpoint is intact: run again, with "
+            "a lower runtime.workers if it happens again."
+        ) from error
 
 
 def _outlast_signals(_) -> None:

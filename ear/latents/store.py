@@ -23,6 +23,7 @@ from torch import Tensor
 from ear.errors import MissingFileError, UserError
 from ear.files.hdf5 import Rows
 from ear.files.json_files import read_json
+from ear.files.reading import reading
 from ear.latents.statistics import Statistics
 
 FORMAT = "ear-latents-1"
@@ -116,18 +117,15 @@ def _open(path: Path, entry: dict, stats: dict) -> tuple[_Stored, np.ndarray]:
         raise UserError(
             f"{path} has {path.stat().st_size} bytes, but must have {entry['bytes']}; run the cache stage again."
         )
-    try:
-        with h5py.File(path, "r", locking=False) as file:
-            _check_attributes(path, file.attrs, stats)
-            moments, labels = file["moments"], file["labels"][:].astype(np.int64)
-            if moments.shape != expected or moments.dtype != np.float16 or len(labels) != entry["rows"]:
-                raise UserError(
-                    f"{path} holds moments {moments.dtype} {moments.shape} and {len(labels)} labels, not float16 "
-                    f"{expected} and {entry['rows']} labels; run the cache stage again."
-                )
-            return _Stored(path, moments.id.get_offset(), moments.shape), labels
-    except (OSError, KeyError) as error:
-        raise UserError(f"{path} cannot be read as a shard of latents ({error}); run the cache stage again.") from error
+    with reading(path, "shard of latents", "run the cache stage again"), h5py.File(path, "r", locking=False) as file:
+        _check_attributes(path, file.attrs, stats)
+        moments, labels = file["moments"], file["labels"][:].astype(np.int64)
+        if moments.shape != expected or moments.dtype != np.float16 or len(labels) != entry["rows"]:
+            raise UserError(
+                f"{path} holds moments {moments.dtype} {moments.shape} and {len(labels)} labels, not float16 "
+                f"{expected} and {entry['rows']} labels; run the cache stage again."
+            )
+        return _Stored(path, moments.id.get_offset(), moments.shape), labels
 
 
 def _check_attributes(path: Path, attributes, stats: dict) -> None:

@@ -55,6 +55,7 @@ class Run:
         self._values, self._began = values, values()
         self._earlier_code: tuple[Values, ...] = ()
         self._scratch: Path | None = None
+        self._computed: dict[str, str] = {}
         self._leaving = contextlib.ExitStack()
         if not distributed.is_main():
             return
@@ -175,6 +176,13 @@ class Run:
                 "runtime.other_code to continue it with the present code (data/lineage will say so), or to restart."
             )
 
+    def computed(self, folder: str, shards: Mapping[str, Iterable[Mapping[str, Any]]]) -> None:
+        """Take over the digests of shards in the output `folder`, computed as they were written.
+
+        shards: {split: [{"file": name, "sha256": digest, ...}]}.
+        """
+        self._computed |= {f"{folder}/{shard['file']}": shard["sha256"] for part in shards.values() for shard in part}
+
     def check(self) -> None:
         """Compare inputs hashed so far with the records of their stages; raises UserError if one is damaged."""
         if distributed.is_main():
@@ -194,8 +202,7 @@ class Run:
             raise RuntimeError(f"the {self.declared.stage} stage has not written {', '.join(absent)}")
         inputs = self._inputs.digests()
         self._check_unchanged()
-        found = file_digests(map(self.output, made))
-        outputs = {Path(name).relative_to(self._staging).as_posix(): digest for name, digest in found.items()}
+        outputs = self._output_digests(made)
         record = Record(
             self.declared.stage, self._began, self._code, versions(), inputs, outputs, earlier_code=self._earlier_code
         )
@@ -204,6 +211,13 @@ class Run:
             write_json(_beside(self._scratch, _DONE), {"md5": _md5(self.output(self.declared.record))})
         for path in [*made, self.declared.record]:
             replace(self.output(path), path)
+
+    def _output_digests(self, made: Iterable[Path]) -> dict[str, str]:
+        """SHA-256 of every output file; those that are known already are not read again."""
+        files = [file.relative_to(self._staging) for path in made for file in files_under(self.output(path))]
+        unknown = [self.output(file) for file in files if file.as_posix() not in self._computed]
+        found = {Path(name).relative_to(self._staging).as_posix(): d for name, d in file_digests(unknown).items()}
+        return {file.as_posix(): self._computed.get(file.as_posix()) or found[file.as_posix()] for file in files}
 
     def _check_unchanged(self) -> None:
         try:

@@ -2,9 +2,8 @@
 
 from pathlib import Path
 
-from pydantic import ValidationError
-
 from ear.errors import UserError
+from ear.files.reading import reading
 from ear.files.tensors import read_description, read_part, write_tensors
 from ear.files.weights import load_weights
 from ear.model.autoregressive import AutoregressiveModel
@@ -51,12 +50,7 @@ def load_model(path: str | Path, weights: str | None = None) -> tuple[Autoregres
             f"{path} has format {description.get('format')!r}, but must have {FORMAT!r}; give a model file of ear, or "
             "a checkpoint of the train or finetune stage."
         )
-    try:
-        shape = Shape.from_dict(description["shape"])
-    except (ValidationError, KeyError) as error:
-        raise UserError(
-            f"{path} describes an impossible model ({' '.join(str(error).split())}); train it again."
-        ) from error
-    model = build_model(shape)
+    with reading(path, "description of a model", "train it again"):
+        model = build_model(Shape.from_dict(description["shape"]))
     load_weights(model, read_part(path, part), origin=str(path))
     return model.eval(), description

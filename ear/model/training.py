@@ -12,7 +12,7 @@ from ear import config
 from ear.files.atomic import link, whole_folder
 from ear.files.json_files import rounded, write_json
 from ear.files.tables import write_table
-from ear.latents.batches import latent_batches
+from ear.latents.batches import dead_readers_named, latent_batches
 from ear.latents.statistics import Statistics, normalised
 from ear.latents.store import LatentStore
 from ear.model.autoregressive import AutoregressiveModel
@@ -115,19 +115,20 @@ class Phase:
             return
         if distributed.is_main():
             print("\n".join(self.introduction()), flush=True)
-        self.trainer.fit(
-            self.batches,
-            total_images=self.settings.images,
-            folder=folder,
-            checkpoint_images=self.runtime.checkpoint_images,
-            keep_images=self.runtime.keep_images,
-            kept=kept,
-            about=self.about,
-            check=self.check,
-            validate=self.validate,
-            validate_images=self.options.validate_images,
-            title=self.settings.name,
-        )
+        with dead_readers_named():
+            self.trainer.fit(
+                self.batches,
+                total_images=self.settings.images,
+                folder=folder,
+                checkpoint_images=self.runtime.checkpoint_images,
+                keep_images=self.runtime.keep_images,
+                kept=kept,
+                about=self.about,
+                check=self.check,
+                validate=self.validate,
+                validate_images=self.options.validate_images,
+                title=self.settings.name,
+            )
 
     def introduction(self) -> list[str]:
         """Lines for the log: model size, memory, batches, learning rate, and what to expect of the EMA."""

@@ -4,9 +4,10 @@ The file holds `images`, uint8 [N, H, W, 3], `labels`, int32 [N], and `seed`; it
 `sampling`, a JSON text with everything the images depend on.
 """
 
+import contextlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import h5py
@@ -15,6 +16,7 @@ import numpy as np
 from ear.errors import MissingFileError, UserError
 from ear.files.atomic import whole_file
 from ear.files.hdf5 import fixed_place
+from ear.files.reading import reading
 
 FORMAT = "ear-samples-1"
 _HEADER = 1 << 20  # upper bound of the bytes besides images and labels
@@ -83,13 +85,14 @@ class GeneratedImages:
         self.path = Path(path)
         if not self.path.is_file():
             raise MissingFileError(f"{path} does not exist; run the stage that writes it (`dvc repro`).")
-        try:
-            with h5py.File(self.path, "r", locking=False) as file:
-                self._describe(file)
-        except (OSError, KeyError) as error:
-            raise UserError(
-                f"{path} is not a readable file of samples ({error}); run the sample stage again."
-            ) from error
+        with self._opened() as file:
+            self._describe(file)
+
+    @contextlib.contextmanager
+    def _opened(self) -> Iterator[h5py.File]:
+        remedy = "run the sample stage again"
+        with reading(self.path, "file of samples", remedy), h5py.File(self.path, "r", locking=False) as file:
+            yield file
 
     def _describe(self, file: h5py.File) -> None:
         if file.attrs.get("format") != FORMAT:
@@ -112,7 +115,7 @@ class GeneratedImages:
 
     def images(self, rows: range) -> np.ndarray:
         """uint8 [n, S, S, 3] of consecutive images."""
-        with h5py.File(self.path, "r", locking=False) as file:
+        with self._opened() as file:
             return file["images"][rows.start : rows.stop]
 
     def blocks(self, count: int) -> list["Block"]:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ear.errors import UserError
+from ear.files.reading import reading
 from ear.files.tensors import read_tensors, write_tensors
 from ear.files.weights import load_weights
 
@@ -172,6 +173,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         raise UserError(
             f"{path} has format {description.get('format')!r}, not {FORMAT!r}; run the tokenizer stage again."
         )
-    tokenizer = _KINDS[description["kind"]](image_size=description["image_size"], **description["config"])
+    with reading(path, "description of a tokenizer", "run the tokenizer stage again"):
+        tokenizer = _KINDS[description["kind"]](image_size=description["image_size"], **description["config"])
     load_weights(tokenizer, tensors, origin=str(path))
     return tokenizer.eval().requires_grad_(False)

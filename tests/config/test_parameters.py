@@ -142,7 +142,7 @@ def test_unreadable_files(tmp_path):
     with pytest.raises(FileNotFoundError, match="`ear configure preset=digits`"):
         config.load(tmp_path / "params.yaml")
     (tmp_path / "params.yaml").write_text("data: [")
-    with pytest.raises(ValueError, match="not valid YAML"):
+    with pytest.raises(ValueError, match="is not a readable YAML file"):
         config.load(tmp_path / "params.yaml")
 
 

@@ -113,7 +113,7 @@ def test_damaged_and_foreign_shards_are_named(folder):
     whole = path.read_bytes()
     for content in (whole[: len(whole) // 2], b"no HDF5"):
         path.write_bytes(content)
-        with pytest.raises(ValueError, match=r"train-00002-of-00004\.h5 is not a readable HDF5 file"):
+        with pytest.raises(ValueError, match=r"train-00002-of-00004\.h5 is not a readable shard of images"):
             PreparedImages(folder, "train")
     shard(path, ALL[:2], LABELS[:2], format="ear-prepared-9")
     with pytest.raises(ValueError, match="has format 'ear-prepared-9', not 'ear-prepared-1'"):

@@ -24,7 +24,7 @@ def test_damaged_and_absent_json_is_named(tmp_path):
     with pytest.raises(MissingFileError, match=r"absent\.json does not exist; run the stage"):
         read_json(tmp_path / "absent.json")
     (tmp_path / "half.json").write_text('{"a": ')
-    with pytest.raises(UserError, match=r"half\.json is not JSON"):
+    with pytest.raises(UserError, match=r"half\.json is not a readable JSON file"):
         read_json(tmp_path / "half.json")
 
 

@@ -177,7 +177,7 @@ def test_truncated_and_damaged_shards_are_named(folder):
     ):
         LatentStore(folder, "train")
     path.write_bytes(b"no HDF5".ljust(len(whole)))
-    with pytest.raises(ValueError, match=r"00002-of-00004\.h5 cannot be read as a shard of latents"):
+    with pytest.raises(ValueError, match=r"00002-of-00004\.h5 is not a readable shard of latents"):
         LatentStore(folder, "train")
 
 

@@ -1,0 +1,22 @@
+"""Files that may hold anything: what a damaged one raises becomes one sentence."""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+from ear.errors import UserError
+
+
+@contextlib.contextmanager
+def reading(path: str | Path, kind: str, remedy: str) -> Iterator[None]:
+    """Raise UserError, `PATH is not a readable KIND (reason); REMEDY.`, for whatever the body raises but UserError.
+
+    Damaged bytes make libraries raise errors of many types, and sizes that lie end in MemoryError.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"{path} is not a readable {kind} ({reason}); {remedy}.") from error

@@ -1,0 +1,1 @@
+"""Tests, the small inputs that they share, and the faults of docs/reliability.md."""
