@@ -107,4 +107,4 @@ def block_metrics(
 
 
 if __name__ == "__main__":
-    program.run("evaluate", work, Parameters, __doc__, many_processes=True)
+    program.run("evaluate", work, Parameters, __doc__, unread="data/prepared/train-*", many_processes=True)

@@ -73,6 +73,7 @@ def perform(
     work: Callable[[View, Run], None],
     kind: type[View],
     parameters: Callable[[], config.Parameters],  # as params.yaml has them when it is called
+    unread: str = "",  # pattern of input files that it does not read
 ) -> None:
     """Run the work of a stage and publish its outputs."""
     now = parameters()
@@ -82,6 +83,7 @@ def perform(
         lambda: tracked(parameters(), kind),
         other_code=now.runtime.other_code,
         files=config.named_files(now, tracked_keys(kind)),
+        unread=unread,
     ) as run:
         work(view, run)
         run.publish()
@@ -95,6 +97,7 @@ def run(
     *,
     many_processes: bool = False,  # `work` can run in all ranks of `ear.runtime.distributed.group` at once
     check: Callable[[config.Parameters], None] | None = None,  # of all parameters; it can only refuse them
+    unread: str = "",  # pattern of input files that it does not read
 ) -> None:
     """Run a stage as a program: exit code 0, or 1 after one line that says what to fix (traceback in work/logs).
 
@@ -116,7 +119,7 @@ def run(
                 )
             if many_processes and parameters.runtime.processes > 1 and not distributed.launched():
                 sys.exit(distributed.launch(f"stages.{stage}", sys.argv[1:], parameters.runtime.processes))
-            perform(stage, work, kind, config.load)
+            perform(stage, work, kind, config.load, unread)
     except distributed.FailedElsewhere:
         sys.exit(1)
     except (UserError, OSError, MemoryError) as error:

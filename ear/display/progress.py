@@ -19,7 +19,7 @@ class Progress:
         self.title, self.total, self.unit, self.done = title, total, unit, start
         self._start, self._begun, self._last_line = start, time.monotonic(), time.monotonic()
         self._note = ""
-        self._silent = os.environ.get("RANK", "0") != "0"  # only rank 0 prints
+        self._silent = os.environ.get("RANK", "0") != "0" or total == 0  # only rank 0 prints
         show_bar = sys.stderr.isatty() and not self._silent
         self._bar = tqdm(total=total, initial=start, desc=title, unit=unit) if show_bar else None
 
@@ -47,10 +47,11 @@ class Progress:
             return
         self._last_line = time.monotonic()
         rate = (self.done - self._start) / max(self._last_line - self._begun, 1e-9)
-        left = (self.total - self.done) / rate if rate > 0 else float("inf")
+        missing = max(self.total - self.done, 0)
+        left = "0" if not missing else f"{missing / rate:.0f}" if rate > 0 else "?"
         note = f"  {self._note}" if self._note else ""
         print(
-            f"{self.title}: {self.done}/{self.total} {self.unit}  {rate:.1f} {self.unit}/s  {left:.0f} s left{note}",
+            f"{self.title}: {self.done}/{self.total} {self.unit}  {rate:.1f} {self.unit}/s  {left} s left{note}",
             flush=True,
         )
 

@@ -39,10 +39,13 @@ class Inputs:
     """The input files of a running stage: hashed in the background, held against their maker's record, watched.
 
     published: SHA-256 by path, as the stages that made the files recorded them; other files have no known digest.
+    unread: pattern of files to leave alone, such as data/prepared/train-*.
     """
 
-    def __init__(self, paths: Iterable[Path], published: Mapping[str, str], makers: Mapping[str, str]):
-        self._published, self._makers = published, makers
+    def __init__(
+        self, paths: Iterable[Path], published: Mapping[str, str], makers: Mapping[str, str], unread: str = ""
+    ):
+        self._published, self._makers, self._unread = published, makers, unread
         self._roots = list(paths)
         self._before = self._signatures()
         self._pool = ThreadPoolExecutor(_THREADS)
@@ -51,7 +54,8 @@ class Inputs:
 
     def _signatures(self) -> dict[str, tuple[int, int, int]]:
         """File => (size in bytes, time of the last change in ns, inode); equal signatures mean equal bytes."""
-        stats = {file.as_posix(): file.stat() for root in self._roots for file in files_under(root)}
+        files = [file for root in self._roots for file in files_under(root)]
+        stats = {file.as_posix(): file.stat() for file in files if not (self._unread and file.match(self._unread))}
         return {name: (found.st_size, found.st_mtime_ns, found.st_ino) for name, found in stats.items()}
 
     def check(self) -> None:

@@ -49,6 +49,7 @@ class Run:
         *,
         other_code: str = "refuse",  # what to do with work begun under other code: refuse, continue or restart
         files: Iterable[Path] = (),  # that parameters name: inputs which DVC does not track
+        unread: str = "",  # pattern of input files that the stage does not read, such as data/prepared/train-*
     ):
         declared = declarations()
         self.declared, self.other_code = declared[stage], other_code
@@ -65,7 +66,7 @@ class Run:
         remove(self._staging)  # of a killed run
         self._leaving.callback(remove, self._staging)
         self._code = self._code_now()
-        inputs = Inputs([*self.declared.inputs, *files], *published(declared.values()))
+        inputs = Inputs([*self.declared.inputs, *files], *published(declared.values()), unread=unread)
         self._leaving.callback(inputs.close)
         self._inputs = inputs
 

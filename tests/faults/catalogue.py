@@ -70,7 +70,7 @@ FAULTS = [
         "`params.yaml or code changed while the stage ran (...)`, or the input's name; exit code 1",
         "nothing: no output is published, progress is kept. A late edit is recorded as made, or `ear verify` names it",
         interruptions.edit,
-        6,
+        3,
         26,
     ),
     Fault(
@@ -81,7 +81,7 @@ FAULTS = [
         "nothing",
         together.at_once,
         2,
-        8,
+        4,
     ),
     Fault(
         "prefect",
@@ -101,7 +101,7 @@ FAULTS = [
         "nothing that was complete",
         damage.full_disk,
         1,
-        12,
+        8,
     ),
     Fault(
         "file-limit",
@@ -111,7 +111,7 @@ FAULTS = [
         "nothing that was complete",
         damage.file_limit,
         1,
-        12,
+        8,
     ),
     Fault(
         "flipped-byte",
@@ -120,7 +120,7 @@ FAULTS = [
         "`ear verify` names the file; `ear verify --repair` and `dvc repro` make it again",
         "the time to make it again",
         damage.flip,
-        3,
+        2,
         30,
     ),
     Fault(
@@ -172,6 +172,6 @@ FAULTS = [
         "nothing",
         long_runs.memory,
         1,
-        10,
+        2,
     ),
 ]

@@ -1,7 +1,9 @@
 """Hostile and damaged input: images, parameters, archives, headers. In this process or a child that may crash."""
 
+import contextlib
 import io
 import multiprocessing
+import os
 import random
 import resource
 import shutil
@@ -39,7 +41,9 @@ def in_child(work: Callable[[int], Counter], case: int) -> dict[str, int]:
 
 def _report(queue, work: Callable, case: int) -> None:
     try:
-        queue.put(work(case))
+        with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
+            counts = work(case)
+        queue.put(counts)
     except BaseException:
         queue.put(traceback.format_exc())
 

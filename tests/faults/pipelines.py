@@ -105,6 +105,7 @@ def started(*command: str, folder: Path, log: Path | None = None, **variables: s
             stdout=file,
             stderr=subprocess.STDOUT,
             start_new_session=True,
+            preexec_fn=_usual_signals,
         )
     try:
         yield process
@@ -112,6 +113,12 @@ def started(*command: str, folder: Path, log: Path | None = None, **variables: s
         members = family(process)
         kill(members)
         process.wait()
+
+
+def _usual_signals() -> None:
+    """As in a terminal, even if this program runs under nohup or in the background of a shell."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
 
 
 def family(process: subprocess.Popen) -> list[psutil.Process]:

@@ -140,6 +140,21 @@ def test_a_damaged_input_is_named_with_the_remedy():
     assert not Path("data/sum.txt").exists()
 
 
+def test_an_input_that_is_not_read_is_neither_checked_nor_recorded():
+    Path("data/numbers/2.txt").write_bytes(b"3")
+    Second(unread="data/numbers/2*")()
+    assert Record.read(Path("data/lineage/second.json")).inputs.keys() == {"data/numbers/0.txt", "data/numbers/1.txt"}
+
+
+def test_digests_that_the_stage_has_computed_are_taken_over():
+    with Run("second", dict) as run:
+        run.output("data/sum.txt").write_text("6")
+        run.output("data/metrics.json").write_text("{}")
+        run.computed("data", {"all": [{"file": "sum.txt", "sha256": "abc"}]})
+        run.publish()
+    assert Record.read(Path("data/lineage/second.json")).outputs["data/sum.txt"] == "abc"
+
+
 def test_a_damaged_input_is_found_before_the_end():
     Path("data/numbers/2.txt").write_bytes(b"3")
     with Run("second", dict) as run:
