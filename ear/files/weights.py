@@ -1,13 +1,16 @@
 """Weights from elsewhere: pickled checkpoints read as plain tensors, and strict loading by name."""
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from ear.errors import MissingFileError, UserError
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
+
+    Network = TypeVar("Network", bound=nn.Module)
 
 
 def read_pickled(path: str | Path) -> object:
@@ -44,9 +47,27 @@ def tensors_by_name(content: object, *, origin: str) -> dict:
     return content
 
 
+def built_with(build: "Callable[[], Network]", tensors: "dict[str, torch.Tensor]", origin: str) -> "Network":
+    """The module that `build` returns, with these weights; raises as `load_weights` does.
+
+    Names and shapes are compared before memory is taken, so a file that lies about its sizes costs nothing.
+    """
+    import torch
+
+    with torch.device("meta"):
+        _check(build().state_dict(), tensors, origin)
+    module = build()
+    load_weights(module, tensors, origin)
+    return module
+
+
 def load_weights(module: "nn.Module", tensors: "dict[str, torch.Tensor]", origin: str = "the checkpoint") -> None:
     """Load tensors by name, strictly; raises UserError naming one that is missing, extra or of another shape."""
-    expected = module.state_dict()
+    _check(module.state_dict(), tensors, origin)
+    module.load_state_dict(tensors, strict=True)
+
+
+def _check(expected: "dict[str, torch.Tensor]", tensors: "dict[str, torch.Tensor]", origin: str) -> None:
     missing, extra = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
     if missing or extra:
         what = f"lacks {missing[0]}" if missing else f"has {extra[0]}, which the model lacks"
@@ -59,4 +80,3 @@ def load_weights(module: "nn.Module", tensors: "dict[str, torch.Tensor]", origin
                 f"{origin} holds {name} with shape {list(tensors[name].shape)}, the model needs {list(tensor.shape)}; "
                 "it belongs to a model of another size."
             )
-    module.load_state_dict(tensors, strict=True)

@@ -5,7 +5,7 @@ from pathlib import Path
 from ear.errors import UserError
 from ear.files.reading import reading
 from ear.files.tensors import read_description, read_part, write_tensors
-from ear.files.weights import load_weights
+from ear.files.weights import built_with
 from ear.model.autoregressive import AutoregressiveModel
 from ear.model.causal import CausalModel
 from ear.model.masked import MaskedModel
@@ -51,6 +51,6 @@ def load_model(path: str | Path, weights: str | None = None) -> tuple[Autoregres
             "a checkpoint of the train or finetune stage."
         )
     with reading(path, "description of a model", "train it again"):
-        model = build_model(Shape.from_dict(description["shape"]))
-    load_weights(model, read_part(path, part), origin=str(path))
+        shape = Shape.from_dict(description["shape"])
+        model = built_with(lambda: build_model(shape), read_part(path, part), str(path))
     return model.eval(), description

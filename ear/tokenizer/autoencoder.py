@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ear.errors import UserError
 from ear.files.reading import reading
 from ear.files.tensors import read_tensors, write_tensors
-from ear.files.weights import load_weights
+from ear.files.weights import built_with
 
 FORMAT = "ear-tokenizer-1"
 LOG_VARIANCE_RANGE = (-30.0, 20.0)  # as in published KL autoencoders
@@ -174,6 +174,6 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
             f"{path} has format {description.get('format')!r}, not {FORMAT!r}; run the tokenizer stage again."
         )
     with reading(path, "description of a tokenizer", "run the tokenizer stage again"):
-        tokenizer = _KINDS[description["kind"]](image_size=description["image_size"], **description["config"])
-    load_weights(tokenizer, tensors, origin=str(path))
+        kind, config = _KINDS[description["kind"]], description["config"]
+        tokenizer = built_with(lambda: kind(image_size=description["image_size"], **config), tensors, str(path))
     return tokenizer.eval().requires_grad_(False)
