@@ -16,7 +16,7 @@ from ear.config import Parameters
 from ear.config.compose import compose
 from ear.model.causal import CausalModel
 from ear.model.tokens import pick
-from ear.runtime.randomness import generator
+from ear.runtime.randomness import generator, stream
 
 _GRIDS = (4, 8, 16)  # tokens along a side
 
@@ -48,7 +48,7 @@ def compare(parameters: Parameters, grid: int, images: int, repeats: int) -> dic
     assert isinstance(model, CausalModel)
     source = generator(0, "inputs")
     tokens = torch.randn(images, model.tokens, model.shape.token_channels, generator=source)
-    inputs = (model, tokens, model.draw_orders(images, source), torch.arange(images) % 10)
+    inputs = (model, tokens, model.draw_orders(images, stream(0, "orders")), torch.arange(images) % 10)
     seconds = {
         f.__name__: measure.median_seconds(functools.partial(f, *inputs), repeats) / images for f in (cached, uncached)
     }

@@ -15,7 +15,7 @@ from benchmarks.models import INPUTS
 from ear import scores
 from ear.config import Parameters
 from ear.config.compose import compose
-from ear.runtime.randomness import generator
+from ear.runtime.randomness import generator, stream
 from ear.scores import Score
 
 _NAMES = ("energy", "logarithmic", "hyvarinen")
@@ -46,7 +46,7 @@ def costs(overrides: list[str], tokens: int, steps: int, repeats: int) -> dict:
     heads = {name: head(name, parameters) for name in _NAMES}
 
     def draw(score: scores.Score) -> None:
-        score.sample(hidden, source=generator(0, "noise"))
+        score.sample(hidden, source=stream(0, "noise"))
 
     microseconds = {}
     for name, score in heads.items():

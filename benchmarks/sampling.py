@@ -19,14 +19,14 @@ from ear.config.compose import compose
 from ear.model.masked import MaskedModel
 from ear.model.masking import masked_after, random_orders
 from ear.runtime.device import set_precision
-from ear.runtime.randomness import ImageStreams, RandomSource
+from ear.runtime.randomness import Stream, image_streams
 from ear.sampling.guidance import scale_at
 from ear.sampling.sampler import sample
 from ear.sampling.settings import SamplingSettings
 
 
 @torch.inference_mode()
-def naive(model: MaskedModel, labels: Tensor, settings: SamplingSettings, source: RandomSource) -> Tensor:
+def naive(model: MaskedModel, labels: Tensor, settings: SamplingSettings, source: Stream) -> Tensor:
     """Guided sampling that runs the head on all tokens in every step => tokens [B, L, D]."""
     images, length, device = len(labels), model.tokens, labels.device
     orders = random_orders(images, length, source, device)
@@ -51,7 +51,7 @@ def naive(model: MaskedModel, labels: Tensor, settings: SamplingSettings, source
 
 
 @torch.inference_mode()
-def head_only(model: MaskedModel, labels: Tensor, settings: SamplingSettings, source: RandomSource) -> None:
+def head_only(model: MaskedModel, labels: Tensor, settings: SamplingSettings, source: Stream) -> None:
     """Only the head calls of one sampling, on random hidden states."""
     masked = model.tokens
     for left in masked_after(model.tokens, settings.steps):
@@ -82,9 +82,9 @@ def measured(preset: str, batch: int, device: torch.device, repeats: int) -> dic
         "head": lambda source: head_only(model, labels, settings, source),
     }
 
-    def once(way: Callable[[RandomSource], object]) -> None:
+    def once(way: Callable[[Stream], object]) -> None:
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
-            way(ImageStreams(0, range(batch)))
+            way(image_streams(0, range(batch)))
         if device.type == "cuda":
             torch.cuda.synchronize()
 

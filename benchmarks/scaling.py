@@ -108,11 +108,10 @@ def model_seconds(timer: Timer, model: AutoregressiveModel, parameters: Paramete
     settings = dataclasses.replace(SamplingSettings.of(options), steps=_STEPS, precision="float32")
 
     def train() -> None:
-        generator = randomness.generator(0, "loss")
-        model.train().loss(latents, labels, temperature=1.0, generator=generator).backward()
+        model.train().loss(latents, labels, temperature=1.0, source=randomness.stream(0, "loss")).backward()
 
     def draw() -> None:
-        sample(model.eval(), labels, settings, source=randomness.generator(0))
+        sample(model.eval(), labels, settings, source=randomness.stream(0))
 
     whole, part = (network_evaluations(model, steps)["transformer"] for steps in (options.steps, _STEPS))
     return {"train": timer(train), "draw": timer(draw) * whole / part}

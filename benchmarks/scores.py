@@ -18,7 +18,7 @@ from benchmarks.models import Training, untrained
 from ear import config
 from ear.config import edit
 from ear.runtime.device import prepare_device
-from ear.runtime.randomness import ImageStreams
+from ear.runtime.randomness import image_streams
 from ear.sampling.sampler import network_evaluations, sample
 from ear.sampling.settings import SamplingSettings
 
@@ -42,7 +42,7 @@ class Candidate:
         for _ in range(_STEPS):
             self._training.step()
         between = self._now()
-        source = ImageStreams(0, range(len(self.labels)))
+        source = image_streams(0, range(len(self.labels)))
         sample(self.model.eval(), self.labels, SamplingSettings.of(self.options.sample), source=source)
         self.training.append((between - start) / (_STEPS * self.options.train.global_batch_size))
         self.sampling.append((self._now() - between) / len(self.labels))

@@ -28,7 +28,7 @@ from ear.model.masking import mask_first, masked_count, random_orders
 from ear.model.tokens import patchify
 from ear.model.training import parameter_groups
 from ear.runtime.device import compile_in_place, prepare_device
-from ear.runtime.randomness import generator, uniform
+from ear.runtime.randomness import Stream, stream, uniform
 from ear.scores.sample_based import SampleBasedScore, pairwise_loss
 from ear.training.ema import Average
 
@@ -36,7 +36,7 @@ _PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # bfloat16 witho
 _STEPS = {"cpu": 3, "cuda": 10}  # of one turn
 
 
-def plain_loss(model: MaskedModel, latents: Tensor, labels: Tensor, source: torch.Generator) -> Tensor:
+def plain_loss(model: MaskedModel, latents: Tensor, labels: Tensor, source: Stream) -> Tensor:
     """The loss of `AutoregressiveModel.loss` with the head on all tokens, once per noise sample."""
     tokens, rule = patchify(latents, model.patch), model.score
     assert isinstance(rule, SampleBasedScore)
@@ -68,7 +68,7 @@ def plain_loop(model: MaskedModel, parameters: Parameters, batch: Batch, autocas
         position, total = next(positions), 0.0
         for part in range(parts):
             with autocast():
-                loss = plain_loss(model, latents, labels, generator(0, "loss", position, part)) / parts
+                loss = plain_loss(model, latents, labels, stream(0, "loss", position, part)) / parts
             loss.backward()
             total += loss.item()
         nn.utils.clip_grad_norm_(model.parameters(), options.clip_norm, foreach=False)

@@ -17,7 +17,7 @@ from ear import scores
 from ear.config import Parameters
 from ear.config.compose import compose
 from ear.config.scores import Energy
-from ear.runtime.randomness import generator
+from ear.runtime.randomness import generator, stream
 from ear.scores.energy import EnergyScore, energy_loss
 
 _DIMENSIONS = 16
@@ -53,7 +53,7 @@ def of_location_and_scale(m: int) -> dict:
 
 def trained_head(parameters: Parameters, m: int) -> tuple[EnergyScore, Tensor, Tensor]:
     """(a briefly trained head, hidden states [N, W], targets [N, D]); the target is a noisy linear map of the state."""
-    model, source = parameters.model, generator(0, "head", m)
+    model, source, noise = parameters.model, generator(0, "head", m), stream(0, "head", m)
     channels = parameters.tokenizer.channels
     section = parameters.score.model_copy(update={"samples": m})
     options = Energy(**{key: getattr(section, key) for key in Energy.model_fields})
@@ -69,7 +69,7 @@ def trained_head(parameters: Parameters, m: int) -> tuple[EnergyScore, Tensor, T
         hidden = torch.randn(_BATCH, model.width, generator=source)
         target = hidden @ mapping + 0.5 * torch.randn(_BATCH, channels, generator=source)
         optimizer.zero_grad()
-        score.loss(hidden, target, temperature=1.0, generator=source).mean().backward()
+        score.loss(hidden, target, temperature=1.0, source=noise).mean().backward()
         optimizer.step()
     return score, hidden, target
 
@@ -81,7 +81,7 @@ def of_weights(parameters: Parameters, m: int) -> dict:
     sums = {name: [torch.zeros_like(w) for w in weights] for name in ESTIMATES}
     squares = dict.fromkeys(ESTIMATES, 0.0)
     for draw in range(_DRAWS):
-        noise = score.draw_noise((m, _BATCH), generator(draw, "noise"), hidden.device)
+        noise = score.draw_noise((m, _BATCH), stream(draw, "noise"), hidden.device)
         samples = score.generate(hidden, noise)
         for name, estimate in ESTIMATES.items():
             loss = estimate(samples, target[None]).mean()

@@ -91,7 +91,7 @@ def publish(
 ) -> None:
     """Describe the tokenizer (on the device) on held-out images, and write the outputs into `folder`."""
     batches = (torch.from_numpy(batch).to(device) for batch, _ in images.batches(options.batch_size))
-    figures = describe(tokenizer, batches, randomness.generator(options.seed, "tokenizer", "description"))
+    figures = describe(tokenizer, batches, randomness.stream(options.seed, "tokenizer", "description"))
     figures["parameters"] = sum(p.numel() for p in tokenizer.parameters())
     columns = min(_COLUMNS, len(images))
     originals = images.images(range(min(_PAIRS, len(images) // columns) * columns))

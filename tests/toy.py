@@ -7,7 +7,7 @@ import torch
 from factories import score_options
 
 from ear import scores
-from ear.runtime.randomness import generator
+from ear.runtime.randomness import generator, stream
 from ear.scores.score import Score
 from ear.training.ema import Average
 
@@ -59,7 +59,7 @@ def _conditions(count: int, source: torch.Generator) -> torch.Tensor:
 
 def fit(score: Score, *, steps: int = 600, temperature: float = 1.0, rate: float = 4e-3) -> Score:
     """Train the head alone on random conditions in {-1, 1}; returns its averaged copy."""
-    source = generator(0, "mixture")
+    source, noise = generator(0, "mixture"), stream(0, "noise")
     score.learn(mixture(_conditions(4096, source), source), seed=0)
     optimizer = torch.optim.AdamW(score.parameters(), lr=rate, weight_decay=0.0)
     cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
@@ -67,7 +67,7 @@ def fit(score: Score, *, steps: int = 600, temperature: float = 1.0, rate: float
     for _ in range(steps):
         condition = _conditions(256, source)
         target = mixture(condition, source)
-        loss = score.loss(hidden(condition), target, temperature=temperature, generator=source).mean()
+        loss = score.loss(hidden(condition), target, temperature=temperature, source=noise).mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -80,7 +80,7 @@ def fit(score: Score, *, steps: int = 600, temperature: float = 1.0, rate: float
 def judge(score: Score, value: float, count: int = 4000) -> Figures:
     """Compare samples at one condition with the truth."""
     condition, source = torch.full((count,), value), generator(1, "judge", value)
-    truth, drawn = mixture(condition, source), score.sample(hidden(condition), source=source)
+    truth, drawn = mixture(condition, source), score.sample(hidden(condition), source=stream(1, "judge", value))
     unbiased = count / (count - 1)
     squared = 2 * torch.cdist(drawn, truth).mean()
     squared -= (torch.cdist(drawn, drawn).mean() + torch.cdist(truth, truth).mean()) * unbiased
@@ -94,6 +94,7 @@ def coverage(score: Score, value: float, count: int = 4000) -> float:
     """Share of the truth within the central 80% of samples at one condition, along the line of the modes."""
     condition, source = torch.full((count,), value), generator(1, "coverage", value)
     line = _centre(condition[:1])[0]
-    truth, drawn = mixture(condition, source) @ line, score.sample(hidden(condition), source=source) @ line
+    drawn = score.sample(hidden(condition), source=stream(1, "coverage", value)) @ line
+    truth = mixture(condition, source) @ line
     low, high = drawn.quantile(torch.tensor([0.1, 0.9]))
     return float(((truth > low) & (truth < high)).float().mean())

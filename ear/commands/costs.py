@@ -194,15 +194,15 @@ def _loss(model: AutoregressiveModel, *, images: int, predicted: int) -> torch.T
     labels, null = torch.empty(images, dtype=torch.long), torch.empty(images, dtype=torch.bool)
     positions = torch.empty(images, predicted).long()
     represented = torch.stack([model.score.represent(draw) for draw in tokens])
-    return model.loss_at(positions, represented, labels, null, temperature=1.0, generator=torch.Generator())
+    return model.loss_at(positions, represented, labels, null, temperature=1.0, source=randomness.stream(0))
 
 
 def mean_predicted(shape: Shape) -> int:
     """Tokens predicted per training image, on average (all of them by a causal model)."""
     if shape.model.attention == "causal":
         return shape.tokens
-    generator = randomness.generator(0, "masks")
-    draws = [masked_count(shape.tokens, shape.model.mask_ratio_min, generator) for _ in range(_MASK_DRAWS)]
+    source = randomness.stream(0, "masks")
+    draws = [masked_count(shape.tokens, shape.model.mask_ratio_min, source) for _ in range(_MASK_DRAWS)]
     return round(sum(draws) / len(draws))
 
 
@@ -223,7 +223,7 @@ def sampling_flops(shape: Shape, settings: SamplingSettings) -> dict[str, int]:
 
     def count(model: AutoregressiveModel) -> dict[str, int]:
         labels = torch.empty(1, dtype=torch.long)
-        flops = _flops(lambda: sample(model, labels, settings, source=torch.Generator()))
+        flops = _flops(lambda: sample(model, labels, settings, source=randomness.stream(0)))
         return dict(zip(("transformer", "head"), flops, strict=True))
 
     return _at_depth(shape, lambda model: count(model.eval()))

@@ -19,6 +19,7 @@ from ear.data.prepared import PreparedImages
 from ear.errors import UserError
 from ear.files.tensors import read_tensors, write_tensors
 from ear.runtime import randomness
+from ear.runtime.randomness import Stream, integers
 from ear.training.optimizer import Group, adamw, schedule
 from ear.training.trainer import Trainer
 
@@ -57,9 +58,9 @@ class Classifier(nn.Module):
         features = self.body(images).mean((2, 3))
         return features, self.head(features)
 
-    def loss(self, images: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:
+    def loss(self, images: Tensor, labels: Tensor, source: Stream) -> Tensor:
         """Mean cross-entropy of signed images [N, 3, S, S], randomly shifted, and their labels int64 [N]."""
-        _, logits = self(shifted(images, generator))
+        _, logits = self(shifted(images, source))
         return functional.cross_entropy(logits, labels)
 
 
@@ -71,12 +72,12 @@ def _convolution(before: int, after: int, stride: int = 1) -> nn.Sequential:
     )
 
 
-def shifted(images: Tensor, generator: torch.Generator) -> Tensor:
+def shifted(images: Tensor, source: Stream) -> Tensor:
     """Shift each image [N, C, S, S] at random by up to S / 16 (at least 1) pixels per axis, repeating its edge."""
     count, side = len(images), images.shape[-1]
     reach = max(side // 16, 1)
     padded = functional.pad(images, (reach,) * 4, mode="replicate")
-    offsets = torch.randint(2 * reach + 1, (2, count), generator=generator).to(images.device)
+    offsets = integers(2 * reach + 1, (2, count), source, images.device)
     rows, columns = offsets[..., None] + torch.arange(side, device=images.device)
     image = torch.arange(count, device=images.device)
     # Indexing around a slice moves the channels to the end.
@@ -171,8 +172,8 @@ def train_classifier(
             yield to_signed(images.images(rows)), torch.from_numpy(images.labels[rows])
 
     def loss(batch, position: int):
-        generator = randomness.generator(seed, "shift", position)
-        return classifier.loss(batch[0].to(device), batch[1].to(device), generator), {}
+        source = randomness.stream(seed, "shift", position)
+        return classifier.loss(batch[0].to(device), batch[1].to(device), source), {}
 
     group = Group(list(classifier.parameters()), weight_decay=_WEIGHT_DECAY)
     trainer = Trainer(

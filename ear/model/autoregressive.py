@@ -20,7 +20,7 @@ from ear.model.shape import Shape
 from ear.model.tokens import patchify, pick
 from ear.model.transformer import Transformer
 from ear.runtime import randomness
-from ear.runtime.randomness import RandomSource
+from ear.runtime.randomness import Stream
 
 _INIT_SD = 0.02  # standard deviation of initial embeddings and position tables
 
@@ -93,8 +93,8 @@ class AutoregressiveModel(nn.Module, ABC):
             condition = torch.where(null[:, None], self.null_class.to(condition.dtype), condition)
         return condition[:, None].expand(-1, self.buffer, -1)
 
-    def loss(self, latents: Tensor, labels: Tensor, *, temperature: float, generator: torch.Generator) -> Tensor:
-        """Mean loss per predicted token; label dropout, positions and noise are drawn from `generator`.
+    def loss(self, latents: Tensor, labels: Tensor, *, temperature: float, source: Stream) -> Tensor:
+        """Mean loss per predicted token; label dropout, positions and noise are drawn from `source`.
 
         latents: normalised, [B, C, h, w], or [k, B, C, h, w] for k posterior draws of the same images, if the score
         takes several targets: the transformer sees the first draw, all draws are targets (as in CALM, Shao et al.,
@@ -103,9 +103,9 @@ class AutoregressiveModel(nn.Module, ABC):
         draws = latents if latents.dim() == 5 else latents[None]
         tokens = torch.stack([self.score.represent(patchify(draw, self.patch)) for draw in draws])  # [k, B, L, D]
         dropped = self.label_dropout if self.training else 0.0
-        null = randomness.uniform((len(labels),), generator, latents.device) < dropped
-        positions = self.training_positions(len(labels), generator, latents.device)
-        return self.loss_at(positions, tokens, labels, null, temperature=temperature, generator=generator)
+        null = randomness.uniform((len(labels),), source, latents.device) < dropped
+        positions = self.training_positions(len(labels), source, latents.device)
+        return self.loss_at(positions, tokens, labels, null, temperature=temperature, source=source)
 
     def loss_at(
         self,
@@ -115,15 +115,15 @@ class AutoregressiveModel(nn.Module, ABC):
         null: Tensor,  # bool [B]
         *,
         temperature: float,
-        generator: torch.Generator,  # of the head's noise
+        source: Stream,  # of the head's noise
     ) -> Tensor:
         """The loss of `loss` for given positions and dropped labels."""
         hidden = self.predict(tokens[0], positions, labels, null)
         target = torch.stack([pick(draw, positions).flatten(0, 1) for draw in tokens]).squeeze(0)  # k = 1: [B n, D]
-        return self.score.loss(hidden.flatten(0, 1), target, temperature=temperature, generator=generator).mean()
+        return self.score.loss(hidden.flatten(0, 1), target, temperature=temperature, source=source).mean()
 
     @abstractmethod
-    def training_positions(self, images: int, generator: torch.Generator, device: torch.device | str = "cpu") -> Tensor:
+    def training_positions(self, images: int, source: Stream, device: torch.device | str = "cpu") -> Tensor:
         """int64 [B, n]: positions to predict in training, drawn at random; n is the same for all images."""
 
     @abstractmethod
@@ -131,7 +131,7 @@ class AutoregressiveModel(nn.Module, ABC):
         """Tokens [B, L, D], positions [B, n] as `training_positions` returns them => hidden states [B, n, W]."""
 
     @abstractmethod
-    def draw_orders(self, images: int, source: RandomSource, device: torch.device | str = "cpu") -> Tensor:
+    def draw_orders(self, images: int, source: Stream, device: torch.device | str = "cpu") -> Tensor:
         """int64 [B, L]: for each image, a permutation of the positions for `draw`."""
 
     @abstractmethod

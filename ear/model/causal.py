@@ -15,7 +15,7 @@ from ear.model.masking import random_orders
 from ear.model.shape import Shape
 from ear.model.tokens import pick
 from ear.model.transformer import Cache
-from ear.runtime.randomness import RandomSource
+from ear.runtime.randomness import Stream
 
 
 class CausalModel(AutoregressiveModel):
@@ -39,9 +39,9 @@ class CausalModel(AutoregressiveModel):
             nn.init.zeros_(self.target_positions)
         return self
 
-    def training_positions(self, images: int, generator: torch.Generator, device: torch.device | str = "cpu") -> Tensor:
+    def training_positions(self, images: int, source: Stream, device: torch.device | str = "cpu") -> Tensor:
         """int64 [B, L]: all positions, in the order in which they are predicted."""
-        return self.draw_orders(images, generator, device)
+        return self.draw_orders(images, source, device)
 
     def predict(self, tokens: Tensor, positions: Tensor, labels: Tensor, null: Tensor | None = None) -> Tensor:
         """Tokens [B, L, D], positions [B, L] (an order), labels [B], null bool [B] (true: no class) => [B, L, W].
@@ -70,7 +70,7 @@ class CausalModel(AutoregressiveModel):
         """Empty key-value caches for one sequence."""
         return self.transformer.caches(self.buffer + self.tokens - 1)
 
-    def draw_orders(self, images: int, source: RandomSource, device: torch.device | str = "cpu") -> Tensor:
+    def draw_orders(self, images: int, source: Stream, device: torch.device | str = "cpu") -> Tensor:
         """int64 [B, L]: row by row, or a random permutation per image."""
         if self.shape.model.order == "raster":
             return torch.arange(self.tokens, device=device).expand(images, -1)

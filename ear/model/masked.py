@@ -11,7 +11,7 @@ from ear.model.autoregressive import AutoregressiveModel, Conditions, DrawTokens
 from ear.model.masking import mask_first, mask_of, masked_after, masked_before_known, masked_count, random_orders
 from ear.model.shape import Shape
 from ear.model.tokens import pick
-from ear.runtime.randomness import RandomSource
+from ear.runtime.randomness import Stream
 
 
 class MaskedModel(AutoregressiveModel):
@@ -45,20 +45,20 @@ class MaskedModel(AutoregressiveModel):
         sequence = torch.cat([self.prefix(labels, null), embedded], dim=1)  # [B, P + L, W]
         return self.transformer(sequence + self.positions)[:, self.buffer :]
 
-    def training_positions(self, images: int, generator: torch.Generator, device: torch.device | str = "cpu") -> Tensor:
+    def training_positions(self, images: int, source: Stream, device: torch.device | str = "cpu") -> Tensor:
         """int64 [B, n]: random positions to mask in each of B images.
 
         n is drawn once for the batch, so the hidden states at these positions are one tensor [B, n, W], and the head
         need not run on the others.
         """
-        orders = random_orders(images, self.tokens, generator, device)
-        return orders[:, : masked_count(self.tokens, self.mask_ratio_min, generator)]
+        orders = random_orders(images, self.tokens, source, device)
+        return orders[:, : masked_count(self.tokens, self.mask_ratio_min, source)]
 
     def predict(self, tokens: Tensor, positions: Tensor, labels: Tensor, null: Tensor | None = None) -> Tensor:
         """Hidden states [B, n, W] at `positions`, int64 [B, n], after masking these in `tokens` [B, L, D]."""
         return pick(self.hidden(tokens, mask_of(positions, self.tokens), labels, null), positions)
 
-    def draw_orders(self, images: int, source: RandomSource, device: torch.device | str = "cpu") -> Tensor:
+    def draw_orders(self, images: int, source: Stream, device: torch.device | str = "cpu") -> Tensor:
         """int64 [B, L]: a random order per image.
 
         The masked positions are always the first ones of an order, so `draw` reveals it from its end to its start.

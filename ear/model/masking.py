@@ -10,18 +10,18 @@ import torch
 from torch import Tensor
 
 from ear.errors import UserError
-from ear.runtime.randomness import RandomSource, uniform
+from ear.runtime.randomness import Stream, uniform
 
 # Standard deviation of the mask ratio's Gaussian, which is centred at 1 and cut to [minimum, 1] (MAR, section 4).
 _RATIO_SD = 0.25
 
 
-def random_orders(images: int, tokens: int, source: RandomSource, device: torch.device | str = "cpu") -> Tensor:
+def random_orders(images: int, tokens: int, source: Stream, device: torch.device | str = "cpu") -> Tensor:
     """int64 [B, L]: an independent uniform permutation per image."""
-    return uniform((images, tokens), source).argsort(dim=1).to(device)
+    return uniform((images, tokens), source, device).argsort(dim=1, stable=True)
 
 
-def masked_count(tokens: int, minimum: float, source: torch.Generator) -> int:
+def masked_count(tokens: int, minimum: float, source: Stream) -> int:
     """Number of masked tokens: ceil(L r), r ~ N(1, 0.25^2) truncated to [minimum, 1], by inverting its distribution."""
     lowest = torch.special.ndtr(torch.tensor((minimum - 1.0) / _RATIO_SD, dtype=torch.float64))
     quantile = lowest + (0.5 - lowest) * uniform((1,), source).double()

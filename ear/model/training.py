@@ -62,13 +62,13 @@ class BatchLoss:
         purpose: str = "loss",  # with the position, names the random stream
     ) -> Tensor:
         """The mean loss per predicted token. Posterior draws, masks and noise depend on (seed, purpose, position)."""
-        generator = randomness.generator(self.seed, purpose, position)
+        source = randomness.stream(self.seed, purpose, position)
         moments = moments.to(self.device, non_blocking=True)
         labels = labels.to(self.device, non_blocking=True)
         draws = (model.score.targets, len(moments), moments.shape[1] // 2, *moments.shape[2:])
-        latents = normalised(moments, randomness.normal(draws, generator, self.device), self.statistics)
+        latents = normalised(moments, randomness.normal(draws, source, self.device), self.statistics)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bfloat16"):
-            return model.loss(latents, labels, temperature=temperature, generator=generator)
+            return model.loss(latents, labels, temperature=temperature, source=source)
 
 
 class Phase:
@@ -251,6 +251,6 @@ def fit_codebook(model: AutoregressiveModel, store: LatentStore, seed: int) -> N
     rows = randomness.DataOrder(len(store), seed).indices(0, min(len(store), _CODEBOOK_IMAGES))
     moments, _ = map(torch.as_tensor, store.rows(rows, torch.zeros(len(rows), dtype=torch.bool)))
     shape = (len(moments), moments.shape[1] // 2, *moments.shape[2:])
-    noise = randomness.normal(shape, randomness.generator(seed, "tokens"))
+    noise = randomness.normal(shape, randomness.stream(seed, "tokens"))
     tokens = patchify(normalised(moments, noise, store.statistics), model.patch)
     model.score.learn(tokens.flatten(0, 1), seed)

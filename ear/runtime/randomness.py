@@ -1,13 +1,19 @@
-"""Randomness as an argument: seeds derived by name, one stream per image, draws independent of the device.
+"""Randomness as an argument: seeds derived by name, streams of numbers that are the same on every device.
 
-Only dropout reads torch's global random state; `seed_dropout` seeds it for every micro-batch. All draws are float32 on
-the generator's device: low precision has too few distinct values.
+Initial weights and permutations come from torch's CPU generators, all other numbers from a `Stream`. Only dropout reads
+torch's global random state; `seed_dropout` seeds it for every micro-batch. Draws are float32: low precision has too few
+distinct values.
 """
 
 import hashlib
+import math
 from collections.abc import Sequence
 
 import torch
+
+from ear.runtime.philox import random_bits
+
+_BLOCK = 4  # numbers of 32 bits that a counter gives
 
 
 def derive(seed: int, *names: object) -> int:
@@ -17,47 +23,62 @@ def derive(seed: int, *names: object) -> int:
 
 
 def generator(seed: int, *names: object) -> torch.Generator:
-    """A CPU generator for one purpose."""
+    """A CPU generator of torch, for initial weights and permutations; it uses the low 32 bits of its seed only."""
     return torch.Generator().manual_seed(derive(seed, *names))
 
 
-class ImageStreams:
-    """One generator per image, used like a single one: the rows of a draw belong to the images in order.
+class Stream:
+    """Random numbers as a function of a key and of how many were drawn before: the same on CPU and GPU.
 
-    The numbers of image k depend only on (seed, k), not on the rest of the batch (as EDM's per-image generators).
+    With several keys, the rows of a draw are shared among them in order, equally many for each; the numbers of a key do
+    not depend on the other ones. All numbers are drawn on the device that needs them, without waiting for it.
     """
 
-    def __init__(self, seed: int, indices: Sequence[int]):
-        self._generators = [generator(seed, "image", int(k)) for k in indices]
+    def __init__(self, keys: Sequence[int]):  # 64-bit
+        self._keys, self._block = list(keys), 0
 
-    def draw(self, function, shape: Sequence[int]) -> torch.Tensor:
-        """Draw with torch.rand or torch.randn; shape[0] must be a multiple of the number of images."""
-        count = len(self._generators)
-        rows, rest = divmod(shape[0], count)
-        assert rest == 0, f"{shape[0]} rows cannot be shared by {count} images"
-        return torch.cat([function((rows, *shape[1:]), generator=g) for g in self._generators])
-
-
-RandomSource = torch.Generator | ImageStreams
-
-
-def _draw(function, shape: Sequence[int], source: RandomSource, device) -> torch.Tensor:
-    if isinstance(source, torch.Generator):
-        return function(tuple(shape), generator=source, device=source.device).to(device)
-    return source.draw(function, shape).to(device)
+    def bits(self, shape: Sequence[int], device: torch.device | str = "cpu") -> torch.Tensor:
+        """int32 of this shape, all 32 bits random; shape[0] must be a multiple of the number of keys."""
+        count = math.prod(shape)
+        assert shape[0] % len(self._keys) == 0, f"{shape[0]} rows cannot be shared by {len(self._keys)} keys"
+        each = count // len(self._keys)
+        blocks = -(-each // _BLOCK)
+        drawn = random_bits(self._keys, self._block, blocks, device)
+        self._block += blocks
+        return drawn.flatten(1)[:, :each].reshape(tuple(shape))
 
 
-def uniform(shape: Sequence[int], source: RandomSource, device: torch.device | str = "cpu") -> torch.Tensor:
-    """Uniform float32 numbers in [0, 1) on `device`."""
-    return _draw(torch.rand, shape, source, device)
+def stream(seed: int, *names: object) -> Stream:
+    """The random numbers of one purpose."""
+    return Stream([derive(seed, *names)])
 
 
-def normal(shape: Sequence[int], source: RandomSource, device: torch.device | str = "cpu") -> torch.Tensor:
-    """Standard normal float32 numbers on `device`."""
-    return _draw(torch.randn, shape, source, device)
+def image_streams(seed: int, numbers: Sequence[int]) -> Stream:
+    """One key per image: what image k draws depends on (seed, k) alone, not on the rest of the batch."""
+    return Stream([derive(seed, "image", int(k)) for k in numbers])
 
 
-def choose(logits: torch.Tensor, source: RandomSource) -> torch.Tensor:
+def uniform(shape: Sequence[int], source: Stream, device: torch.device | str = "cpu") -> torch.Tensor:
+    """Uniform float32 numbers in [0, 1) on `device`: multiples of 2^-24."""
+    return ((source.bits(shape, device) >> 8) & 0xFFFFFF).float() * 2.0**-24
+
+
+def normal(shape: Sequence[int], source: Stream, device: torch.device | str = "cpu") -> torch.Tensor:
+    """Standard normal float32 numbers on `device` (Box and Muller), at most 6.7 from 0; devices differ by 1e-6."""
+    rows, each = shape[0], math.prod(shape[1:])
+    bits = source.bits((rows, 2, -(-each // 2)), device)
+    radius = (((bits[:, 0].long() & 0xFFFFFFFF) + 1).float() * 2.0**-32).log_().mul_(-2).sqrt_()
+    angle = ((bits[:, 1] >> 8) & 0xFFFFFF).float() * (2 * math.pi * 2.0**-24)
+    pairs = torch.cat([radius * angle.cos(), radius * angle.sin()], dim=1)
+    return pairs[:, :each].reshape(tuple(shape))
+
+
+def integers(high: int, shape: Sequence[int], source: Stream, device: torch.device | str = "cpu") -> torch.Tensor:
+    """Uniform int64 numbers in 0 .. high - 1, for high up to 2^16 (the bias is below 2^-8 of a probability)."""
+    return (uniform(shape, source, device) * high).long()
+
+
+def choose(logits: torch.Tensor, source: Stream) -> torch.Tensor:
     """Logits [N, K] => one index per row, int64 [N], with probability softmax(logits), from one uniform number."""
     threshold = uniform((len(logits), 1), source, logits.device)
     cumulative = logits.softmax(-1).cumsum(-1)

@@ -13,7 +13,7 @@ import torch
 from ear.data.images import to_signed
 from ear.errors import UserError
 from ear.latents.statistics import normalised
-from ear.runtime.randomness import ImageStreams, normal
+from ear.runtime.randomness import image_streams, normal
 from ear.sampling.generation import MODEL, TOKENIZER, ImageSampler
 from ear.sampling.sampler import sample
 from ear.sampling.settings import SamplingSettings
@@ -74,7 +74,7 @@ def _redrawn(
     numbers: Sequence[int],  # numbers of the images; image k is drawn from the stream (seed, k)
     settings: SamplingSettings,
 ) -> np.ndarray:
-    source, device = ImageStreams(settings.seed, numbers), sampler.device
+    source, device = image_streams(settings.seed, numbers), sampler.device
     moments = sampler.tokenizer.encode(to_signed(images).to(device))
     noise = normal((len(images), *sampler.model.shape.latent), source, device)
     latents = sample(

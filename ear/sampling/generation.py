@@ -15,7 +15,7 @@ from ear.files.digests import sha256
 from ear.latents.statistics import Statistics, denormalised
 from ear.model.autoregressive import AutoregressiveModel
 from ear.model.files import load_model
-from ear.runtime.randomness import ImageStreams
+from ear.runtime.randomness import image_streams
 from ear.sampling.sampler import sample
 from ear.sampling.settings import SamplingSettings
 from ear.tokenizer.autoencoder import Tokenizer, load_tokenizer
@@ -85,7 +85,7 @@ class ImageSampler:
         `first` is the number of the first image: image k is drawn from the random stream (settings.seed, k).
         """
         numbers = range(first, first + len(labels))
-        source = ImageStreams(settings.seed, numbers)
+        source = image_streams(settings.seed, numbers)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=settings.precision == "bfloat16"):
             latents = sample(self.model, torch.as_tensor(labels, device=self.device), settings, source=source)
         return self.pixels(latents, numbers, guidance=settings.guidance)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ear.model.autoregressive import AutoregressiveModel, Conditions
 from ear.model.tokens import patchify, unpatchify
-from ear.runtime.randomness import RandomSource
+from ear.runtime.randomness import Stream
 from ear.sampling.guidance import scale_at
 from ear.sampling.settings import SamplingSettings
 
@@ -19,7 +19,7 @@ def sample(
     labels: Tensor,  # int64 [B], on the model's device
     settings: SamplingSettings,
     *,
-    source: RandomSource,  # one stream per image, or one generator for all
+    source: Stream,  # one key per image, or one for all
     orders: Tensor | None = None,  # int64 [B, L]; default: drawn from `source`
     known: Tensor | None = None,  # normalised latents [B, C, h, w]; tokens outside `mask` are kept
     mask: Tensor | None = None,  # bool [B, L], true where tokens are drawn; required with `known`

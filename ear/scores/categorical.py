@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ear.config.scores import Categorical
 from ear.errors import UserError
-from ear.runtime.randomness import RandomSource, choose
+from ear.runtime.randomness import Stream, choose
 from ear.scores.score import HeadSize, Score
 
 _INIT_SD = 0.02
@@ -59,7 +59,7 @@ class CategoricalScore(Score):
         with torch.autocast(hidden.device.type, enabled=False):
             return self.projection(hidden.float())
 
-    def loss(self, hidden: Tensor, target: Tensor, *, temperature: float, generator: torch.Generator) -> Tensor:
+    def loss(self, hidden: Tensor, target: Tensor, *, temperature: float, source: Stream) -> Tensor:
         """Hidden [N, W], target [N, D] => cross-entropy [N] in nats; the training temperature is ignored."""
         return F.cross_entropy(self.logits(hidden), self.quantise(target), reduction="none")
 
@@ -67,7 +67,7 @@ class CategoricalScore(Score):
         self,
         hidden: Tensor,
         *,
-        source: RandomSource,
+        source: Stream,
         temperature: float = 1.0,  # divides the logits; 0 selects the most likely code
         unconditional: Tensor | None = None,
         guidance: float = 1.0,

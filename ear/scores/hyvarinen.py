@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ear.config.scores import DIFFUSION_STEPS, Hyvarinen
-from ear.runtime.randomness import RandomSource, normal, uniform
+from ear.runtime.randomness import Stream, normal, uniform
 from ear.scores.modulated_mlp import ModulatedMLP
 from ear.scores.score import HeadSize, Score
 
@@ -99,7 +99,7 @@ class HyvarinenScore(Score):
         noise, fraction = self.network(self.token_embedding(noised), condition).chunk(2, dim=-1)
         return noise, (fraction + 1) / 2
 
-    def loss(self, hidden: Tensor, target: Tensor, *, temperature: float, generator: torch.Generator) -> Tensor:
+    def loss(self, hidden: Tensor, target: Tensor, *, temperature: float, source: Stream) -> Tensor:
         """Hidden [N, W], target [N, D] => loss [N]: squared error of the noise, and the bound that trains the variance.
 
         The bound, in bits per channel, has no gradient with respect to the noise. Its term at the first step (in the
@@ -107,8 +107,8 @@ class HyvarinenScore(Score):
         """
         rows, device = len(target), target.device
         hidden, target = hidden.repeat(self.samples, 1), target.repeat(self.samples, 1).float()
-        time = (uniform((len(target),), generator, device) * TRAINING_STEPS).long().clamp(max=TRAINING_STEPS - 1)
-        noise = normal(target.shape, generator, device)
+        time = (uniform((len(target),), source, device) * TRAINING_STEPS).long().clamp(max=TRAINING_STEPS - 1)
+        noise = normal(target.shape, source, device)
         schedule = self.training_schedule
         noised = _at(schedule.signal, time) * target + _at(schedule.noise, time) * noise
         predicted, fraction = self.predict(noised, time, hidden)
@@ -134,7 +134,7 @@ class HyvarinenScore(Score):
         self,
         hidden: Tensor,
         *,
-        source: RandomSource,
+        source: Stream,
         temperature: float = 1.0,  # multiplies the noise that each step adds
         unconditional: Tensor | None = None,
         guidance: float = 1.0,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ear.config.scores import Logarithmic
-from ear.runtime.randomness import RandomSource, choose, normal
+from ear.runtime.randomness import Stream, choose, normal
 from ear.scores.score import HeadSize, Score
 
 _CANDIDATES = 64  # draws that guidance selects from; at GIVT's scale of 1.4, 64 are enough to match the formula
@@ -41,7 +41,7 @@ class Mixture:
         log_normal = -0.5 * white.square() - log_scales - 0.5 * math.log(2 * math.pi)
         return torch.logsumexp(self.logits.log_softmax(-1) + log_normal.sum(-1), dim=-1)
 
-    def draw(self, source: RandomSource, *, temperature: float = 1.0) -> Tensor:
+    def draw(self, source: Stream, *, temperature: float = 1.0) -> Tensor:
         """Draw a component, then from its Gaussian with standard deviations times `temperature` => [N, D]."""
         mean, factor = self._component(choose(self.logits, source))
         noise = normal(mean.shape, source, mean.device)
@@ -93,7 +93,7 @@ class LogarithmicScore(Score):
         factors[..., rows, columns] = values
         return factors
 
-    def loss(self, hidden: Tensor, target: Tensor, *, temperature: float, generator: torch.Generator) -> Tensor:
+    def loss(self, hidden: Tensor, target: Tensor, *, temperature: float, source: Stream) -> Tensor:
         """Hidden [N, W], target [N, D] => -log p(target) [N] in nats per token; the training temperature is ignored."""
         return -self.mixture(hidden).log_density(target.float())
 
@@ -101,7 +101,7 @@ class LogarithmicScore(Score):
         self,
         hidden: Tensor,
         *,
-        source: RandomSource,
+        source: Stream,
         temperature: float = 1.0,  # multiplies the standard deviations
         unconditional: Tensor | None = None,
         guidance: float = 1.0,
@@ -114,7 +114,7 @@ class LogarithmicScore(Score):
 
 
 def guided(
-    conditional: Mixture, unconditional: Mixture, *, scale: float, source: RandomSource, temperature: float = 1.0
+    conditional: Mixture, unconditional: Mixture, *, scale: float, source: Stream, temperature: float = 1.0
 ) -> Tensor:
     """Sample from p_c^scale p_u^(1 - scale), GIVT's density guidance, by sampling importance resampling => [N, D].
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ear.config.scores import SampleBased
-from ear.runtime.randomness import RandomSource, normal, uniform
+from ear.runtime.randomness import Stream, normal, uniform
 from ear.scores.modulated_mlp import ModulatedMLP
 from ear.scores.score import HeadSize, Score
 
@@ -86,14 +86,14 @@ class SampleBasedScore(Score):
         stream = self.hidden_embedding(hidden).expand(condition.shape)
         return self.network(stream, condition, temperature)
 
-    def draw_noise(self, shape: tuple[int, ...], source: RandomSource, device: torch.device) -> Tensor:
+    def draw_noise(self, shape: tuple[int, ...], source: Stream, device: torch.device) -> Tensor:
         """Draw noise for the head, [*shape, n]."""
         shape = (*shape, self.noise_channels)
         return normal(shape, source, device) if self.noise == "gaussian" else uniform(shape, source, device) - 0.5
 
-    def loss(self, hidden: Tensor, target: Tensor, *, temperature: float, generator: torch.Generator) -> Tensor:
+    def loss(self, hidden: Tensor, target: Tensor, *, temperature: float, source: Stream) -> Tensor:
         """Hidden [N, W], target [N, D] or [k, N, D] => negative score per token [N], float32."""
-        noise = self.draw_noise((self.samples, len(hidden)), generator, hidden.device)
+        noise = self.draw_noise((self.samples, len(hidden)), source, hidden.device)
         targets = target if target.dim() == 3 else target[None]
         samples = self.generate(hidden, noise)
         return pairwise_loss(samples, targets, self.distance, temperature=temperature, pairs=self.pairs)
@@ -102,7 +102,7 @@ class SampleBasedScore(Score):
         self,
         hidden: Tensor,
         *,
-        source: RandomSource,
+        source: Stream,
         temperature: float = 1.0,
         unconditional: Tensor | None = None,  # hidden states of the null class, for guidance
         guidance: float = 1.0,

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ear.runtime.randomness import RandomSource
+from ear.runtime.randomness import Stream
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Score(nn.Module, ABC):
         """Set the head's weights that are not Xavier-uniform matrices and zero biases."""
 
     @abstractmethod
-    def loss(self, hidden: Tensor, target: Tensor, *, temperature: float, generator: torch.Generator) -> Tensor:
+    def loss(self, hidden: Tensor, target: Tensor, *, temperature: float, source: Stream) -> Tensor:
         """Hidden [N, W], target [N, D] => negative score per token [N], float32.
 
         If `targets` is above 1, target may be [targets, N, D]: several draws for the same hidden state. `temperature`
@@ -58,7 +58,7 @@ class Score(nn.Module, ABC):
         self,
         hidden: Tensor,
         *,
-        source: RandomSource,
+        source: Stream,
         temperature: float = 1.0,
         unconditional: Tensor | None = None,  # hidden states of the null class, for guidance
         guidance: float = 1.0,

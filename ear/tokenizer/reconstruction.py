@@ -9,6 +9,7 @@ from torch import Tensor
 from ear.data.images import to_signed, to_uint8
 from ear.data.prepared import PreparedImages
 from ear.runtime import randomness
+from ear.runtime.randomness import Stream
 from ear.tokenizer import posterior
 from ear.tokenizer.autoencoder import Tokenizer
 
@@ -49,7 +50,7 @@ class Reconstructions:
 
 
 @torch.inference_mode()
-def describe(tokenizer: Tokenizer, batches: Iterable[Tensor], generator: torch.Generator) -> dict:
+def describe(tokenizer: Tokenizer, batches: Iterable[Tensor], source: Stream) -> dict:
     """Metrics over all images of `batches` (uint8 [B, H, W, 3] on the tokenizer's device).
 
     psnr: mean over images, in dB, through the posterior mean; psnr_sampled: through a posterior sample. kl: nats per
@@ -62,7 +63,7 @@ def describe(tokenizer: Tokenizer, batches: Iterable[Tensor], generator: torch.G
     for images in batches:
         moments = tokenizer.encode(to_signed(images))
         mean, _ = posterior.split(moments)
-        noise = randomness.normal(mean.shape, generator, mean.device)
+        noise = randomness.normal(mean.shape, source, mean.device)
         decoded = [to_uint8(tokenizer.decode(x)) for x in (mean, posterior.posterior_sample(moments, noise))]
         per_image = [*(psnr(images, other) for other in decoded), posterior.kl_divergence(moments).double()]
         totals += torch.stack([values.sum() for values in per_image]).cpu()

@@ -31,8 +31,8 @@ class Objective:
     def terms(self, tokenizer: Tokenizer, images: torch.Tensor, purpose: str, position: int) -> Terms:
         """Loss terms of one batch, [B, 3, H, W] in [-1, 1]."""
         side = images.shape[-1] // tokenizer.downsample
-        generator = randomness.generator(self.seed, purpose, position)
-        noise = randomness.normal((len(images), tokenizer.latent_channels, side, side), generator, self.device)
+        source = randomness.stream(self.seed, purpose, position)
+        noise = randomness.normal((len(images), tokenizer.latent_channels, side, side), source, self.device)
         return self.loss(tokenizer, images, noise)
 
     def signed(self, images: np.ndarray) -> torch.Tensor:

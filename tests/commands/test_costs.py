@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from ear.commands import costs
 from ear.config.compose import compose
 from ear.model.files import build_model
+from ear.runtime.randomness import stream
 from ear.sampling.sampler import sample
 from ear.sampling.settings import SamplingSettings
 from ear.tokenizer.autoencoder import kl_structure, new_kl
@@ -35,7 +36,7 @@ def loss(model, images):
     generator = torch.Generator().manual_seed(0)
     shape = (model.score.targets, images, *model.shape.latent)
     latents, labels = torch.randn(shape, generator=generator).squeeze(0), torch.zeros(images).long()
-    return model.loss(latents, labels, temperature=1.0, generator=generator)
+    return model.loss(latents, labels, temperature=1.0, source=stream(0))
 
 
 def saved(model, images):
@@ -90,7 +91,7 @@ def test_operations_are_those_of_the_real_model(options, one_thread):
 
     settings = SamplingSettings(steps=5, guidance=2.0)
     with FlopCounterMode(display=False) as drawn:
-        sample(model.eval(), torch.zeros(1).long(), settings, source=torch.Generator())
+        sample(model.eval(), torch.zeros(1).long(), settings, source=stream(0))
     assert sum(costs.sampling_flops(shape, settings).values()) == drawn.get_total_flops()
 
 

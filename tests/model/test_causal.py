@@ -9,7 +9,7 @@ from ear.model.causal import CausalModel
 from ear.model.files import load_model, save_model
 from ear.model.masking import random_orders
 from ear.model.tokens import patchify, pick, unpatchify
-from ear.runtime.randomness import ImageStreams, generator
+from ear.runtime.randomness import generator, image_streams, stream
 from ear.sampling.sampler import network_evaluations, sample
 from ear.sampling.settings import SamplingSettings
 
@@ -25,7 +25,7 @@ def causal_model(order="random", target_positions=True, **options) -> CausalMode
 
 def inputs(model, seed=0):
     latents = torch.randn(len(LABELS), *model.shape.latent, generator=generator(seed, "latents"))
-    return patchify(latents, model.patch), model.draw_orders(len(LABELS), generator(seed, "orders"))
+    return patchify(latents, model.patch), model.draw_orders(len(LABELS), stream(seed, "orders"))
 
 
 @torch.no_grad()
@@ -91,10 +91,10 @@ def uncached(model, labels, orders, *, guidance, source):
 @pytest.mark.parametrize("order", ["raster", "random"])
 def test_generation_through_the_cache_equals_full_passes(order):
     model = causal_model(order)
-    orders = model.draw_orders(len(LABELS), generator(3, "orders"))
-    expected = uncached(model, LABELS, orders, guidance=2.5, source=ImageStreams(5, range(4)))
+    orders = model.draw_orders(len(LABELS), stream(3, "orders"))
+    expected = uncached(model, LABELS, orders, guidance=2.5, source=image_streams(5, range(4)))
     drawn = sample(
-        model, LABELS, SamplingSettings(steps=1, guidance=2.5), source=ImageStreams(5, range(4)), orders=orders
+        model, LABELS, SamplingSettings(steps=1, guidance=2.5), source=image_streams(5, range(4)), orders=orders
     )
     torch.testing.assert_close(drawn, expected, atol=1e-5, rtol=1e-5)
     assert (drawn.abs() > 0).all()
@@ -104,7 +104,7 @@ def test_generation_takes_one_pass_per_token_whatever_the_steps():
     model = causal_model()
     widths = []
     model.transformer.register_forward_hook(lambda _, inputs, __: widths.append(inputs[0].shape[:2]))
-    a, b = (sample(model, LABELS, SamplingSettings(steps=s), source=ImageStreams(5, range(4))) for s in (1, 64))
+    a, b = (sample(model, LABELS, SamplingSettings(steps=s), source=image_streams(5, range(4))) for s in (1, 64))
     assert torch.equal(a, b)
     assert widths == 2 * [(4, model.buffer), *15 * [(4, 1)]]
     assert network_evaluations(model, 1)["transformer"] == 16
@@ -113,8 +113,8 @@ def test_generation_takes_one_pass_per_token_whatever_the_steps():
 def test_image_k_is_the_same_in_any_batch():
     model = causal_model()
     settings = SamplingSettings(steps=1, guidance=2.0)
-    together = sample(model, LABELS, settings, source=ImageStreams(5, range(4)))
-    apart = sample(model, LABELS[2:], settings, source=ImageStreams(5, [2, 3]))
+    together = sample(model, LABELS, settings, source=image_streams(5, range(4)))
+    apart = sample(model, LABELS[2:], settings, source=image_streams(5, [2, 3]))
     torch.testing.assert_close(together[2:], apart, atol=1e-5, rtol=1e-5)
     assert not torch.allclose(together[0], together[3])  # the same class, another stream
 
@@ -124,11 +124,11 @@ def test_every_score_trains_and_draws(name):
     model = causal_model(name=name)
     latents = torch.randn(32, 3, 4, 4, generator=generator(0))
     model.score.learn(patchify(latents, 1).flatten(0, 1), seed=0)
-    loss = model.train().loss(latents, torch.arange(32) % 3, temperature=1.0, generator=generator(1))
+    loss = model.train().loss(latents, torch.arange(32) % 3, temperature=1.0, source=stream(1))
     loss.backward()
     assert loss.isfinite()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
-    drawn = sample(model.eval(), LABELS, SamplingSettings(steps=1, guidance=2.0), source=generator(2))
+    drawn = sample(model.eval(), LABELS, SamplingSettings(steps=1, guidance=2.0), source=stream(2))
     assert drawn.shape == (4, 3, 4, 4)
     assert drawn.isfinite().all()
 
@@ -136,9 +136,9 @@ def test_every_score_trains_and_draws(name):
 def test_all_tokens_are_predicted():
     model = causal_model()
     tokens, _ = inputs(model)
-    positions = model.training_positions(4, generator(7))
+    positions = model.training_positions(4, stream(7))
     hidden = model.predict(tokens, positions, LABELS)
-    assert torch.equal(positions, random_orders(4, 16, generator(7)))
+    assert torch.equal(positions, random_orders(4, 16, stream(7)))
     assert hidden.shape == (4, 16, 32)
 
 
@@ -165,7 +165,7 @@ def test_known_tokens_are_refused():
             model,
             LABELS,
             SamplingSettings(steps=1),
-            source=generator(0),
+            source=stream(0),
             known=torch.zeros(4, 3, 4, 4),
             mask=torch.ones(4, 16, dtype=torch.bool),
         )

@@ -37,11 +37,10 @@ class Replay:
     def __init__(self, rows: torch.Tensor):
         self.rows = rows + 0.5  # recorded as uniform noise in [-0.5, 0.5)
 
-    def draw(self, function, shape):
-        assert function is torch.rand
+    def bits(self, shape, device):
         drawn, self.rows = self.rows[: shape[0]], self.rows[shape[0] :]
         assert drawn.shape == tuple(shape)
-        return drawn
+        return ((drawn * 2.0**24).long() << 8).to(torch.int32)  # what `uniform` turns into these numbers
 
 
 def masked_mean(per_token: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

@@ -6,7 +6,7 @@ from ear.model.files import load_model, save_model
 from ear.model.masking import mask_first, random_orders
 from ear.model.tokens import patchify, unpatchify
 from ear.runtime.device import compile_in_place
-from ear.runtime.randomness import generator, seed_dropout
+from ear.runtime.randomness import generator, seed_dropout, stream
 
 
 def inputs(model, images=3, seed=0):
@@ -34,7 +34,7 @@ def test_hidden_states_ignore_masked_tokens_and_see_visible_ones():
     model = tiny_model()
     latents, labels = inputs(model)
     tokens = patchify(latents, 1)
-    mask = mask_first(random_orders(3, model.tokens, generator(1)), 9)
+    mask = mask_first(random_orders(3, model.tokens, stream(1)), 9)
     hidden = model.hidden(tokens, mask, labels)
     assert torch.equal(hidden, model.hidden(tokens + 100 * mask[..., None], mask, labels))
     assert not torch.allclose(hidden, model.hidden(tokens + 100 * ~mask[..., None], mask, labels))
@@ -57,9 +57,9 @@ def test_hidden_states_follow_the_batch_and_the_class():
 def test_loss_is_a_function_of_its_generator():
     model = tiny_model()
     latents, labels = inputs(model)
-    first = model.loss(latents, labels, temperature=1.0, generator=generator(4))
-    assert torch.equal(first, model.loss(latents, labels, temperature=1.0, generator=generator(4)))
-    assert not torch.equal(first, model.loss(latents, labels, temperature=1.0, generator=generator(5)))
+    first = model.loss(latents, labels, temperature=1.0, source=stream(4))
+    assert torch.equal(first, model.loss(latents, labels, temperature=1.0, source=stream(4)))
+    assert not torch.equal(first, model.loss(latents, labels, temperature=1.0, source=stream(5)))
     first.backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters() if p is not model.null_class)
 
@@ -69,7 +69,7 @@ def test_several_draws_of_the_target_share_the_context_of_the_first(name):
     """The loss of two draws is the mean of each one's loss, given the context of the first."""
     model = tiny_model(name=name)
     (a, labels), (b, _) = inputs(model), inputs(model, seed=1)
-    loss = lambda latents: model.loss(latents, labels, temperature=1.0, generator=generator(4))  # noqa: E731
+    loss = lambda latents: model.loss(latents, labels, temperature=1.0, source=stream(4))  # noqa: E731
     of_a, of_both = loss(a), loss(torch.stack([a, b]))
     context, predict = patchify(a, 1), model.predict
     model.predict = lambda _, *others: predict(context, *others)
@@ -85,7 +85,7 @@ def test_labels_are_dropped_in_training_only():
 
     def gradient(mode: bool):
         model.zero_grad()
-        model.train(mode).loss(latents, labels, temperature=1.0, generator=generator(4)).backward()
+        model.train(mode).loss(latents, labels, temperature=1.0, source=stream(4)).backward()
         return model.null_class.grad
 
     assert gradient(True).abs().sum() > 0
@@ -97,7 +97,7 @@ def test_initial_weights_are_reproducible_and_the_head_starts_at_zero():
     assert all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
     assert not torch.equal(a.positions, other.positions)
     hidden = torch.randn(5, 32, generator=generator(0))
-    assert a.score.sample(hidden, source=generator(0)).abs().max() == 0
+    assert a.score.sample(hidden, source=stream(0)).abs().max() == 0
 
 
 def test_saved_model_loads_equal_and_bytes_repeat(tmp_path):
@@ -128,15 +128,13 @@ def test_compiling_keeps_the_masks_of_dropout():
 
     def loss() -> torch.Tensor:
         seed_dropout(0, 5)
-        return model.loss(latents, labels, temperature=1.0, generator=generator(4))
+        return model.loss(latents, labels, temperature=1.0, source=stream(4))
 
     expected = loss()
     compile_in_place(model.transformer)
     torch.testing.assert_close(loss(), expected)
     with pytest.raises(AssertionError):  # the tolerance is finer than what other masks change
-        torch.testing.assert_close(
-            model.eval().loss(latents, labels, temperature=1.0, generator=generator(4)), expected
-        )
+        torch.testing.assert_close(model.eval().loss(latents, labels, temperature=1.0, source=stream(4)), expected)
 
 
 @pytest.mark.gpu
@@ -147,7 +145,7 @@ def test_loss_and_gradients_on_the_gpu_are_those_of_the_cpu(name):
         model = tiny_model(name=name)
         latents, labels = (part.to(device) for part in inputs(model))
         model.to(device)
-        loss = model.loss(latents, labels, temperature=1.0, generator=generator(4))
+        loss = model.loss(latents, labels, temperature=1.0, source=stream(4))
         loss.backward()
         gradients[device] = [loss.cpu(), *(p.grad.cpu() for p in model.parameters() if p.grad is not None)]
     torch.testing.assert_close(gradients["cuda"], gradients["cpu"], rtol=1e-3, atol=1e-5)

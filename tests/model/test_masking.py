@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from ear.model.masking import mask_first, masked_after, masked_count, random_orders
-from ear.runtime.randomness import generator
+from ear.runtime.randomness import stream
 
 
 def revealed(tokens: int, steps: int) -> list[int]:
@@ -33,14 +33,14 @@ def test_one_step_reveals_all():
 
 
 def test_orders_are_independent_uniform_permutations():
-    orders = random_orders(4000, 5, generator(0, "orders"))
+    orders = random_orders(4000, 5, stream(0, "orders"))
     assert torch.equal(orders.sort(dim=1).values, torch.arange(5).expand(4000, 5))
     first = torch.bincount(orders[:, 0], minlength=5) / 4000
     assert (first - 0.2).abs().max() < 0.03
 
 
 def test_masked_counts_follow_the_truncated_gaussian():
-    source = generator(0, "ratio")
+    source = stream(0, "ratio")
     counts = torch.tensor([masked_count(256, 0.7, source) for _ in range(4000)])
     assert counts.min() >= 180
     assert counts.max() <= 256
@@ -49,7 +49,7 @@ def test_masked_counts_follow_the_truncated_gaussian():
 
 
 def test_full_masking_where_the_minimum_is_one():
-    assert masked_count(16, 1.0, generator(0)) == 16
+    assert masked_count(16, 1.0, stream(0)) == 16
 
 
 def test_mask_covers_the_start_of_the_order():

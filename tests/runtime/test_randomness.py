@@ -1,7 +1,17 @@
 import pytest
 import torch
 
-from ear.runtime.randomness import DataOrder, ImageStreams, derive, generator, normal, seed_dropout, uniform
+from ear.runtime.randomness import (
+    DataOrder,
+    Stream,
+    derive,
+    image_streams,
+    integers,
+    normal,
+    seed_dropout,
+    stream,
+    uniform,
+)
 
 
 def test_derived_seeds_are_fixed_for_ever():
@@ -26,19 +36,36 @@ def test_order_is_a_function_of_images_seen(start):
 
 
 def test_image_streams_do_not_depend_on_the_batch():
-    alone = [uniform((3, 2), ImageStreams(5, [k])) for k in range(4)]
-    together = uniform((12, 2), ImageStreams(5, range(4)))
+    alone = [uniform((3, 2), image_streams(5, [k])) for k in range(4)]
+    together = uniform((12, 2), image_streams(5, range(4)))
     assert torch.equal(torch.cat(alone), together)
     assert not torch.equal(alone[0], alone[1])
 
 
 def test_draws_have_their_moments():
-    u, n = uniform((100_000,), generator(0, "u")), normal((100_000,), generator(0, "n"))
+    u, n = uniform((100_000,), stream(0, "u")), normal((100_000,), stream(0, "n"))
     assert u.dtype == n.dtype == torch.float32
     assert abs(u.mean() - 0.5) < 0.005
     assert abs(u.var() - 1 / 12) < 0.001
     assert abs(n.mean()) < 0.01
     assert abs(n.std() - 1) < 0.01
+    assert abs((n.abs() > 2).double().mean() - 0.0455) < 0.002
+    assert abs((n**4).mean() - 3) < 0.1
+    assert abs((n[0::2] * n[1::2]).mean()) < 0.01
+    counts = torch.bincount(integers(5, (100_000,), stream(0, "i")), minlength=5) / 100_000
+    assert (counts - 0.2).abs().max() < 0.006
+
+
+def test_a_stream_goes_on_where_it_stopped():
+    whole, parts = stream(3), stream(3)
+    assert torch.equal(uniform((8,), whole), torch.cat([uniform((4,), parts), uniform((4,), parts)]))
+    assert not torch.equal(uniform((4,), stream(3)), uniform((4,), parts))
+    assert uniform((5, 0), parts).shape == normal((5, 0), parts).shape == (5, 0)
+
+
+def test_seeds_that_share_their_low_bits_differ():
+    """torch's CPU generator keeps 32 bits of its seed."""
+    assert not torch.equal(uniform((4,), Stream([1])), uniform((4,), Stream([1 + 2**32])))
 
 
 def test_dropout_is_a_function_of_position():

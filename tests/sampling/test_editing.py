@@ -11,7 +11,7 @@ from ear.files.digests import sha256
 from ear.model.files import save_model
 from ear.model.masking import masked_before_known, random_orders
 from ear.model.tokens import patchify
-from ear.runtime.randomness import ImageStreams, generator
+from ear.runtime.randomness import generator, image_streams, stream
 from ear.sampling.editing import masked_tokens
 from ear.sampling.sampler import sample
 from ear.sampling.settings import SamplingSettings
@@ -94,10 +94,8 @@ def test_sampling_keeps_known_tokens(steps):
     model, labels = tiny_model(), torch.tensor([0, 1, 2])
     known = torch.randn(3, 3, 4, 4, generator=generator(0))
     mask = torch.zeros(3, 16, dtype=torch.bool)
-    mask.scatter_(1, random_orders(3, 16, generator(1))[:, :6], True)
-    drawn = sample(
-        model, labels, SamplingSettings(steps=steps, guidance=2.0), source=generator(2), known=known, mask=mask
-    )
+    mask.scatter_(1, random_orders(3, 16, stream(1))[:, :6], True)
+    drawn = sample(model, labels, SamplingSettings(steps=steps, guidance=2.0), source=stream(2), known=known, mask=mask)
     kept = (patchify(drawn, 1) == patchify(known, 1)).all(-1)
     assert torch.equal(kept, ~mask)
 
@@ -106,8 +104,8 @@ def test_with_nothing_known_it_is_generation():
     model, labels = tiny_model(), torch.tensor([0, 1, 2])
     settings = SamplingSettings(steps=4, guidance=2.0)
     everything = {"known": torch.ones(3, 3, 4, 4), "mask": torch.ones(3, 16, dtype=torch.bool)}
-    generated = sample(model, labels, settings, source=ImageStreams(3, range(3)))
-    assert torch.equal(sample(model, labels, settings, source=ImageStreams(3, range(3)), **everything), generated)
+    generated = sample(model, labels, settings, source=image_streams(3, range(3)))
+    assert torch.equal(sample(model, labels, settings, source=image_streams(3, range(3)), **everything), generated)
 
 
 def test_orders_start_with_the_masked_tokens():

@@ -2,7 +2,7 @@ import pytest
 import torch
 from factories import tiny_model
 
-from ear.runtime.randomness import ImageStreams, generator
+from ear.runtime.randomness import image_streams, stream
 from ear.sampling.guidance import scale_at
 from ear.sampling.sampler import network_evaluations, sample
 from ear.sampling.settings import SamplingSettings
@@ -12,7 +12,7 @@ LABELS = torch.tensor([0, 1, 2, 0, 1])
 
 def draw(model, labels=LABELS, first=0, **options):
     settings = {"steps": 5, "guidance": 2.0, "schedule": "linear", "temperature": 0.8}
-    source = ImageStreams(7, range(first, first + len(labels)))
+    source = image_streams(7, range(first, first + len(labels)))
     return sample(model, labels, SamplingSettings(**{**settings, **options}), source=source)
 
 
@@ -60,8 +60,8 @@ def test_patches(patch):
 def test_one_generator_serves_all_images():
     model = tiny_model()
     settings = SamplingSettings(steps=3, guidance=1.0)
-    first = sample(model, LABELS, settings, source=generator(0))
-    assert torch.equal(first, sample(model, LABELS, settings, source=generator(0)))
+    first = sample(model, LABELS, settings, source=stream(0))
+    assert torch.equal(first, sample(model, LABELS, settings, source=stream(0)))
 
 
 def test_guidance_schedules():

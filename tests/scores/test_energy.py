@@ -8,7 +8,7 @@ import torch
 import toy
 from factories import score_options
 
-from ear.runtime.randomness import generator
+from ear.runtime.randomness import generator, stream
 from ear.scores.energy import EnergyScore, distance, energy_loss
 from ear.scores.score import HeadSize
 
@@ -196,7 +196,7 @@ def head(*, token_channels: int = 2, **options) -> EnergyScore:
 def test_untrained_head_gives_zero_twice_the_distance_and_finite_gradients(alpha):
     score = head(token_channels=16, alpha=alpha, smoothing=1e-2 if alpha < 1 else 1e-6)
     hidden, y = torch.randn(64, 8, generator=generator(1)), torch.randn(64, 16, generator=generator(2))
-    loss = score.loss(hidden, y, temperature=1.0, generator=generator(3))
+    loss = score.loss(hidden, y, temperature=1.0, source=stream(3))
     loss.mean().backward()
     smoothed = (y.square().sum(-1) + score.smoothing**2).pow(alpha / 2) - score.smoothing**alpha
     assert torch.allclose(loss, 2 * smoothed, rtol=1e-5)
@@ -206,8 +206,8 @@ def test_untrained_head_gives_zero_twice_the_distance_and_finite_gradients(alpha
 
 def test_noise_kinds():
     shape, device = (4000,), torch.device("cpu")
-    uniform = head().draw_noise(shape, generator(0), device)
-    gaussian = head(noise="gaussian").draw_noise(shape, generator(0), device)
+    uniform = head().draw_noise(shape, stream(0), device)
+    gaussian = head(noise="gaussian").draw_noise(shape, stream(0), device)
     assert uniform.shape == gaussian.shape == (4000, 16)
     assert -0.5 <= uniform.min() < -0.49
     assert 0.49 < uniform.max() < 0.5
@@ -234,8 +234,8 @@ def test_guidance_extrapolates_the_hidden_state():
     with torch.no_grad():
         score.network.output.weight.normal_(generator=generator(5))
     conditional, null = torch.randn(2, 3, 8, generator=generator(1))
-    guided = score.sample(conditional, source=generator(9), unconditional=null, guidance=3.0)
-    by_hand = score.sample(3.0 * conditional - 2.0 * null, source=generator(9))
+    guided = score.sample(conditional, source=stream(9), unconditional=null, guidance=3.0)
+    by_hand = score.sample(3.0 * conditional - 2.0 * null, source=stream(9))
     assert torch.equal(guided, by_hand)
 
 

@@ -15,7 +15,7 @@ from ear.config import Score
 from ear.config.compose import compose
 from ear.config.scores import OPTIONS, score_options
 from ear.errors import UserError
-from ear.runtime.randomness import ImageStreams, generator
+from ear.runtime.randomness import generator, image_streams, stream
 from ear.sampling.sampler import sample
 from ear.sampling.settings import SamplingSettings
 from ear.scores import hyvarinen
@@ -54,13 +54,13 @@ def test_every_score_serves_model_and_sampler(name):
     latents = torch.randn(64, 3, 4, 4, generator=generator(0))
     model.score.learn(latents.permute(0, 2, 3, 1).reshape(-1, 3), seed=0)
     labels = torch.arange(64) % 3
-    loss = model.loss(latents, labels, temperature=1.0, generator=generator(1))
+    loss = model.loss(latents, labels, temperature=1.0, source=stream(1))
     loss.backward()
     assert loss.isfinite()
     assert sum(p.grad.abs().sum() for p in model.score.parameters() if p.grad is not None) > 0
     settings = SamplingSettings(steps=3, guidance=2.0, temperature=0.9)
-    together = sample(model, labels[:4], settings, source=ImageStreams(3, range(4)))
-    apart = sample(model, labels[2:4], settings, source=ImageStreams(3, [2, 3]))
+    together = sample(model, labels[:4], settings, source=image_streams(3, range(4)))
+    apart = sample(model, labels[2:4], settings, source=image_streams(3, [2, 3]))
     torch.testing.assert_close(together[2:], apart, atol=1e-4, rtol=1e-4)
 
 
@@ -71,7 +71,7 @@ def test_network_evaluations_are_counted(name):
     last = score.projection if hasattr(score, "projection") else score.network.output
     calls = []
     last.register_forward_hook(lambda *_: calls.append(1))
-    score.sample(torch.zeros(3, toy.HIDDEN), source=generator(0))
+    score.sample(torch.zeros(3, toy.HIDDEN), source=stream(0))
     assert len(calls) == score.evaluations_per_token == (7 if name == "hyvarinen" else 1)
 
 
@@ -169,15 +169,15 @@ def test_components_start_different_so_that_they_can_part(one_thread):
 def test_full_covariance_learns_a_negative_correlation(one_thread):
     score = head("logarithmic", components=1, covariance="full")
     optimizer = torch.optim.Adam(score.parameters(), lr=0.02)
-    source, state = generator(0, "correlated"), torch.ones(256, toy.HIDDEN)
+    source, noise, state = generator(0, "correlated"), stream(0, "correlated"), torch.ones(256, toy.HIDDEN)
     for _ in range(300):
         x = torch.randn(256, 2, generator=source)
         target = torch.stack([x[:, 0], -0.8 * x[:, 0] + 0.6 * x[:, 1]], dim=-1)
         optimizer.zero_grad()
-        score.loss(state, target, temperature=1.0, generator=source).mean().backward()
+        score.loss(state, target, temperature=1.0, source=noise).mean().backward()
         optimizer.step()
     with torch.no_grad():
-        drawn = score.sample(torch.ones(4000, toy.HIDDEN), source=source)
+        drawn = score.sample(torch.ones(4000, toy.HIDDEN), source=noise)
     assert abs(torch.corrcoef(drawn.T)[0, 1] + 0.8) < 0.05
 
 
@@ -194,10 +194,10 @@ def test_temperature_scales_the_standard_deviations():
     hidden = torch.zeros(20_000, toy.HIDDEN)
     scales = torch.tensor([1.0, 2.0])  # square plus of 0 and 1.5
     for temperature in (1.0, 0.5):
-        drawn = score.sample(hidden, source=generator(0), temperature=temperature)
+        drawn = score.sample(hidden, source=stream(0), temperature=temperature)
         assert (drawn.mean(0) - torch.tensor([3.0, -1.0])).abs().max() < 0.05
         assert (drawn.std(0) / scales - temperature).abs().max() < 0.02
-    assert torch.equal(score.sample(hidden[:1], source=generator(0), temperature=0.0), torch.tensor([[3.0, -1.0]]))
+    assert torch.equal(score.sample(hidden[:1], source=stream(0), temperature=0.0), torch.tensor([[3.0, -1.0]]))
 
 
 def two_gaussians(weights, means, scales, *, full: bool, tokens: int) -> Mixture:
@@ -217,7 +217,7 @@ def test_guided_tokens_follow_the_product_of_powers(scale, full):
     weight, grid = log.softmax(0), grid[:, 0].double()
     mean = (weight * grid).sum()
     sd = (weight * (grid - mean) ** 2).sum().sqrt()
-    drawn = guided(c, u, scale=scale, source=generator(0)).double()
+    drawn = guided(c, u, scale=scale, source=stream(0)).double()
     assert abs(drawn.mean() - mean) < 0.03
     assert abs(drawn.std() - sd) < 0.03
 
@@ -232,10 +232,10 @@ def test_guidance_leads_away_from_the_unconditional_prediction():
     here, null = torch.zeros(2, 20_000, toy.HIDDEN)
     here[:, 0] = 1.0
     for scale, least in ((1.0, 0.0), (1.4, 0.15), (3.0, 0.6)):
-        drawn = score.sample(here, source=generator(0), unconditional=null, guidance=scale)
+        drawn = score.sample(here, source=stream(0), unconditional=null, guidance=scale)
         assert least < drawn.mean() - 0.5 + 0.02
         assert drawn.mean() < 0.5 * scale + 0.02  # what the formula says is never exceeded
-    halved = score.sample(here, source=generator(0), unconditional=null, guidance=3.0, temperature=0.5)
+    halved = score.sample(here, source=stream(0), unconditional=null, guidance=3.0, temperature=0.5)
     assert halved.std() < 0.55
 
 
@@ -243,7 +243,7 @@ def test_guidance_that_is_no_density_stays_inside_the_condition():
     """The quotient of Gaussians has no integral where the unconditional one is narrower."""
     c = two_gaussians([1.0], [0.7], [2.0], full=False, tokens=10_000)
     u = two_gaussians([1.0], [-0.4], [0.1], full=False, tokens=10_000)
-    drawn = guided(c, u, scale=3.0, source=generator(0))
+    drawn = guided(c, u, scale=3.0, source=stream(0))
     assert (drawn - 0.7).abs().max() < 6 * 2.0
     assert (drawn + 0.4).abs().min() > 0.1  # away from what the condition makes less likely
 
@@ -291,7 +291,7 @@ def test_ancestral_sampler_with_the_exact_score_and_variance():
     size = scores.HeadSize(hidden_width=4, token_channels=1, width=8, depth=1)
     options = factories.score_options("hyvarinen", samples=2, sampling_steps=100, denoised_limit=0.0)
     sampler = ExactGaussian(options, size)
-    drawn = sampler.sample(torch.zeros(100_000, 4), source=generator(0))
+    drawn = sampler.sample(torch.zeros(100_000, 4), source=stream(0))
     assert abs(drawn.mean() - 0.7) < 0.014
     assert abs(drawn.std() / 0.4 - 1) < 0.02
 
@@ -308,11 +308,11 @@ def test_diffusion_guidance_extrapolates_the_predicted_noise_and_temperature_sca
     options = factories.score_options("hyvarinen", samples=1, sampling_steps=10, denoised_limit=0.0)
     sampler = ConstantNoise(options, size)
     one, two, four = (torch.full((5, 4), value) for value in (1.0, 2.0, 4.0))
-    guided_by_hand = sampler.sample(four, source=generator(0))
-    drawn = sampler.sample(two, source=generator(0), unconditional=one, guidance=3.0)  # 1 + 3 (2 - 1) = 4
+    guided_by_hand = sampler.sample(four, source=stream(0))
+    drawn = sampler.sample(two, source=stream(0), unconditional=one, guidance=3.0)  # 1 + 3 (2 - 1) = 4
     torch.testing.assert_close(drawn, guided_by_hand)
 
-    drawn = {t: sampler.sample(one, source=generator(0), temperature=t) for t in (0.0, 0.5, 1.0)}
+    drawn = {t: sampler.sample(one, source=stream(0), temperature=t) for t in (0.0, 0.5, 1.0)}
     # The steps are affine in what they add, and the constant noise makes their sum so too.
     torch.testing.assert_close(drawn[0.5], (drawn[0.0] + drawn[1.0]) / 2, rtol=1e-3, atol=1e-3)
     assert (drawn[1.0] - drawn[0.0]).abs().max() > 0.1
@@ -344,9 +344,9 @@ def numbered_codes(probabilities):
 def test_categorical_sampling_follows_its_probabilities():
     probabilities = torch.tensor([0.2, 0.3, 0.5])
     score, hidden = numbered_codes(probabilities), torch.zeros(20_000, toy.HIDDEN)
-    drawn = score.sample(hidden, source=generator(0))[:, 0].long()
+    drawn = score.sample(hidden, source=stream(0))[:, 0].long()
     assert (torch.bincount(drawn, minlength=3) / 20_000 - probabilities).abs().max() < 0.02
-    assert (score.sample(hidden[:5], source=generator(0), temperature=0.0)[:, 0] == 2).all()
+    assert (score.sample(hidden[:5], source=stream(0), temperature=0.0)[:, 0] == 2).all()
 
 
 def test_categorical_guidance_extrapolates_the_logits():
@@ -354,6 +354,6 @@ def test_categorical_guidance_extrapolates_the_logits():
     score.projection.weight.data[:, 0] = torch.tensor([1.0, 0.0, -1.0])
     here, null = torch.zeros(2, 20_000, toy.HIDDEN)
     here[:, 0] = 1.0
-    drawn = score.sample(here, source=generator(0), unconditional=null, guidance=2.5)[:, 0].long()
+    drawn = score.sample(here, source=stream(0), unconditional=null, guidance=2.5)[:, 0].long()
     logits = 2.5 * score.logits(here[:1])[0] - 1.5 * score.logits(null[:1])[0]
     assert (torch.bincount(drawn, minlength=3) / 20_000 - logits.softmax(-1)).abs().max() < 0.02

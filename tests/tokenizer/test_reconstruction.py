@@ -8,7 +8,7 @@ from prepared_sets import pixels
 from skimage.metrics import peak_signal_noise_ratio
 
 from ear.data.images import to_signed, to_uint8
-from ear.runtime.randomness import generator
+from ear.runtime.randomness import stream
 from ear.tokenizer import posterior
 from ear.tokenizer.autoencoder import Identity
 from ear.tokenizer.reconstruction import describe, psnr, reconstruct
@@ -39,7 +39,7 @@ def test_reconstruction_goes_through_the_posterior_mean():
 
 def test_figures_are_those_of_all_images_together():
     tokenizer, images = tiny_autoencoder(), torch.from_numpy(pixels(10))
-    figures = describe(tokenizer, images.split(4), generator(0))
+    figures = describe(tokenizer, images.split(4), stream(0))
     moments = tokenizer.encode(to_signed(images)).double()
     mean, variance = moments[:, :3].numpy(), moments[:, 3:].exp().numpy()
     std = np.sqrt(mean.var(axis=(0, 2, 3)) + variance.mean(axis=(0, 2, 3)))
@@ -50,13 +50,13 @@ def test_figures_are_those_of_all_images_together():
     np.testing.assert_allclose(figures["channel_posterior_std"], np.sqrt(variance.mean(axis=(0, 2, 3))), rtol=1e-5)
     assert figures["latent_std"] == pytest.approx(np.sqrt(mean.var() + variance.mean()), rel=1e-5)
     assert figures["posterior_ratio"] == pytest.approx(np.sqrt(variance.mean()) / figures["latent_std"], rel=1e-5)
-    again = describe(tokenizer, images.split(4), generator(0))
+    again = describe(tokenizer, images.split(4), stream(0))
     assert again == figures
 
 
 def test_figures_of_the_identity():
     images = torch.from_numpy(pixels(6))
-    figures = describe(Identity(image_size=8, downsample=2), [images], generator(0))
+    figures = describe(Identity(image_size=8, downsample=2), [images], stream(0))
     assert figures["psnr"] == figures["psnr_sampled"] == 100.0
     assert figures["latent_std"] == pytest.approx(to_signed(images).std(correction=0).item(), rel=1e-5)
     assert figures["posterior_ratio"] < 1e-5
