@@ -77,7 +77,7 @@ def measured(preset: str, batch: int, device: torch.device, repeats: int) -> dic
     set_precision(precision, device, key="sample.precision")
     labels = (torch.arange(batch) % len(model.shape.classes)).to(device)
     ways = {
-        "sampling": lambda source: sample(model, labels, settings, source=source),
+        "sampling": lambda source: sample(model, labels.tolist(), settings, source=source),
         "baseline": lambda source: naive(model, labels, settings, source),
         "head": lambda source: head_only(model, labels, settings, source),
     }

@@ -111,7 +111,7 @@ def model_seconds(timer: Timer, model: AutoregressiveModel, parameters: Paramete
         model.train().loss(latents, labels, temperature=1.0, source=randomness.stream(0, "loss")).backward()
 
     def draw() -> None:
-        sample(model.eval(), labels, settings, source=randomness.stream(0))
+        sample(model.eval(), labels.tolist(), settings, source=randomness.stream(0))
 
     whole, part = (network_evaluations(model, steps)["transformer"] for steps in (options.steps, _STEPS))
     return {"train": timer(train), "draw": timer(draw) * whole / part}

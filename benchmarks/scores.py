@@ -43,7 +43,7 @@ class Candidate:
             self._training.step()
         between = self._now()
         source = image_streams(0, range(len(self.labels)))
-        sample(self.model.eval(), self.labels, SamplingSettings.of(self.options.sample), source=source)
+        sample(self.model.eval(), self.labels.tolist(), SamplingSettings.of(self.options.sample), source=source)
         self.training.append((between - start) / (_STEPS * self.options.train.global_batch_size))
         self.sampling.append((self._now() - between) / len(self.labels))
 

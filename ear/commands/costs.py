@@ -222,8 +222,7 @@ def sampling_flops(shape: Shape, settings: SamplingSettings) -> dict[str, int]:
     """Operations per generated image, by `ear.sampling.sampler.sample`: transformer, head."""
 
     def count(model: AutoregressiveModel) -> dict[str, int]:
-        labels = torch.empty(1, dtype=torch.long)
-        flops = _flops(lambda: sample(model, labels, settings, source=randomness.stream(0)))
+        flops = _flops(lambda: sample(model, [0], settings, source=randomness.stream(0)))
         return dict(zip(("transformer", "head"), flops, strict=True))
 
     return _at_depth(shape, lambda model: count(model.eval()))

@@ -8,8 +8,9 @@ Shapes: B images, R rows (B, or 2 B with guidance), C latent channels, (h, w) la
 channels (patch side p), P buffer tokens, W width, n predicted positions.
 """
 
+import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -35,13 +36,24 @@ class Conditions:
     labels: Tensor  # int64 [R]
     null: Tensor | None  # bool [R], true for rows without a class; None if there are none
     rows_per_image: int  # 1, or 2 with guidance
+    distinct: "Conditions | None" = None  # those that occur, each once; None if these are they
+    kind: Tensor | None = None  # int64 [R], which of the distinct conditions every row has
 
     @classmethod
-    def of(cls, labels: Tensor, *, guided: bool) -> "Conditions":
-        """Labels int64 [B] => the conditions of B rows or, if guided, of 2 B: with class first, then without."""
-        if not guided:
-            return cls(labels, None, 1)
-        return cls(labels.repeat(2), torch.arange(2 * len(labels), device=labels.device) >= len(labels), 2)
+    def of(cls, labels: Sequence[int], *, guided: bool, device: torch.device | str) -> "Conditions":
+        """Labels of B images => the conditions of B rows or, if guided, of 2 B: with class first, then without."""
+        rows = [*labels, *([None] * len(labels) if guided else [])]
+        known = list(dict.fromkeys(rows))
+        place = {label: number for number, label in enumerate(known)}
+        distinct = cls._of_rows(known, guided, device)
+        kind = torch.tensor([place[label] for label in rows]).to(device, non_blocking=True)
+        return dataclasses.replace(cls._of_rows(rows, guided, device), distinct=distinct, kind=kind)
+
+    @classmethod
+    def _of_rows(cls, rows: Sequence[int | None], guided: bool, device: torch.device | str) -> "Conditions":
+        labels = torch.tensor([label or 0 for label in rows]).to(device, non_blocking=True)
+        null = torch.tensor([label is None for label in rows]).to(device, non_blocking=True) if guided else None
+        return cls(labels, null, 1 + guided)
 
     def expand(self, values: Tensor) -> Tensor:
         """Values per image [B, ...] => values per row [R, ...]."""

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from ear.model.autoregressive import AutoregressiveModel, Conditions, DrawTokens
 from ear.model.masking import mask_first, mask_of, masked_after, masked_before_known, masked_count, random_orders
 from ear.model.shape import Shape
-from ear.model.tokens import pick
 from ear.runtime.randomness import Stream
 
 
@@ -34,8 +33,10 @@ class MaskedModel(AutoregressiveModel):
         )
         self.mask_ratio_min = options.mask_ratio_min
 
-    def hidden(self, tokens: Tensor, mask: Tensor, labels: Tensor, null: Tensor | None = None) -> Tensor:
-        """Hidden states [B, L, W] of all image tokens, masked or not.
+    def hidden(
+        self, tokens: Tensor, mask: Tensor, labels: Tensor, null: Tensor | None = None, wanted: Tensor | None = None
+    ) -> Tensor:
+        """Hidden states [B, L, W] of all image tokens, masked or not, or [B, n, W] of those `wanted`, int64 [B, n].
 
         tokens: [B, L, D]; values under the mask are ignored. mask: bool [B, L], true where a token is masked. labels:
         int64 [B]. null: bool [B], true where the class is dropped; None keeps all classes.
@@ -43,6 +44,8 @@ class MaskedModel(AutoregressiveModel):
         embedded = self.token_embedding(tokens)  # [B, L, W]
         embedded = torch.where(mask[..., None], self.mask_token.to(embedded.dtype), embedded)
         sequence = torch.cat([self.prefix(labels, null), embedded], dim=1)  # [B, P + L, W]
+        if wanted is not None:
+            return self.transformer(sequence + self.positions, wanted=wanted + self.buffer)
         return self.transformer(sequence + self.positions)[:, self.buffer :]
 
     def training_positions(self, images: int, source: Stream, device: torch.device | str = "cpu") -> Tensor:
@@ -56,7 +59,7 @@ class MaskedModel(AutoregressiveModel):
 
     def predict(self, tokens: Tensor, positions: Tensor, labels: Tensor, null: Tensor | None = None) -> Tensor:
         """Hidden states [B, n, W] at `positions`, int64 [B, n], after masking these in `tokens` [B, L, D]."""
-        return pick(self.hidden(tokens, mask_of(positions, self.tokens), labels, null), positions)
+        return self.hidden(tokens, mask_of(positions, self.tokens), labels, null, wanted=positions)
 
     def draw_orders(self, images: int, source: Stream, device: torch.device | str = "cpu") -> Tensor:
         """int64 [B, L]: a random order per image.
@@ -87,13 +90,30 @@ class MaskedModel(AutoregressiveModel):
                 continue  # with more steps than tokens, some steps reveal nothing
             # Sorted, so that which noise a token gets depends only on the set of positions drawn together.
             revealed = orders[:, remaining:masked].sort(dim=1).values  # [B, n]
-            hidden = self.hidden(
-                conditions.expand(tokens), conditions.expand(mask), conditions.labels, conditions.null
-            )  # [R, L, W]
-            drawn = draw_tokens(pick(hidden, conditions.expand(revealed)), remaining)  # [R, n, W] => [B, n, D]
+            wanted = conditions.expand(revealed)
+            if masked == self.tokens:
+                hidden = self._hidden_of_nothing(conditions, wanted)
+            else:
+                rows = conditions.expand(tokens), conditions.expand(mask)
+                hidden = self.hidden(*rows, conditions.labels, conditions.null, wanted=wanted)
+            drawn = draw_tokens(hidden, remaining)  # [R, n, W] => [B, n, D]
             tokens.scatter_(1, revealed[..., None].expand_as(drawn), drawn)
             mask.scatter_(1, revealed, False)
             masked = remaining
+
+    def _hidden_of_nothing(self, conditions: Conditions, wanted: Tensor) -> Tensor:
+        """Hidden states [R, n, W] at the positions `wanted` [R, n] while all tokens are masked.
+
+        They depend on the class alone, so one row is computed per class.
+        """
+        kinds, kind = conditions.distinct, conditions.kind
+        assert kinds is not None
+        assert kind is not None
+        rows = len(kinds.labels)
+        mask = torch.ones(rows, self.tokens, dtype=torch.bool, device=wanted.device)
+        tokens = torch.zeros(rows, self.tokens, self.shape.token_channels, device=wanted.device)
+        hidden = self.hidden(tokens, mask, kinds.labels, kinds.null)  # [rows, L, W]
+        return hidden.flatten(0, 1)[wanted + kind[:, None] * self.tokens]
 
     def passes(self, steps: int) -> int:
         """Passes of the transformer to generate all L tokens in `steps` steps; a guided pass counts once."""

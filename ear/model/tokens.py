@@ -3,6 +3,7 @@
 Shapes: B images, C latent channels, (h, w) latent grid, L tokens of D = C p^2 channels (patch side p).
 """
 
+import torch
 from torch import Tensor
 
 
@@ -22,4 +23,6 @@ def unpatchify(tokens: Tensor, p: int, latent: tuple[int, int, int]) -> Tensor:
 
 def pick(rows: Tensor, positions: Tensor) -> Tensor:
     """Rows [B, L, X] at positions [B, n] => [B, n, X]."""
-    return rows.gather(1, positions[..., None].expand(-1, -1, rows.shape[-1]))
+    first = torch.arange(len(rows), device=rows.device)[:, None] * rows.shape[1]
+    # As one list of rows: the backward pass of `gather` would sort every coordinate to be deterministic on a GPU.
+    return rows.flatten(0, 1).index_select(0, (positions + first).flatten()).unflatten(0, positions.shape)

@@ -4,12 +4,15 @@ Attention is bidirectional, or causal with a cache of keys and values for genera
 Shapes: B images, T sequence positions, W width, H heads.
 """
 
+from collections.abc import Iterable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ear import config
+from ear.model.tokens import pick
 from ear.scores.modulated_mlp import NORM_EPS
 
 
@@ -42,9 +45,17 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(options.width, 3 * options.width)
         self.projection = nn.Linear(options.width, options.width)
 
-    def forward(self, x: Tensor, cache: Cache | None = None) -> Tensor:
-        """[B, T, W] => [B, T, W]; with a cache, the T positions follow those that it holds."""
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # each [B, H, T, W/H]
+    def forward(self, x: Tensor, cache: Cache | None = None, wanted: Tensor | None = None) -> Tensor:
+        """[B, T, W] => [B, T, W]; with a cache, the T positions follow those that it holds.
+
+        wanted: int64 [B, n]; the result is computed at these positions only, [B, n, W].
+        """
+        if wanted is None:
+            q, k, v = self._split(self.qkv(x), 3)
+        else:
+            query, rest = (part.split((x.shape[-1], 2 * x.shape[-1])) for part in (self.qkv.weight, self.qkv.bias))
+            (q,) = self._split(F.linear(pick(x, wanted), query[0], rest[0]), 1)
+            k, v = self._split(F.linear(x, query[1], rest[1]), 2)
         if cache is not None:
             # A single new position attends to all earlier ones and needs no mask; several must be the first positions.
             assert self.causal
@@ -55,6 +66,10 @@ class Attention(nn.Module):
         mixed = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=causal)
         mixed = mixed.transpose(1, 2).flatten(2)  # [B, T, W]
         return F.dropout(self.projection(mixed), self.dropout, self.training)
+
+    def _split(self, x: Tensor, parts: int) -> Iterable[Tensor]:
+        """[B, T, parts W] => `parts` tensors [B, H, T, W/H]."""
+        return x.unflatten(-1, (parts, self.heads, -1)).permute(2, 0, 3, 1, 4)
 
 
 class Block(nn.Module):
@@ -71,9 +86,10 @@ class Block(nn.Module):
             nn.Linear(width, hidden), nn.GELU(), nn.Dropout(dropout), nn.Linear(hidden, width), nn.Dropout(dropout)
         )
 
-    def forward(self, x: Tensor, cache: Cache | None = None) -> Tensor:
-        """[B, T, W] => [B, T, W]."""
-        x = x + self.attention(self.attention_norm(x), cache)
+    def forward(self, x: Tensor, cache: Cache | None = None, wanted: Tensor | None = None) -> Tensor:
+        """[B, T, W] => [B, T, W], or [B, n, W] at the positions `wanted`, int64 [B, n]."""
+        mixed = self.attention(self.attention_norm(x), cache, wanted)
+        x = (x if wanted is None else pick(x, wanted)) + mixed
         return x + self.mlp(self.mlp_norm(x))
 
 
@@ -90,10 +106,14 @@ class Transformer(nn.Module):
         """Empty caches for a sequence of up to `capacity` positions, one per block."""
         return [Cache(capacity) for _ in self.blocks]
 
-    def forward(self, x: Tensor, caches: list[Cache] | None = None) -> Tensor:
-        """[B, T, W] => [B, T, W]; with `caches`, the T positions follow those of earlier calls."""
+    def forward(self, x: Tensor, caches: list[Cache] | None = None, wanted: Tensor | None = None) -> Tensor:
+        """[B, T, W] => [B, T, W]; with `caches`, the T positions follow those of earlier calls.
+
+        wanted: int64 [B, n]; the last block computes these positions only, and the result is [B, n, W].
+        """
         recompute = self.checkpointing and torch.is_grad_enabled()
         for number, block in enumerate(self.blocks):
             cache = None if caches is None else caches[number]
-            x = checkpoint(block, x, cache, use_reentrant=False) if recompute else block(x, cache)
+            rows = wanted if number == len(self.blocks) - 1 else None
+            x = checkpoint(block, x, cache, rows, use_reentrant=False) if recompute else block(x, cache, rows)
         return self.norm(x)

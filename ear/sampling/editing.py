@@ -79,7 +79,7 @@ def _redrawn(
     noise = normal((len(images), *sampler.model.shape.latent), source, device)
     latents = sample(
         sampler.model,
-        torch.as_tensor(classes, device=device),
+        classes.tolist(),
         settings,
         source=source,
         known=normalised(moments, noise, sampler.statistics),

@@ -87,7 +87,7 @@ class ImageSampler:
         numbers = range(first, first + len(labels))
         source = image_streams(settings.seed, numbers)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=settings.precision == "bfloat16"):
-            latents = sample(self.model, torch.as_tensor(labels, device=self.device), settings, source=source)
+            latents = sample(self.model, labels, settings, source=source)
         return self.pixels(latents, numbers, guidance=settings.guidance)
 
     def pixels(self, latents: torch.Tensor, numbers: Sequence[int], *, guidance: float) -> np.ndarray:

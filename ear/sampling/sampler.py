@@ -3,6 +3,8 @@
 Shapes: B images, L tokens of D channels, W hidden width, n tokens drawn in a step.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -16,7 +18,7 @@ from ear.sampling.settings import SamplingSettings
 @torch.inference_mode()
 def sample(
     model: AutoregressiveModel,  # in eval mode
-    labels: Tensor,  # int64 [B], on the model's device
+    labels: Sequence[int],  # class numbers, one per image
     settings: SamplingSettings,
     *,
     source: Stream,  # one key per image, or one for all
@@ -28,7 +30,8 @@ def sample(
 
     Raises UserError if `known` is given to a causal model, or images mask different numbers of tokens.
     """
-    conditions = Conditions.of(labels, guided=settings.guidance != 1.0)
+    device = model.positions.device
+    conditions = Conditions.of([int(label) for label in labels], guided=settings.guidance != 1.0, device=device)
 
     def draw_tokens(hidden: Tensor, masked: int) -> Tensor:
         """Hidden states [R, n, W] => tokens [B, n, D]; `masked` tokens are left afterwards."""
@@ -42,9 +45,9 @@ def sample(
         )
         return drawn.unflatten(0, (len(labels), -1)).float()
 
-    tokens = torch.zeros(len(labels), model.tokens, model.shape.token_channels, device=labels.device)
+    tokens = torch.zeros(len(labels), model.tokens, model.shape.token_channels, device=device)
     if orders is None:
-        orders = model.draw_orders(len(labels), source, labels.device)
+        orders = model.draw_orders(len(labels), source, device)
     count = model.tokens
     if known is not None:
         assert mask is not None
