@@ -47,12 +47,17 @@ def tensors_by_name(content: object, *, origin: str) -> dict:
     return content
 
 
-def built_with(build: "Callable[[], Network]", tensors: "dict[str, torch.Tensor]", origin: str) -> "Network":
-    """The module that `build` returns, with these weights; raises as `load_weights` does.
+def built_with(
+    build: "Callable[[], Network]", tensors: "dict[str, torch.Tensor]", origin: str, *, layers: int
+) -> "Network":
+    """The module of `layers` layers that `build` returns, with these weights; raises as `load_weights` does.
 
     Names and shapes are compared before memory is taken, so a file that lies about its sizes costs nothing.
     """
     import torch
+
+    if layers > len(tensors):
+        raise UserError(f"{origin} describes {layers} layers, but has {len(tensors)} tensors; it is damaged.")
 
     with torch.device("meta"):
         _check(build().state_dict(), tensors, origin)

@@ -175,5 +175,8 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         )
     with reading(path, "description of a tokenizer", "run the tokenizer stage again"):
         kind, config = _KINDS[description["kind"]], description["config"]
-        tokenizer = built_with(lambda: kind(image_size=description["image_size"], **config), tensors, str(path))
+        layers = config.get("structure", {}).get("layers_per_block", 0)
+        tokenizer = built_with(
+            lambda: kind(image_size=description["image_size"], **config), tensors, str(path), layers=layers
+        )
     return tokenizer.eval().requires_grad_(False)

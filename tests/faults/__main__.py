@@ -28,19 +28,22 @@ def main() -> int:
     parser.add_argument("--only", nargs="+", choices=names, default=names, metavar="NAME", help=", ".join(names))
     parser.add_argument("--jobs", type=int, default=2, help="batches at a time (default: 2)")
     parser.add_argument("--page", action="store_true", help=f"write {PAGE.relative_to(ROOT)} and its counts")
+    parser.add_argument("--recorded", action="store_true", help="inject nothing more: only what has been recorded")
     arguments = parser.parse_args()
     chosen = [fault for fault in FAULTS if fault.name in arguments.only]
-    wanted = [(f.name, case) for f in chosen for case in range(f.full if arguments.full else f.quick)]
-    results = run(wanted, arguments.jobs)
+    counts = {fault.name: fault.full if arguments.full else fault.quick for fault in chosen}
+    wanted = [(name, case) for name, count in counts.items() for case in range(count)]
+    wanted.sort(key=lambda batch: batch[1] / counts[batch[0]])  # all faults advance alike
+    results = run(wanted, arguments.jobs, only_recorded=arguments.recorded)
     failed = [entry for entry in results if entry["error"]]
     for entry in failed:
         print(f"\n{entry['fault']} {entry['case']}:\n{entry['error']}", file=sys.stderr)
     cases = sum(sum(entry["outcomes"].values()) for entry in results)
     print(f"{cases:,} injections in {len(results)} batches; {len(failed)} batches failed")
     if arguments.page and not failed:
-        counts = summary(results)
-        SUMMARY.write_text(json.dumps(counts, indent=1) + "\n")
-        PAGE.write_text(page(counts))
+        found = summary(results)
+        SUMMARY.write_text(json.dumps(found, indent=1) + "\n")
+        PAGE.write_text(page(found))
         print(f"wrote {PAGE.relative_to(ROOT)}")
     return bool(failed)
 

@@ -41,7 +41,7 @@ FAULTS = [
         "nothing",
         interruptions.kill_flow,
         1,
-        5,
+        4,
     ),
     Fault(
         "signals",
@@ -101,7 +101,7 @@ FAULTS = [
         "nothing that was complete",
         damage.full_disk,
         1,
-        8,
+        6,
     ),
     Fault(
         "file-limit",
@@ -111,7 +111,7 @@ FAULTS = [
         "nothing that was complete",
         damage.file_limit,
         1,
-        8,
+        6,
     ),
     Fault(
         "flipped-byte",
