@@ -61,9 +61,8 @@ def ask(*arguments: str, folder: Path = Path()) -> str:
         if not done.returncode:
             return done.stdout
         error = failure(done.stderr.splitlines())
-        if not isinstance(error, BusyError):
+        if not _passes(error, folder):
             raise error
-        time.sleep(_BUSY_SECONDS)
 
 
 def act(
@@ -87,12 +86,23 @@ def act(
         if not command.stream([*DVC, *arguments], line=keep, environment=settings, folder=folder):
             return
         error = failure(kept)
-        if not isinstance(error, BusyError):
+        if not _passes(error, folder):
             raise error
         if not said:
-            said = f"waiting: {error}"
+            said = f"tried again: {error}"
             line(said)
+
+
+def _passes(error: RepositoryError, folder: Path) -> bool:
+    """Whether a second try can succeed: after a pause, or without a lock file that a killed DVC left half-written."""
+    if isinstance(error, BusyError):
         time.sleep(_BUSY_SECONDS)
+        return True
+    lock = folder / ".dvc/tmp/rwlock"
+    if "Unable to read RWLock-file" in str(error) and lock.is_file():
+        lock.unlink()
+        return True
+    return False
 
 
 def failure(lines: Iterable[str]) -> RepositoryError:

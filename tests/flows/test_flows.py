@@ -420,6 +420,12 @@ def test_a_busy_repository_is_waited_for(repo, client, server):
     assert state.message == "up to date: first"
 
 
+def test_a_lock_file_that_a_killed_dvc_left_half_written_is_deleted(repo):
+    Path(".dvc/tmp/rwlock").write_text("")
+    edit.apply("params.yaml", {"sample.steps": 9})
+    assert repository.reproduce("first", force=False, line=print, variables={}) == "ran"
+
+
 # --- as a program, stopped and deployed
 
 
