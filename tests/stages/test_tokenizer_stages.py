@@ -89,7 +89,7 @@ def kill_once(stage: str, pattern: str) -> None:
 
 
 def test_tokenizer_learns_and_describes_itself(repository):
-    run("tokenizer", **{"tokenizer.images": 4800, "tokenizer.learning_rate": 4e-3})
+    run("tokenizer", **{"tokenizer.images": 9600, "tokenizer.learning_rate": 4e-3})
     assert set(contents("data/tokenizer")) == {
         "tokenizer.safetensors",
         "metrics.json",
@@ -98,7 +98,7 @@ def test_tokenizer_learns_and_describes_itself(repository):
         "reconstructions.png",
     }
     figures = read_json("data/tokenizer/metrics.json")
-    assert figures["psnr"] > 13  # images of one colour, their mean, would have about 12 dB
+    assert figures["psnr"] > 14  # images of one colour, their mean, would have about 12 dB
     assert figures["psnr"] > figures["psnr_sampled"] - 1
     assert len(figures["channel_std"]) == 3
     tokenizer = load_tokenizer("data/tokenizer/tokenizer.safetensors")
@@ -107,7 +107,7 @@ def test_tokenizer_learns_and_describes_itself(repository):
     assert header.split("\t") == ["images", "loss", "reconstruction", "kl"]
     losses = [float(row.split("\t")[1]) for row in rows]
     assert len(rows) == 10
-    assert losses[-1] < 0.85 * losses[0]  # the first is of a tenth of the training
+    assert losses[-1] < 0.7 * losses[0]
     with Image.open("data/tokenizer/reconstructions.png") as picture:
         scale = 64 // 8
         assert picture.size == (12 * (8 * scale + 2) + 2, 2 * (8 * scale + 2) + 2)
