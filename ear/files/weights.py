@@ -1,6 +1,6 @@
 """Weights from elsewhere: pickled checkpoints read as plain tensors, and strict loading by name."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -48,22 +48,40 @@ def tensors_by_name(content: object, *, origin: str) -> dict:
 
 
 def built_with(
-    build: "Callable[[], Network]", tensors: "dict[str, torch.Tensor]", origin: str, *, layers: int
+    build: "Callable[[], Network]",
+    tensors: "dict[str, torch.Tensor]",
+    origin: str,  # of the tensors, for messages
+    *,
+    layers: int,  # that the description in the file asks for
+    description: object,  # nested plain values that `build` uses
 ) -> "Network":
-    """The module of `layers` layers that `build` returns, with these weights; raises as `load_weights` does.
+    """The module that `build` returns, with these weights; raises as `load_weights` does.
 
-    Names and shapes are compared before memory is taken, so a file that lies about its sizes costs nothing.
+    A file that lies about its sizes costs no memory: a number that exceeds every dimension of its tensors makes names
+    and shapes be compared before anything is built. That imports for two seconds, which usual files are spared.
     """
-    import torch
-
     if layers > len(tensors):
         raise UserError(f"{origin} describes {layers} layers, but has {len(tensors)} tensors; it is damaged.")
+    largest = max((side for tensor in tensors.values() for side in tensor.shape), default=0)
+    if any(number > largest for number in _numbers(description)):
+        import torch
 
-    with torch.device("meta"):
-        _check(build().state_dict(), tensors, origin)
+        with torch.device("meta"):
+            _check(build().state_dict(), tensors, origin)
     module = build()
     load_weights(module, tensors, origin)
     return module
+
+
+def _numbers(content: object) -> Iterator[float]:
+    """All numbers in nested plain values."""
+    if isinstance(content, int | float):
+        yield content
+    elif isinstance(content, Mapping):
+        yield from _numbers([*content.values()])
+    elif isinstance(content, list | tuple):
+        for entry in content:
+            yield from _numbers(entry)
 
 
 def load_weights(module: "nn.Module", tensors: "dict[str, torch.Tensor]", origin: str = "the checkpoint") -> None:

@@ -52,5 +52,6 @@ def load_model(path: str | Path, weights: str | None = None) -> tuple[Autoregres
         )
     with reading(path, "description of a model", "train it again"):
         shape = Shape.from_dict(description["shape"])
-        model = built_with(lambda: build_model(shape), read_part(path, part), str(path), layers=shape.model.depth)
+        tensors, stored = read_part(path, part), description["shape"]
+        model = built_with(lambda: build_model(shape), tensors, str(path), layers=shape.model.depth, description=stored)
     return model.eval(), description

@@ -64,7 +64,7 @@ def uniform(shape: Sequence[int], source: Stream, device: torch.device | str = "
 
 
 def normal(shape: Sequence[int], source: Stream, device: torch.device | str = "cpu") -> torch.Tensor:
-    """Standard normal float32 numbers on `device` (Box and Muller), at most 6.7 from 0; devices differ by 1e-6."""
+    """Standard normal float32 numbers on `device` (Box and Muller), at most 6.7 from 0; devices round differently."""
     rows, each = shape[0], math.prod(shape[1:])
     bits = source.bits((rows, 2, -(-each // 2)), device)
     radius = (((bits[:, 0].long() & 0xFFFFFFFF) + 1).float() * 2.0**-32).log_().mul_(-2).sqrt_()

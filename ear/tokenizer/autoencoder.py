@@ -177,6 +177,10 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         kind, config = _KINDS[description["kind"]], description["config"]
         layers = config.get("structure", {}).get("layers_per_block", 0)
         tokenizer = built_with(
-            lambda: kind(image_size=description["image_size"], **config), tensors, str(path), layers=layers
+            lambda: kind(image_size=description["image_size"], **config),
+            tensors,
+            str(path),
+            layers=layers,
+            description=config,
         )
     return tokenizer.eval().requires_grad_(False)

@@ -86,3 +86,10 @@ def test_configure_never_replaces_an_edited_file_silently(tmp_path):
     path.write_text("sample: 3\n")
     assert configured(tmp_path, "preset=digits")[1].startswith("configure: params.yaml has been edited (it names no")
     assert configured(tmp_path, "preset=digits", "--force") == (0, "wrote params.yaml")
+
+
+def test_configure_recognises_its_own_file_with_a_path_of_several_words(tmp_path):
+    (tmp_path / "my images").mkdir()
+    for preset in ("folder64", "folder64_smoke"):
+        assert configured(tmp_path, f"preset={preset}", "data.path='my images'") == (0, "wrote params.yaml")
+    assert configured(tmp_path, "preset=digits") == (0, "wrote params.yaml")

@@ -2,6 +2,7 @@ import pytest
 import torch
 from factories import tiny_model
 
+from ear.files.tensors import read_tensors, write_tensors
 from ear.model.files import load_model, save_model
 from ear.model.masking import mask_first, random_orders
 from ear.model.tokens import patchify, unpatchify
@@ -119,6 +120,23 @@ def test_foreign_files_are_refused(tmp_path):
     (tmp_path / "text.safetensors").write_text("not tensors")
     with pytest.raises(ValueError, match=r"text\.safetensors is not a readable safetensors file"):
         load_model(tmp_path / "text.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("width", 400_000, "holds"),  # 10^12 weights: no machine could build them
+        ("depth", 90_000, "describes 90000 layers, but has"),
+    ],
+)
+def test_a_file_that_lies_about_its_size_costs_no_memory(tmp_path, key, value, said):
+    path = tmp_path / "model.safetensors"
+    save_model(path, tiny_model(), {})
+    tensors, description = read_tensors(path)
+    description["shape"]["model"][key] = value
+    write_tensors(path, tensors, description)
+    with pytest.raises(ValueError, match=said):
+        load_model(path)
 
 
 @pytest.mark.slow
