@@ -21,8 +21,8 @@ from ear.config import edit
 from ear.config.edit import PARAMETERS
 from ear.errors import UserError
 from ear.files.atomic import whole_file, whole_folder
-from ear.lineage.declaration import stages_of
-from ear.lineage.run import SHARED_WORK, WORK
+from ear.lineage.declaration import declarations, stages_of
+from ear.lineage.run import SHARED_WORK, WORK, clear_finished
 from flows import repository
 from flows.devices import environment, hold
 from flows.repository import RepositoryError
@@ -64,6 +64,7 @@ def run(name: str, values: Mapping[str, Any], *, tree: str, among: list[str], li
             repository.act("exp", "remove", name, line=line, folder=copy)
         shared = {SHARED_WORK: str(Path.cwd() / WORK), **environment(held)}
         repository.act("exp", "run", "--name", name, line=line, folder=copy, variables=shared)
+        clear_finished(declarations().values(), copy)
         _git("fetch", "--quiet", str(copy), f"+{_refs()}{name}:{_refs()}{name}")
 
 

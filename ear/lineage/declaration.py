@@ -46,9 +46,9 @@ def _declaration(name: str, entry: dict[str, Any]) -> Declaration:
     )
 
 
-def locked() -> dict[str, dict[str, Any]]:
-    """Stage => its entry in dvc.lock; empty without that file."""
-    path = Path("dvc.lock")
+def locked(copy: Path = Path()) -> dict[str, dict[str, Any]]:
+    """Stage => its entry in the dvc.lock of a copy of the repository; empty without that file."""
+    path = copy / "dvc.lock"
     return stages_of(path.read_text()) if path.is_file() else {}
 
 

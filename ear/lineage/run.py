@@ -150,7 +150,11 @@ class Run:
 
     def _mention_others(self, folder: Path) -> None:
         """Tell of work that this run does not continue: nothing else would ever delete it."""
-        others = sorted(path for path in folder.parent.iterdir() if _is_key(path) and path != folder)
+        others = sorted(
+            path
+            for path in folder.parent.iterdir()
+            if _is_key(path) and path != folder and not _beside(path, _DONE).is_file()
+        )
         if others:
             sizes = sum(file.stat().st_size for path in others for file in files_under(path))
             names = ", ".join(map(str, others))
@@ -243,9 +247,13 @@ def unfinished(stage: str) -> Path:
     return Path(os.environ.get(SHARED_WORK, WORK)) / stage
 
 
-def clear_finished(declared: Iterable[Declaration]) -> None:
-    """Delete the scratch folders whose results dvc.lock lists; those of stages that run now are left alone."""
-    records = {output["path"]: output.get("md5") for stage in locked().values() for output in stage.get("outs", [])}
+def clear_finished(declared: Iterable[Declaration], copy: Path = Path()) -> None:
+    """Delete the scratch folders whose results dvc.lock lists; those of stages that run now are left alone.
+
+    copy: of the repository, whose dvc.lock is meant.
+    """
+    stages = locked(copy).values()
+    records = {output["path"]: output.get("md5") for stage in stages for output in stage.get("outs", [])}
     for entry in declared:
         for note in unfinished(entry.stage).glob(f"*{_DONE}"):
             folder = note.with_name(note.name.removesuffix(_DONE))

@@ -1,6 +1,7 @@
 """Two programs on one repository at once; and Prefect's server, worker and cancellation."""
 
 import contextlib
+import json
 import random
 import shutil
 import socket
@@ -55,6 +56,7 @@ def at_once(case: int) -> dict[str, int]:
         if kind == "a flow and a sweep":
             table = (folder / "work/sweep/table.csv").read_text().splitlines()
             assert len(table) == 3, table
+            assert not list(folder.glob("work/*/*.code.json")), "unfinished work of finished runs was left"
     return {kind: 1}
 
 
@@ -99,6 +101,7 @@ def prefect(case: int) -> dict[str, int]:
                 wait_for(lambda: _healthy(port), 120)
             elif kind == "worker killed":
                 kill(family(at_work))
+                state = _state(folder, home, name)
             else:
                 _prefect(folder, home, "flow-run", "cancel", name)
                 wait_for(lambda: not _trains(folder), 120)
@@ -112,7 +115,7 @@ def prefect(case: int) -> dict[str, int]:
             shutil.rmtree(folder / "work/train", ignore_errors=True)
         finish(folder)
         assert_same(folder)
-    return {kind: 1}
+    return {f"{kind}; Prefect says {state}": 1}
 
 
 def _trains(folder: Path) -> bool:
@@ -147,8 +150,10 @@ def _run_name(said: str) -> str:
 
 def _ended(folder: Path, home: dict[str, str], name: str) -> str:
     """The type of a run's final state, or ''."""
-    shown = _prefect(folder, home, "flow-run", "inspect", name, "--output", "json")
-    import json
+    state = _state(folder, home, name)
+    return state if state in ("COMPLETED", "FAILED", "CRASHED", "CANCELLED") else ""
 
-    kind = json.loads(shown)["state"]["type"]
-    return kind if kind in ("COMPLETED", "FAILED", "CRASHED", "CANCELLED") else ""
+
+def _state(folder: Path, home: dict[str, str], name: str) -> str:
+    """The type of a run's state."""
+    return json.loads(_prefect(folder, home, "flow-run", "inspect", name, "--output", "json"))["state"]["type"]

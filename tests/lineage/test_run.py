@@ -219,6 +219,14 @@ def test_scratch_goes_once_dvc_lock_lists_the_record():
     assert scratches() == []
 
 
+def test_finished_work_is_not_mentioned(capsys):
+    Second()()
+    other = Second()
+    other.values["second"]["scale"] = 3
+    other()
+    assert "unfinished" not in capsys.readouterr().out
+
+
 def test_unfinished_work_of_other_parameters_is_mentioned(capsys):
     interrupt(Second())
     (folder,) = scratches()
