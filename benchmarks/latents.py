@@ -1,48 +1,55 @@
-"""Random rows per second of cached latents, against two usual ways to store them.
+"""Rows per second of cached latents in training order, against the published way to store and read them.
 
-    python -m benchmarks.latents --rows 4096 --save
+    python -m benchmarks.latents [--rows N] [--workers N] [--save]
 
-All three hold the same float16 moments of KL-16 at 256 pixels a side, with mirror images (32 KiB per image), and return
-the same random batches of 64 rows, half of them mirrored. The files were just written, so they are in the page cache if
-memory suffices.
+Moments of KL-16 at 256 pixels a side with mirror images, 32 KiB per image. Both ways deliver the same batches of 64
+rows, half of them mirrored:
 
-    store   ear.latents.store: contiguous HDF5 shards of 1024 rows, memory-mapped
-    npz     a folder with one .npz file per image
-    h5py    one HDF5 file in chunks of 64 rows, with h5py's list indexing (sorted indices, as it requires)
+    store   files of ear.latents.store, read ahead by threads, as training does
+    npz     a folder with one .npz file per image, read by a DataLoader with as many worker processes (MAR's way)
+
+Warm: the files are in the page cache. Cold: they were dropped from it before. `growth` has the store's warm rate and
+the time to open it for more and more rows, as far as they fit into half of the memory.
 """
 
+import functools
+import itertools
+import os
 import tempfile
-from collections.abc import Callable
-from functools import partial
+import time
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import h5py
 import numpy as np
 import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 
-from benchmarks.measure import arguments, median_seconds, report
+from benchmarks.measure import arguments, report
+from ear.files.hdf5 import fill, frame
 from ear.files.json_files import write_json
+from ear.latents.batches import latent_batches
 from ear.latents.store import FORMAT, STATS, LatentStore
+from ear.runtime.randomness import Coins, DataOrder
 
 SHAPE = (2, 32, 16, 16)
-SHARD, CHUNK, BATCH = 1024, 64, 64  # rows
-BATCHES = 8  # per timing
+ROW_BYTES = 2 * int(np.prod(SHAPE))
+BATCH, SEED = 64, 0
+_PART = 4096  # rows written at a time
+_FILE = 2**16  # rows
+_GROWTH = (12_500, 50_000, 200_000)
+_SECONDS = 2.0  # of one timing
+_REPEATS = 5
 
 
-def write(folder: Path, rows: int) -> None:
-    """Write the same random moments three times: store/, npz/, chunked.h5."""
-    source, entries = np.random.default_rng(0), []
-    (folder / "store").mkdir()
-    (folder / "npz").mkdir()
-    with h5py.File(folder / "chunked.h5", "w") as chunked:
-        every = chunked.create_dataset("moments", (rows, *SHAPE), np.float16, chunks=(CHUNK, *SHAPE))
-        for start in range(0, rows, SHARD):
-            moments = source.standard_normal((min(SHARD, rows - start), *SHAPE), np.float32).astype(np.float16)
-            every[start : start + len(moments)] = moments
-            for row, pair in enumerate(moments, start):
-                np.savez(folder / f"npz/{row:08d}.npz", moments=pair[0], mirrored=pair[1])
-            name = f"train-{start // SHARD:05d}-of-{-(-rows // SHARD):05d}.h5"
-            entries.append(shard(folder / "store" / name, moments))
+def write_store(folder: Path, rows: int) -> None:
+    """Write files of random moments as the cache stage does, with their stats.json."""
+    folder.mkdir()
+    files = [range(start, min(start + _FILE, rows)) for start in range(0, rows, _FILE)]
+    entries = [
+        _file(folder / f"train-{k:05d}-of-{len(files):05d}.h5", len(part), seed=k) for k, part in enumerate(files)
+    ]
     stats = {
         "format": FORMAT,
         "tokenizer": "",
@@ -51,65 +58,144 @@ def write(folder: Path, rows: int) -> None:
         "statistics": {"mean": 0.0, "std": 1.0, "channel_mean": [], "channel_std": []},
         "shards": {"train": entries},
     }
-    write_json(folder / "store" / STATS, stats)
+    write_json(folder / STATS, stats)
 
 
-def shard(path: Path, moments: np.ndarray) -> dict:
-    """Write one shard => its entry in stats.json."""
-    with h5py.File(path, "w") as file:
-        file["moments"], file["labels"] = moments, np.zeros(len(moments), np.int32)
+def _file(path: Path, rows: int, seed: int) -> dict:
+    """Write a file => its entry in stats.json."""
+
+    def describe(file: h5py.File) -> None:
         file.attrs.update({"format": FORMAT, "tokenizer": ""})
-    return {"file": path.name, "rows": len(moments), "bytes": path.stat().st_size}
+        file["labels"] = np.zeros(rows, np.int32)
+
+    path.write_bytes(frame("moments", (rows, *SHAPE), np.float16, describe))
+    source = np.random.default_rng(seed)
+    os.truncate(path, path.stat().st_size + rows * ROW_BYTES)
+    for start in range(0, rows, _PART):
+        bits = source.integers(0, 2**14, (min(_PART, rows - start), *SHAPE), np.uint16)  # finite halves
+        fill(path, "moments", start, bits.view(np.float16))
+    return {"file": path.name, "rows": rows, "bytes": path.stat().st_size}
 
 
-def readers(folder: Path) -> dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]]:
-    """Readers by name: (rows [64], mirrored [64]) => float16 [64, 32, 16, 16]."""
-    store, chunked = LatentStore(folder / "store", "train"), h5py.File(folder / "chunked.h5", "r")["moments"]
-
-    def npz(rows: np.ndarray, mirrored: np.ndarray) -> np.ndarray:
-        names = [("moments", "mirrored")[which] for which in mirrored]
-        return np.stack([np.load(folder / f"npz/{row:08d}.npz")[name] for row, name in zip(rows, names, strict=True)])
-
-    def fancy(rows: np.ndarray, mirrored: np.ndarray) -> np.ndarray:
-        order = np.argsort(rows)
-        out = np.empty((len(rows), *SHAPE[1:]), np.float16)
-        out[order] = chunked[rows[order]][np.arange(len(rows)), mirrored[order]]
-        return out
-
-    def stored(rows: np.ndarray, mirrored: np.ndarray) -> np.ndarray:
-        return store.rows(torch.from_numpy(rows), torch.from_numpy(mirrored))[0]
-
-    return {"store": stored, "npz": npz, "h5py": fancy}
+def write_npz(folder: Path, store: LatentStore) -> None:
+    """Write every row of the store as a file."""
+    folder.mkdir()
+    for row in range(len(store)):
+        plain, mirrored = store.rows([row, row], np.array([False, True]))[0].numpy()
+        np.savez(_npz(folder, row), moments=plain, moments_flip=mirrored)
 
 
-def _read_all(read: Callable[[np.ndarray, np.ndarray], np.ndarray], batches: list) -> None:
-    for batch in batches:
-        read(*batch)
+def _npz(folder: Path, row: int) -> Path:
+    return folder / f"{row:08d}.npz"
 
 
-def measure(folder: Path, rows: int) -> dict:
-    """Rows per second of each, and the ratio of the store's rate to each of the others."""
-    source = np.random.default_rng(1)
-    batches = [(source.choice(rows, BATCH, replace=False), np.arange(BATCH) % 2) for _ in range(BATCHES)]
-    found = readers(folder)
-    expected = [found["npz"](*batch) for batch in batches]
-    rates = {}
-    for name, read in found.items():
-        assert all(np.array_equal(read(*batch), part) for batch, part in zip(batches, expected, strict=True))
-        seconds = median_seconds(partial(_read_all, read, batches), repeats=9)
-        rates[name] = BATCH * BATCHES / seconds
-    ratios = {f"store over {name}": rates["store"] / rates[name] for name in ("npz", "h5py")}
-    return {"rows": rows, "rows per second": rates, **ratios}
+class Folder(Dataset[tuple[Tensor, int]]):
+    """Position of the training => (moments, label), as the store's batches have them at that position."""
+
+    def __init__(self, folder: Path, rows: int):
+        self.folder, self.order, self.coins = folder, DataOrder(rows, SEED), Coins(SEED, "mirror")
+
+    def __getitem__(self, position: int) -> tuple[Tensor, int]:
+        row = int(self.order.indices(position, 1))
+        name = "moments_flip" if self.coins.at(position, 1)[0] else "moments"
+        return torch.from_numpy(np.load(_npz(self.folder, row))[name]), 0
+
+
+def from_store(store: LatentStore, workers: int) -> Iterator[tuple]:
+    """Batches as training reads them."""
+    return latent_batches(
+        store,
+        order=DataOrder(len(store), SEED),
+        positions=itertools.count(0, BATCH),
+        micro_batch_size=BATCH,
+        mirror=True,
+        seed=SEED,
+        workers=workers,
+    )
+
+
+def from_npz(folder: Path, rows: int, workers: int) -> Iterable[tuple]:
+    """The same batches from the folder of .npz files."""
+    return DataLoader(Folder(folder, rows), batch_size=BATCH, sampler=itertools.count(), num_workers=workers)
+
+
+def rate(batches: Iterable[tuple], seconds: float = _SECONDS) -> float:
+    """Rows per second, from the first batch on, as workers take their time to start."""
+    stream = iter(batches)
+    next(stream)
+    start, rows = time.perf_counter(), 0
+    while (now := time.perf_counter()) < start + seconds:
+        rows += len(next(stream)[0])
+    return rows / (now - start)
+
+
+def drop(folder: Path) -> None:
+    """Drop a folder's files from the page cache."""
+    os.sync()
+    for path in folder.iterdir():
+        with path.open("rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def compared(folder: Path, rows: int, workers: int) -> dict:
+    """Both ways, warm and cold, in turns; ratios are taken between neighbouring turns."""
+    places = {"store": folder / "store", "npz": folder / "npz"}
+    write_store(places["store"], rows)
+    store = LatentStore(places["store"], "train")
+    write_npz(places["npz"], store)
+    ways: dict[str, Callable[[], Iterable[tuple]]] = {
+        "store": functools.partial(from_store, store, workers),
+        "npz": functools.partial(from_npz, places["npz"], rows, workers),
+    }
+    for (ours, *_), (theirs, *_) in itertools.islice(zip(*(way() for way in ways.values()), strict=False), 9):
+        assert torch.equal(ours, theirs)
+    found: dict[str, dict[str, list[float]]] = {}
+    for _ in range(_REPEATS):
+        for name, way in ways.items():
+            found.setdefault("warm", {}).setdefault(name, []).append(rate(way()))
+    for _ in range(_REPEATS):
+        for name, way in ways.items():
+            drop(places[name])
+            cold = found.setdefault("cold", {}).setdefault(name, [])
+            cold.append(rate(itertools.islice(way(), rows // BATCH), seconds=_SECONDS / 4))
+    return {kind: _summary(rates) for kind, rates in found.items()}
+
+
+def _summary(rates: dict[str, list[float]]) -> dict:
+    ratios = [ours / theirs for ours, theirs in zip(rates["store"], rates["npz"], strict=True)]
+    medians = {f"{name} rows per second": float(np.median(each)) for name, each in rates.items()}
+    return medians | {"store over npz": float(np.median(ratios)), "range": [min(ratios), max(ratios)]}
+
+
+def grown(folder: Path, rows: int, workers: int) -> dict:
+    """Opening time and warm rate of a store of that many rows."""
+    write_store(folder, rows)
+    start = time.perf_counter()
+    store = LatentStore(folder, "train")
+    opened = time.perf_counter() - start
+    rates = [rate(from_store(store, workers)) for _ in range(_REPEATS)]
+    return {
+        "rows": rows,
+        "gigabytes": rows * ROW_BYTES / 1e9,
+        "files": len(list(folder.glob("*.h5"))),
+        "opening seconds": opened,
+        "rows per second": float(np.median(rates)),
+    }
 
 
 def main() -> None:
     """Write, read, report."""
     parser = arguments(__doc__)
-    parser.add_argument("--rows", type=int, default=4096, help="images; 96 KiB of disk each (default: 4096)")
+    parser.add_argument("--rows", type=int, default=4096, help="rows of the comparison (default: 4096)")
+    parser.add_argument("--workers", type=int, default=2, help="threads, and processes of the baseline (default: 2)")
     options = parser.parse_args()
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    figures = {"rows": options.rows, "workers": options.workers, "row bytes": ROW_BYTES // 2, "growth": []}
     with tempfile.TemporaryDirectory() as folder:
-        write(Path(folder), options.rows)
-        figures = measure(Path(folder), options.rows)
+        figures |= compared(Path(folder), options.rows, options.workers)
+    for rows in (count for count in _GROWTH if 2 * count * ROW_BYTES < memory):
+        with tempfile.TemporaryDirectory() as folder:
+            figures["growth"].append(grown(Path(folder) / "store", rows, options.workers))
     report("latents", figures, save=options.save)
 
 

@@ -1,7 +1,7 @@
 """Encode every image and its mirror image into posterior moments.
 
 Reads data/prepared and data/tokenizer; writes data/latents: {train,val}-IIIII-of-NNNNN.h5 and stats.json. A killed run
-resumes with the missing shards and ends in the same bytes.
+resumes with the missing pieces and ends in the same bytes.
 """
 
 from dataclasses import dataclass

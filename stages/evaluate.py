@@ -1,9 +1,8 @@
 """Compute FID, Inception score, KID, precision and recall of the generated images, and the protocol behind them.
 
-Reads data/reference, data/samples/samples.h5 and, for the distance that the tokenizer alone causes (rFID),
-data/tokenizer and the held-out images of data/prepared. Writes data/evaluation/metrics.json. If the extractor is a
-classifier, the metrics include class accuracy: the share of images that it assigns to the class they were drawn for. A
-killed run resumes from the images whose features are saved.
+Reads data/reference, data/samples/samples.h5 and data/reconstructions, the distance that the tokenizer alone causes.
+Writes data/evaluation/metrics.json. If the extractor is a classifier, the metrics include class accuracy: the share of
+images that it assigns to the class they were drawn for. A killed run resumes from the images whose features are saved.
 """
 
 from collections.abc import Iterator
@@ -12,7 +11,6 @@ from functools import partial
 from typing import Annotated
 
 from ear import config
-from ear.data.prepared import PreparedImages
 from ear.evaluation import metrics, protocol
 from ear.evaluation.extraction import Batch, extract, gather
 from ear.evaluation.extractors import open_extractor
@@ -24,14 +22,11 @@ from ear.lineage.run import Run
 from ear.runtime import distributed
 from ear.runtime.device import prepare_device
 from ear.sampling.samples import GeneratedImages
-from ear.tokenizer.autoencoder import load_tokenizer
-from ear.tokenizer.reconstruction import Reconstructions
 from stages import program
 
 EXTRACTOR, REFERENCE = "data/reference/extractor.safetensors", "data/reference/features.safetensors"
-TOKENIZER, TOKENIZER_METRICS = "data/tokenizer/tokenizer.safetensors", "data/tokenizer/metrics.json"
-PREPARED = "data/prepared/index.json"
-REAL, SAMPLES, TARGET = "data/reference/metrics.json", "data/samples/samples.h5", "data/evaluation/metrics.json"
+REAL, RECONSTRUCTIONS = "data/reference/metrics.json", "data/reconstructions/metrics.json"
+SAMPLES, TARGET = "data/samples/samples.h5", "data/evaluation/metrics.json"
 
 
 @dataclass(frozen=True)
@@ -56,7 +51,7 @@ def work(parameters: Parameters, run: Run) -> None:
     )
     metrics.check_counts(options, generated=len(blocks[0]), real=len(reference.features))
 
-    scratch = run.scratch(program.plain(parameters), [EXTRACTOR, SAMPLES, TOKENIZER, PREPARED])
+    scratch = run.scratch(program.plain(parameters), [EXTRACTOR, SAMPLES])
     batches = partial(extract, extractor=extractor, batch_size=parameters.batch_size)
     score = partial(block_metrics, reference=reference, options=options, real=real)
     scored = [
@@ -65,16 +60,13 @@ def work(parameters: Parameters, run: Run) -> None:
         )
         for number, block in enumerate(blocks)
     ]
-    decoded = Reconstructions(PreparedImages("data/prepared", "val"), load_tokenizer(TOKENIZER), device)
-    reconstructed = batches(decoded, title="reconstructions", folder=scratch / "reconstructions")
-    distances = distributed.on_main(reconstructed, lambda batches: metrics.reconstruction(batches, reference))
-    if distances is None:  # not rank 0
+    if not distributed.is_main():
         return
     figures = metrics.across([block for block in scored if block is not None])
     equal, floor = figures.get("fid_equal"), real["fid"]
     figures |= {"fid_floor": floor, "fid_equal_images": real["val_images"]}
     figures["fid_ratio"] = equal / floor if equal is not None and floor > 0 else None
-    figures["reconstruction"] = distances | {"psnr": read_json(TOKENIZER_METRICS)["psnr"]}
+    figures["reconstruction"] = read_json(RECONSTRUCTIONS)
     described = protocol.describe(
         generated.sampling,
         [block.labels for block in blocks],
@@ -107,4 +99,4 @@ def block_metrics(
 
 
 if __name__ == "__main__":
-    program.run("evaluate", work, Parameters, __doc__, unread="data/prepared/train-*", many_processes=True)
+    program.run("evaluate", work, Parameters, __doc__, many_processes=True)

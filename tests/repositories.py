@@ -12,7 +12,8 @@ from omegaconf import OmegaConf
 from ear.files.digests import sha256
 
 ROOT = Path(__file__).resolve().parent.parent
-STAGES = ["fetch", "prepare", "reference", "tokenizer", "cache", "train", "finetune", "sample", "evaluate"]
+BEFORE_TRAINING = ["fetch", "prepare", "reference", "tokenizer", "reconstruct", "cache"]
+STAGES = [*BEFORE_TRAINING, "train", "finetune", "sample", "evaluate"]
 TINY = {
     "compute.threads": 1,
     "tokenizer.block_channels": [8, 16],

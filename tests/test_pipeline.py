@@ -59,7 +59,8 @@ def test_everything_promised_is_there(finished):
 
 def test_git_sees_only_the_lock_and_the_small_metrics(finished):
     changed = run("git", "status", "--porcelain", "--untracked-files=all", cwd=finished).split()
-    metrics = [f"data/{stage}/metrics.json" for stage in ("evaluation", "finetuned", "model", "reference", "tokenizer")]
+    folders = ("evaluation", "finetuned", "model", "reconstructions", "reference", "tokenizer")
+    metrics = [f"data/{folder}/metrics.json" for folder in folders]
     new = {name for name in changed if name not in ("??", "M", "D")}
     assert new <= {*metrics, "dvc.lock"}
     assert "dvc.lock" in new
@@ -112,7 +113,7 @@ def test_a_parameter_reruns_the_stages_that_read_it(finished, key, value, stages
         ("ear/config/sections.py", set()),
         ("ear/commands/describe.py", set()),
         ("ear/scores/energy.py", {"train", "finetune", "sample"}),
-        ("ear/evaluation/metrics.py", {"reference", "evaluate"}),
+        ("ear/evaluation/metrics.py", {"reference", "reconstruct", "evaluate"}),
     ],
 )
 def test_an_edit_of_code_reruns_the_stages_that_use_its_package(finished, path, stages):

@@ -12,7 +12,8 @@ from stages import program
 
 ROOT = Path(__file__).parent.parent
 STAGES = OmegaConf.to_container(OmegaConf.load(ROOT / "dvc.yaml"))["stages"]
-ORDER = ["fetch", "prepare", "reference", "tokenizer", "cache", "train", "finetune", "sample", "evaluate"]
+BEFORE_TRAINING = ["fetch", "prepare", "reference", "tokenizer", "reconstruct", "cache"]
+ORDER = [*BEFORE_TRAINING, "train", "finetune", "sample", "evaluate"]
 # Code that cannot change a result is no dependency: parameters are tracked by value, the rest is text for people.
 WITHOUT_INFLUENCE = {
     "ear/config",

@@ -206,7 +206,7 @@ class Runtime(Section):
     processes: int = Field(
         description="processes per stage on this machine, one per GPU; same batches, slightly different rounding", ge=1
     )
-    workers: int = Field(description="processes that decode images or load latents", ge=0)
+    workers: int = Field(description="processes that decode images, threads that load latents", ge=0)
     cluster: str = Field(
         description="Dask scheduler for prepare, cache and sample, such as tcp://host:8786; empty: this machine"
     )

@@ -25,7 +25,7 @@ from ear.errors import UserError
 from ear.files.atomic import link, whole_file, whole_folder
 from ear.files.digests import sha256
 from ear.files.disk import require_space
-from ear.files.hdf5 import fixed_place
+from ear.files.hdf5 import frame
 from ear.files.json_files import read_json, write_json
 from ear.files.tables import csv_writer
 from ear.runtime.executor import map_shards
@@ -231,24 +231,12 @@ def _read(row: Row, contents: Contents, shard: Shard) -> np.ndarray | str:
 
 
 def _frame(rows: Sequence[Row], shard: Shard) -> bytes:
-    """The part of the shard's file before its images, which are uncompressed and end the file.
-
-    It is made in memory, like `_compressed`: HDF5 crashes the process if a disk is full.
-    """
-    content = io.BytesIO()
-    with h5py.File(content, "w") as file:
-        _describe(file, rows, shard)
-        file.create_dataset("images", _shape(rows, shard), np.uint8, dcpl=fixed_place())
-        file.flush()
-        offset = file["images"].id.get_offset()
-    if not rows:
-        return content.getvalue()
-    assert len(content.getbuffer()) <= offset, "HDF5 put something behind the images"
-    return content.getvalue().ljust(offset, b"\0")
+    """The part of the shard's file before its images, which are uncompressed and end the file."""
+    return frame("images", _shape(rows, shard), np.uint8, lambda file: _describe(file, rows, shard))
 
 
 def _compressed(rows: Sequence[Row], shard: Shard, images: Iterator[np.ndarray]) -> memoryview:
-    """The complete file of a shard, one chunk per image."""
+    """The complete file of a shard, one chunk per image; made in memory: HDF5 crashes the process if a disk is full."""
     content = io.BytesIO()
     with h5py.File(content, "w") as file:
         _describe(file, rows, shard)

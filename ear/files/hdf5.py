@@ -1,6 +1,9 @@
 """HDF5 shards: data sets written around HDF5, and rows found in several files."""
 
-from collections.abc import Iterator, Sequence
+import io
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import h5py
@@ -16,6 +19,46 @@ def fixed_place() -> h5py.h5p.PropDCID:
     properties.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
     properties.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
     return properties
+
+
+def frame(name: str, shape: tuple[int, ...], dtype: Any, describe: Callable[[h5py.File], None]) -> bytes:
+    """The start of an HDF5 file that ends with the contiguous data set `name`, whose values must follow.
+
+    describe: adds attributes and small data sets. It is made in memory: HDF5 crashes the process if a disk is full.
+    """
+    content = io.BytesIO()
+    with h5py.File(content, "w") as file:
+        describe(file)
+        data = file.create_dataset(name, shape, dtype, dcpl=fixed_place())
+        file.flush()
+        offset = data.id.get_offset()
+    if offset is None:  # no values
+        return content.getvalue()
+    assert len(content.getbuffer()) <= offset, "HDF5 put something behind the values"
+    return content.getvalue().ljust(offset, b"\0")
+
+
+def fill(path: str | Path, name: str, first: int, values: np.ndarray) -> None:
+    """Store values [n, ...] as rows first .. first + n - 1 of a contiguous data set; on disk when this returns.
+
+    Several processes may write different rows at the same time.
+    """
+    offset = row_offset(path, name, first, values)
+    with Path(path).open("r+b", buffering=0) as raw:
+        raw.seek(offset)
+        left = np.ascontiguousarray(values).data.cast("B")
+        while left:  # a nearly full disk may take only a part
+            left = left[raw.write(left) :]
+        os.fsync(raw.fileno())
+
+
+def row_offset(path: str | Path, name: str, first: int, rows: np.ndarray) -> int:
+    """The byte of the file at which `rows` [n, ...] of a contiguous data set begin, number `first` the first one."""
+    with h5py.File(path, "r", locking=False) as file:
+        data = file[name]
+        assert (rows.dtype, rows.shape[1:]) == (data.dtype, data.shape[1:])
+        assert first + len(rows) <= len(data)
+        return data.id.get_offset() + first * rows[0].nbytes
 
 
 class Rows:

@@ -1,14 +1,15 @@
-"""Encode prepared images and their mirror images into shards of latents; resumable.
+"""Encode prepared images and their mirror images into files of latents; resumable.
 
-Each shard of images with at least one row becomes one shard of latents with the same rows. Bytes depend on images,
-tokenizer, batch size, number of threads and machine, not on interruptions.
+Files are large, so that few are open at a time, however many shards the images have. They are filled piece by piece.
+Bytes depend on images, tokenizer, batch size, number of threads and machine, not on interruptions.
 """
 
 import dataclasses
 import functools
-import io
-import itertools
-from collections.abc import Callable, Iterator
+import hashlib
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from ear.errors import UserError
 from ear.files.atomic import link, whole_file, whole_folder
 from ear.files.digests import sha256
 from ear.files.disk import require_space
+from ear.files.hdf5 import fill, frame, row_offset
 from ear.files.json_files import read_json, write_json
 from ear.latents.statistics import Statistics
 from ear.latents.store import FORMAT, STATS
@@ -32,8 +34,6 @@ from ear.runtime.device import prepare_device
 from ear.runtime.executor import check_shared, share_shards
 from ear.tokenizer import posterior
 from ear.tokenizer.autoencoder import Tokenizer, load_tokenizer
-
-_HALF = 2  # bytes of a float16
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,20 @@ class Encoder:
         both = [self.tokenizer.encode(view) for view in (signed, signed.flip(-1))]
         return torch.stack(both, dim=1).half().cpu()
 
+    @property
+    def row(self) -> np.ndarray:
+        """What an image becomes: float16 [2, 2C, H, W], without values."""
+        side = self.tokenizer.image_size // self.tokenizer.downsample
+        return np.empty((2, 2 * self.tokenizer.latent_channels, side, side), np.float16)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How large files and pieces become, at most."""
+
+    file_bytes: int = 4 * 2**30  # ImageNet at 256 pixels: 20 files
+    piece_images: int = 1024  # but at least one batch
+
 
 @dataclass(frozen=True)
 class Cluster:
@@ -62,61 +76,160 @@ class Cluster:
     threads: int  # CPU threads of a worker
 
 
+@dataclass(frozen=True)
+class Piece:
+    """Rows of one file that are encoded together."""
+
+    split: str
+    file: str
+    rows: range  # of the split
+    first: int  # row of the file at which they begin
+
+
 def cache(
     prepared: Path,  # the folder of prepared images
     target: Path,  # the folder to write, complete or not at all
     *,
     encoder: Encoder,
-    scratch: Path,  # keeps finished shards from one run to the next
+    scratch: Path,  # keeps finished pieces from one run to the next
     cluster: Cluster | None = None,  # to use instead of the ranks
+    layout: Layout = Layout(),
 ) -> None:
-    """Encode all images into `target`: the shards, and stats.json; an interrupted run resumes with missing shards.
+    """Encode all images into `target`: the files, and stats.json; an interrupted run resumes with missing pieces.
 
-    Rank r encodes shards r, r + world_size, ...; rank 0 writes `target`. The bytes equal a single-process run. The
+    Rank r encodes pieces r, r + world_size, ...; rank 0 writes `target`. The bytes equal a single-process run. The
     statistics are those of the training images, not mirrored. Raises UserError, leaving `target` unchanged, if the
     images do not have the tokenizer's size or moments are not finite in float16.
     """
     splits = {split: PreparedImages(prepared, split) for split in ("train", "val")}
     _check_size(splits["train"], encoder.tokenizer, prepared)
-    shards = _shards(prepared)
-    if distributed.is_main():
-        missing = sum(len(shard.rows) for shard in shards if not (scratch / shard.file).exists())
-        size = missing * _bytes_per_image(encoder.tokenizer)
-        require_space(scratch, size, what="the latents", fix="free some space, or choose a larger tokenizer.downsample")
+    planned = {
+        split: plan(split, len(images), encoder.row.nbytes, encoder.batch_size, layout)
+        for split, images in splits.items()
+    }
+    pieces = [piece for part in planned.values() for piece in part]
+    distributed.from_main(lambda: _create_files(planned, splits, encoder, scratch))
 
-    def here(shard: _Shard) -> dict:
-        return write_shard(shard.file, splits[shard.split], shard.rows, encoder, scratch)
+    def here(piece: Piece) -> list[float]:
+        return write_piece(piece, splits[piece.split], encoder, scratch)
 
     encoded = share_shards(
-        shards,
+        pieces,
         here=here,
         there=_remote_work(prepared, encoder, scratch, cluster) if cluster else here,
         cluster=cluster.address if cluster else "",
     )
-    entries = {}
-    with Progress("cache", sum(len(shard.rows) for shard in shards)) as progress:
-        for shard, entry in encoded:
-            entries[shard] = entry
-            progress.advance(len(shard.rows))
+    sums = {}
+    with Progress("cache", sum(len(piece.rows) for piece in pieces)) as progress:
+        for piece, found in encoded:
+            sums[piece] = found
+            progress.advance(len(piece.rows))
     if distributed.is_main():
-        _publish(target, {shard: entries[shard] for shard in shards}, splits["train"], encoder, scratch)
+        train = torch.tensor([sums[piece] for piece in planned["train"]], dtype=torch.float64)
+        _publish(target, planned, Statistics.of(train.sum(dim=0)), splits["train"], encoder, scratch)
+
+
+def plan(split: str, count: int, row_bytes: int, batch_size: int, layout: Layout) -> list[Piece]:
+    """The pieces of `count` images. All but a file's last one consist of complete batches."""
+    per_piece = batch_size * max(layout.piece_images // batch_size, 1)
+    per_file = per_piece * max(layout.file_bytes // (row_bytes * per_piece), 1)
+    files = -(-count // per_file)
+    return [
+        Piece(split, f"{split}-{file:05d}-of-{files:05d}.h5", range(start, min(start + per_piece, end)), start - begin)
+        for file in range(files)
+        for begin, end in [(file * per_file, min((file + 1) * per_file, count))]
+        for start in range(begin, end, per_piece)
+    ]
+
+
+def _create_files(
+    planned: Mapping[str, Sequence[Piece]], splits: Mapping[str, PreparedImages], encoder: Encoder, scratch: Path
+) -> None:
+    """Create the files in their final sizes, where an earlier run has not; raises UserError if they will not fit."""
+    new = {}
+    for split, pieces in planned.items():
+        for name, rows in _files(pieces).items():
+            start = _start(splits[split].labels[rows.start : rows.stop], encoder)
+            path, size = scratch / name, len(start) + len(rows) * encoder.row.nbytes
+            if not _begins(path, start, size):
+                new[path] = start, size
+    require_space(
+        scratch,
+        sum(size for _, size in new.values()),
+        what="the latents",
+        fix="free some space, or choose a larger tokenizer.downsample",
+    )
+    for path, (start, size) in new.items():
+        with whole_file(path) as partial:
+            partial.write_bytes(start)
+            os.truncate(partial, size)
+
+
+def _begins(path: Path, start: bytes, size: int) -> bool:
+    """Whether an earlier run created this file."""
+    if not path.is_file() or path.stat().st_size != size:
+        return False
+    with path.open("rb") as file:
+        return file.read(len(start)) == start
+
+
+def _start(labels: np.ndarray, encoder: Encoder) -> bytes:
+    """A file up to its moments, which end it."""
+
+    def describe(file: h5py.File) -> None:
+        file.attrs["format"] = FORMAT
+        file.attrs["tokenizer"] = encoder.fingerprint
+        file.create_dataset("labels", data=labels.astype(np.int32))
+
+    return frame("moments", (len(labels), *encoder.row.shape), np.float16, describe)
+
+
+def _files(pieces: Sequence[Piece]) -> dict[str, range]:
+    """File => its rows of the split."""
+    found: dict[str, range] = {}
+    for piece in pieces:
+        found[piece.file] = range(found.get(piece.file, piece.rows).start, piece.rows.stop)
+    return found
 
 
 def _publish(
-    target: Path, entries: dict["_Shard", dict], images: PreparedImages, encoder: Encoder, scratch: Path
+    target: Path,
+    planned: Mapping[str, Sequence[Piece]],
+    statistics: Statistics,
+    images: PreparedImages,
+    encoder: Encoder,
+    scratch: Path,
 ) -> None:
-    """Write the folder of latents from the finished shards."""
-    of_split = {
-        split: [entry for shard, entry in entries.items() if shard.split == split] for split in ("train", "val")
+    """Write the folder of latents from the filled files."""
+    files = {split: _files(pieces) for split, pieces in planned.items()}
+    with ThreadPoolExecutor() as pool:  # hashing releases the lock
+        entries = {split: list(pool.map(_entry, [scratch / name for name in part])) for split, part in files.items()}
+    rows = {split: [len(part) for part in files[split].values()] for split in files}
+    stats = {
+        "format": FORMAT,
+        "tokenizer": encoder.fingerprint,
+        "image_size": images.image_size,
+        "shape": [encoder.tokenizer.latent_channels, *encoder.row.shape[2:]],
+        "classes": list(images.classes),
+        "rows": {split: sum(part) for split, part in rows.items()},
+        "statistics": statistics.as_dict(),
+        "shards": {
+            split: [{**entry, "rows": count} for entry, count in zip(part, rows[split], strict=True)]
+            for split, part in entries.items()
+        },
     }
     with whole_folder(target) as folder:
-        for shard in entries:
-            link(scratch / shard.file, folder / shard.file)
-        write_json(folder / STATS, _stats(of_split, images, encoder))
+        for name in (name for part in files.values() for name in part):
+            link(scratch / name, folder / name)
+        write_json(folder / STATS, stats)
 
 
-def _remote_work(prepared: Path, encoder: Encoder, scratch: Path, cluster: Cluster) -> Callable[["_Shard"], dict]:
-    """What a worker of the cluster runs for each shard."""
+def _entry(path: Path) -> dict:
+    return {"file": path.name, "bytes": path.stat().st_size, "sha256": sha256(path)}
+
+
+def _remote_work(prepared: Path, encoder: Encoder, scratch: Path, cluster: Cluster) -> Callable[[Piece], list[float]]:
+    """What a worker of the cluster runs for each piece."""
     return functools.partial(
         _write_remotely,
         prepared=prepared.resolve(),
@@ -130,7 +243,7 @@ def _remote_work(prepared: Path, encoder: Encoder, scratch: Path, cluster: Clust
 
 
 def _write_remotely(
-    shard: "_Shard",
+    piece: Piece,
     *,
     prepared: Path,
     index: str,  # SHA-256 of index.json
@@ -139,18 +252,18 @@ def _write_remotely(
     fingerprint: str,
     batch_size: int,
     device: str,
-) -> dict:
-    """`write_shard` in a worker of a cluster."""
+) -> list[float]:
+    """`write_piece` in a worker of a cluster."""
     encoder = Encoder(
         _tokenizer(cluster.tokenizer, fingerprint).to(device),
         fingerprint,
         batch_size,
         prepare_device(device, cluster.threads),
     )
-    return write_shard(shard.file, _images(prepared, index)[shard.split], shard.rows, encoder, scratch)
+    return write_piece(piece, _images(prepared, index)[piece.split], encoder, scratch)
 
 
-@functools.lru_cache(maxsize=1)  # once per worker, not once per shard
+@functools.lru_cache(maxsize=1)  # once per worker, not once per piece
 def _tokenizer(path: Path, fingerprint: str) -> Tokenizer:
     check_shared(path, fingerprint)
     return load_tokenizer(path)
@@ -162,33 +275,6 @@ def _images(prepared: Path, index: str) -> dict[str, PreparedImages]:
     return {split: PreparedImages(prepared, split) for split in ("train", "val")}
 
 
-@dataclass(frozen=True)
-class _Shard:
-    """One file of prepared images, and of latents."""
-
-    split: str
-    file: str
-    rows: range  # of the split
-
-
-def _shards(prepared: Path) -> list[_Shard]:
-    shards = []
-    for split, entries in read_json(prepared / "index.json")["shards"].items():
-        ends = itertools.accumulate(entry["rows"] for entry in entries)
-        shards += [
-            _Shard(split, entry["file"], range(end - entry["rows"], end))
-            for entry, end in zip(entries, ends, strict=True)
-            if entry["rows"]  # none if every image of a shard was rejected
-        ]
-    return shards
-
-
-def _bytes_per_image(tokenizer: Tokenizer) -> int:
-    """Of the moments of an image and of its mirror image."""
-    side = tokenizer.image_size // tokenizer.downsample
-    return 2 * 2 * tokenizer.latent_channels * side**2 * _HALF
-
-
 def _check_size(images: PreparedImages, tokenizer: Tokenizer, prepared: Path) -> None:
     if images.image_size != tokenizer.image_size:
         raise UserError(
@@ -197,41 +283,42 @@ def _check_size(images: PreparedImages, tokenizer: Tokenizer, prepared: Path) ->
         )
 
 
-def write_shard(name: str, images: PreparedImages, rows: range, encoder: Encoder, folder: Path) -> dict:
-    """Write the shard folder/NAME and its entry, folder/NAME.json: file, rows, bytes, sha256, sums (`posterior.sums`).
+def write_piece(piece: Piece, images: PreparedImages, encoder: Encoder, folder: Path) -> list[float]:
+    """Fill a piece of folder/FILE and note its digest and sums in folder/FILE-FIRST.json => `posterior.sums`.
 
-    Keeps a shard that an earlier run finished, if its digest is right.
+    Keeps what an earlier run wrote, if its digest is right.
     """
-    path, entry_path = folder / name, folder / f"{name}.json"
-    if path.is_file() and entry_path.is_file():
-        entry = read_json(entry_path)
-        if entry["sha256"] == sha256(path):
-            return entry
-    moments = np.concatenate(list(_encoded(name, images, rows, encoder)))
-    with whole_file(path) as partial:
-        partial.write_bytes(_encode_file(moments, images.labels[rows.start : rows.stop], encoder.fingerprint))
-    entry = {
-        "file": name,
-        "rows": len(rows),
-        "bytes": path.stat().st_size,
-        "sha256": sha256(path),
-        "sums": _plain_sums(moments, encoder.batch_size).tolist(),
-    }
-    write_json(entry_path, entry)
-    return entry
+    path, note = folder / piece.file, folder / f"{piece.file}-{piece.first:09d}.json"
+    if note.is_file():
+        known = read_json(note)
+        if known["sha256"] == _digest(path, piece, encoder):
+            return known["sums"]
+    moments = np.ascontiguousarray(np.concatenate(list(_encoded(piece, images, encoder))))
+    fill(path, "moments", piece.first, moments)
+    sums = _plain_sums(moments, encoder.batch_size).tolist()
+    write_json(note, {"sha256": hashlib.sha256(moments.data.cast("B")).hexdigest(), "sums": sums})
+    return sums
 
 
-def _encoded(name: str, images: PreparedImages, rows: range, encoder: Encoder) -> Iterator[np.ndarray]:
+def _digest(path: Path, piece: Piece, encoder: Encoder) -> str:
+    """SHA-256 of the piece's moments as they are in the file."""
+    rows = np.broadcast_to(encoder.row, (len(piece.rows), *encoder.row.shape))
+    with path.open("rb") as file:
+        file.seek(row_offset(path, "moments", piece.first, rows))
+        return hashlib.sha256(file.read(rows.nbytes)).hexdigest()
+
+
+def _encoded(piece: Piece, images: PreparedImages, encoder: Encoder) -> Iterator[np.ndarray]:
     """Moments of the rows, batch by batch."""
-    for start in range(rows.start, rows.stop, encoder.batch_size):
-        part = np.arange(start, min(start + encoder.batch_size, rows.stop))
+    for start in range(piece.rows.start, piece.rows.stop, encoder.batch_size):
+        part = np.arange(start, min(start + encoder.batch_size, piece.rows.stop))
         moments = encoder.moments(images.images(part)).numpy()
         finite = np.isfinite(moments).reshape(len(part), -1).all(axis=1)
         if not finite.all():
-            bad = int(part[np.argmin(finite)]) - rows.start
             raise UserError(
-                f"the latents of image {bad} of {name} are infinite or NaN in float16 (limit 65504); the tokenizer "
-                "diverged: train it with a lower tokenizer.learning_rate or a higher tokenizer.kl_weight."
+                f"the latents of {piece.split} image {part[np.argmin(finite)]} (counted through the shards of "
+                "data/prepared) are infinite or NaN in float16 (limit 65504); the tokenizer diverged: train it with a "
+                "lower tokenizer.learning_rate or a higher tokenizer.kl_weight."
             )
         yield moments
 
@@ -240,32 +327,3 @@ def _plain_sums(moments: np.ndarray, batch_size: int) -> Tensor:
     """`posterior.sums` of the images (not mirrored) as stored, one batch at a time."""
     plain = torch.from_numpy(moments[:, 0])
     return sum((posterior.sums(part) for part in plain.split(batch_size)), start=torch.zeros(()))
-
-
-def _encode_file(moments: np.ndarray, labels: np.ndarray, fingerprint: str) -> memoryview:
-    """The shard's file, made in memory: HDF5 crashes the process if a disk is full."""
-    content = io.BytesIO()
-    with h5py.File(content, "w") as file:
-        file.create_dataset("moments", data=moments)  # contiguous, so rows can be read at their offset
-        file.create_dataset("labels", data=labels.astype(np.int32))
-        file.attrs["format"] = FORMAT
-        file.attrs["tokenizer"] = fingerprint
-    return content.getbuffer()
-
-
-def _stats(entries: dict[str, list[dict]], images: PreparedImages, encoder: Encoder) -> dict:
-    sums = torch.zeros((), dtype=torch.float64)
-    for entry in entries["train"]:
-        sums = sums + torch.tensor(entry["sums"], dtype=torch.float64)
-    side = images.image_size // encoder.tokenizer.downsample
-    kept = ("file", "rows", "bytes", "sha256")
-    return {
-        "format": FORMAT,
-        "tokenizer": encoder.fingerprint,
-        "image_size": images.image_size,
-        "shape": [encoder.tokenizer.latent_channels, side, side],
-        "classes": list(images.classes),
-        "rows": {split: sum(entry["rows"] for entry in part) for split, part in entries.items()},
-        "statistics": Statistics.of(sums).as_dict(),
-        "shards": {split: [{key: entry[key] for key in kept} for entry in part] for split, part in entries.items()},
-    }

@@ -1,16 +1,17 @@
-"""Read cached latents, one row per image, from HDF5 shards.
+"""Read cached latents, one row per image, from a few large HDF5 files.
 
 A row holds the moments of two posteriors, of the image and of its mirror image; latents are drawn from them later
-(ear.tokenizer.posterior). A shard {train,val}-IIIII-of-NNNNN.h5 has two datasets: `moments`, float16 [n, 2, 2C, h, w]
+(ear.tokenizer.posterior). A file {train,val}-IIIII-of-NNNNN.h5 has two datasets: `moments`, float16 [n, 2, 2C, h, w]
 (axis 1: the image, its mirror image; axis 2: means, then log-variances), and `labels`, int32 [n]. It has two
 attributes: `format`, and `tokenizer`, which is the SHA-256 of the tokenizer's file. stats.json, in the same folder,
-holds classes, shape and statistics of the latents, and of every shard the number of rows, the size and the SHA-256.
+holds classes, shape and statistics of the latents, and of every file the number of rows, the size and the SHA-256.
 `ear.latents.caching` writes all of them.
 
 `moments` are contiguous and not compressed: they are memory-mapped at their offset in the file, without HDF5,
-which would copy every row and whose open files do not survive a fork.
+which would copy every row twice and lets one thread read at a time.
 """
 
+import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,21 +33,27 @@ STATS = "stats.json"
 
 @dataclass(frozen=True)
 class _Stored:
-    """Location of the moments of one shard."""
+    """Location of the moments of one file."""
 
     path: Path
     offset: int  # of the moments in the file, in bytes
-    shape: tuple[int, ...]  # [n, 2, 2C, h, w]
+    rows: int
 
-    def map(self) -> np.ndarray:
-        """The moments as a read-only memory map, float16 [n, 2, 2C, h, w]."""
-        # numpy.memmap would keep a file descriptor open per shard, and ImageNet's 1251 shards exceed the usual limit of
-        # 1024; torch.from_file closes it.
-        size = self.path.stat().st_size
-        content = torch.from_file(str(self.path), shared=False, size=size, dtype=torch.uint8).numpy()
-        view = np.ndarray(self.shape, "<f2", buffer=content, offset=self.offset)
-        view.flags.writeable = False
-        return view
+
+class _Map:
+    """The moments of one file in memory, [2 n, 2C h w] as bits: row 2k is image k, row 2k + 1 its mirror image."""
+
+    def __init__(self, stored: _Stored, values: int):
+        with stored.path.open("rb") as file:
+            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        self._row, self._offset = 2 * values, stored.offset
+        self.rows = np.frombuffer(self._map, np.uint16, 2 * stored.rows * values, stored.offset).reshape(-1, values)
+
+    def advise(self, rows: np.ndarray) -> None:
+        """Let the system read these rows ahead; otherwise a cold row takes a read of its own for each page."""
+        for start in (self._offset + rows * self._row).tolist():
+            page = start - start % mmap.PAGESIZE
+            self._map.madvise(mmap.MADV_WILLNEED, page, start + self._row - page)
 
 
 class LatentStore:
@@ -54,9 +61,9 @@ class LatentStore:
 
     split: "train" or "val". Attributes: `shape`, (C, h, w) of a latent; `labels`, int64 [N]; `classes`, class names,
     indexed by label; `statistics`, of the training split for either split; `tokenizer`, the SHA-256 of the tokenizer's
-    file. A store can be pickled, without its maps, which are opened again at the first read, or inherited by a fork.
+    file. Several threads may read at once; every file that has been read stays open.
 
-    Raises MissingFileError if stats.json or a shard is missing, UserError if stats.json has another format or a shard
+    Raises MissingFileError if stats.json or a file is missing, UserError if stats.json has another format or a file
     is not what it says.
     """
 
@@ -74,39 +81,46 @@ class LatentStore:
         self.tokenizer: str = stats["tokenizer"]
         opened = [_open(folder / entry["file"], entry, stats) for entry in stats["shards"][split]]
         self.labels = np.concatenate([labels for _, labels in opened])
-        self._stored = [stored for stored, _ in opened]
-        self._rows = Rows([stored.shape[0] for stored in self._stored])
-        self._maps: dict[int, np.ndarray] = {}
+        channels, height, width = self.shape
+        self._maps = [_Map(stored, 2 * channels * height * width) for stored, _ in opened]
+        self._rows = Rows([stored.rows for stored, _ in opened])
 
     def __len__(self) -> int:
         return len(self.labels)
 
-    def __getstate__(self) -> dict:
-        return self.__dict__ | {"_maps": {}}  # pickling a map would copy the complete file
-
-    def rows(self, indices: Sequence[int] | Tensor, mirrored: Sequence[bool] | Tensor) -> tuple[np.ndarray, np.ndarray]:
+    def rows(
+        self, indices: Sequence[int] | Tensor, mirrored: np.ndarray | None = None, *, pinned: bool = False
+    ) -> tuple[Tensor, Tensor]:
         """Moments and labels of the given rows, in the given order: (float16 [n, 2C, h, w], int64 [n]).
 
-        indices: row numbers 0 .. N - 1. mirrored: for each of them, whether to return the mirror image's moments.
+        indices: row numbers 0 .. N - 1. mirrored: bool [n], which are to be mirror images' moments; default: none.
+        pinned: return page-locked memory, which a GPU reads while the host goes on.
         Raises IndexError for any other row number, negative ones included.
         """
-        wanted, sides = np.asarray(indices, dtype=np.int64), np.asarray(mirrored, dtype=np.int64)
+        wanted = np.asarray(indices, dtype=np.int64)
+        sides = np.zeros(len(wanted), bool) if mirrored is None else mirrored
         channels, height, width = self.shape
-        out = np.empty((len(wanted), 2 * channels, height, width), np.float16)
-        for shard, places, rows in self._rows.locate(wanted):
-            out[places] = self._map(shard)[rows, sides[places]]  # [k, 2C, h, w]
-        return out, self.labels[wanted]
+        out = torch.empty((len(wanted), 2 * channels, height, width), dtype=torch.float16, pin_memory=pinned)
+        bits = out.view(torch.uint16).numpy().reshape(len(wanted), 2 * channels * height * width)
+        for file, places, rows in self._rows.locate(wanted):
+            source = self._maps[file].rows
+            if len(places) == len(wanted):
+                np.take(source, 2 * rows + sides, axis=0, out=bits, mode="clip")  # other modes copy twice
+            else:
+                bits[places] = source[2 * rows + sides[places]]
+        labels = torch.from_numpy(self.labels[wanted])
+        return out, labels.pin_memory() if pinned else labels
 
-    def _map(self, shard: int) -> np.ndarray:
-        if shard not in self._maps:
-            self._maps[shard] = self._stored[shard].map()
-        return self._maps[shard]
+    def advise(self, indices: Sequence[int] | Tensor, mirrored: np.ndarray) -> None:
+        """Let the system read these rows from disk before `rows` needs them."""
+        for file, places, rows in self._rows.locate(indices):
+            self._maps[file].advise(2 * rows + mirrored[places])
 
 
 def _open(path: Path, entry: dict, stats: dict) -> tuple[_Stored, np.ndarray]:
-    """Hold a shard's size, attributes and shapes against stats.json => (location of its moments, its labels as int64).
+    """Hold a file's size, attributes and shapes against stats.json => (location of its moments, its labels as int64).
 
-    entry: its item in stats["shards"][split]. Digests are checked by the stage that reads the shard (ear.lineage): at
+    entry: its item in stats["shards"][split]. Digests are checked by the stage that reads the file (ear.lineage): at
     every start, they would take too long.
     """
     channels, height, width = stats["shape"]
@@ -117,7 +131,7 @@ def _open(path: Path, entry: dict, stats: dict) -> tuple[_Stored, np.ndarray]:
         raise UserError(
             f"{path} has {path.stat().st_size} bytes, but must have {entry['bytes']}; run the cache stage again."
         )
-    with reading(path, "shard of latents", "run the cache stage again"), h5py.File(path, "r", locking=False) as file:
+    with reading(path, "file of latents", "run the cache stage again"), h5py.File(path, "r", locking=False) as file:
         _check_attributes(path, file.attrs, stats)
         moments, labels = file["moments"], file["labels"][:].astype(np.int64)
         if moments.shape != expected or moments.dtype != np.float16 or len(labels) != entry["rows"]:
@@ -125,11 +139,11 @@ def _open(path: Path, entry: dict, stats: dict) -> tuple[_Stored, np.ndarray]:
                 f"{path} holds moments {moments.dtype} {moments.shape} and {len(labels)} labels, not float16 "
                 f"{expected} and {entry['rows']} labels; run the cache stage again."
             )
-        return _Stored(path, moments.id.get_offset(), moments.shape), labels
+        return _Stored(path, moments.id.get_offset(), len(moments)), labels
 
 
 def _check_attributes(path: Path, attributes, stats: dict) -> None:
-    """Raise UserError unless the shard has this format and was made with the tokenizer that stats.json names."""
+    """Raise UserError unless the file has this format and was made with the tokenizer that stats.json names."""
     for name, expected in (("format", FORMAT), ("tokenizer", stats["tokenizer"])):
         found = attributes.get(name)
         if found != expected:

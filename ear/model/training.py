@@ -12,7 +12,7 @@ from ear import config
 from ear.files.atomic import link, whole_folder
 from ear.files.json_files import rounded, write_json
 from ear.files.tables import write_table
-from ear.latents.batches import dead_readers_named, latent_batches
+from ear.latents.batches import latent_batches
 from ear.latents.statistics import Statistics, normalised
 from ear.latents.store import LatentStore
 from ear.model.autoregressive import AutoregressiveModel
@@ -115,20 +115,19 @@ class Phase:
             return
         if distributed.is_main():
             print("\n".join(self.introduction()), flush=True)
-        with dead_readers_named():
-            self.trainer.fit(
-                self.batches,
-                total_images=self.settings.images,
-                folder=folder,
-                checkpoint_images=self.runtime.checkpoint_images,
-                keep_images=self.runtime.keep_images,
-                kept=kept,
-                about=self.about,
-                check=self.check,
-                validate=self.validate,
-                validate_images=self.options.validate_images,
-                title=self.settings.name,
-            )
+        self.trainer.fit(
+            self.batches,
+            total_images=self.settings.images,
+            folder=folder,
+            checkpoint_images=self.runtime.checkpoint_images,
+            keep_images=self.runtime.keep_images,
+            kept=kept,
+            about=self.about,
+            check=self.check,
+            validate=self.validate,
+            validate_images=self.options.validate_images,
+            title=self.settings.name,
+        )
 
     def introduction(self) -> list[str]:
         """Lines for the log: model size, memory, batches, learning rate, and what to expect of the EMA."""
@@ -156,6 +155,7 @@ class Phase:
             mirror=self.mirror,
             seed=self.seed,
             workers=self.workers,
+            pinned=self.device.type == "cuda",
         )
 
     def loss(self, batch, position: int) -> tuple[Tensor, dict[str, Tensor]]:
@@ -177,8 +177,7 @@ class Phase:
         sums = torch.zeros(len(models), dtype=torch.float64)
         for start in distributed.own_slice(range(0, rows, size)):
             indices = torch.arange(start, min(start + size, rows))
-            batch = self.held_out.rows(indices, torch.zeros(len(indices), dtype=torch.bool))
-            moments, labels = map(torch.as_tensor, batch)
+            moments, labels = self.held_out.rows(indices)
             losses = [
                 self.batch_loss(model, moments, labels, start, temperature=1, purpose="validation") for model in models
             ]
@@ -249,7 +248,7 @@ def fit_codebook(model: AutoregressiveModel, store: LatentStore, seed: int) -> N
     if not model.score.learns_tokens:
         return
     rows = randomness.DataOrder(len(store), seed).indices(0, min(len(store), _CODEBOOK_IMAGES))
-    moments, _ = map(torch.as_tensor, store.rows(rows, torch.zeros(len(rows), dtype=torch.bool)))
+    moments, _ = store.rows(rows)
     shape = (len(moments), moments.shape[1] // 2, *moments.shape[2:])
     noise = randomness.normal(shape, randomness.stream(seed, "tokens"))
     tokens = patchify(normalised(moments, noise, store.statistics), model.patch)

@@ -9,6 +9,7 @@ import hashlib
 import math
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 
 from ear.runtime.philox import random_bits
@@ -109,3 +110,30 @@ class DataOrder:
             parts.append(part)
             start, count = start + len(part), count - len(part)
         return torch.cat(parts) if parts else torch.empty(0, dtype=torch.long)
+
+
+class Coins:
+    """Fair coins as a function of their numbers, computed many at a time."""
+
+    _EACH = 2**16
+
+    def __init__(self, seed: int, *names: object):
+        self._key = derive(seed, *names)
+        self._part, self._coins = -1, np.empty(0, bool)
+
+    def at(self, start: int, count: int) -> np.ndarray:
+        """bool [count]: coins number start .. start + count - 1."""
+        parts = []
+        while count:
+            part, offset = divmod(start, self._EACH)
+            if part != self._part:
+                self._part, self._coins = part, self._toss(part)
+            found = self._coins[offset : offset + count]
+            parts.append(found)
+            start, count = start + len(found), count - len(found)
+        return np.concatenate(parts) if parts else np.empty(0, bool)
+
+    def _toss(self, part: int) -> np.ndarray:
+        blocks = self._EACH // (32 * _BLOCK)
+        bits = random_bits([self._key], part * blocks, blocks).numpy()
+        return np.unpackbits(bits.view(np.uint8).reshape(-1), bitorder="little").astype(bool)

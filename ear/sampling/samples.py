@@ -15,7 +15,7 @@ import numpy as np
 
 from ear.errors import MissingFileError, UserError
 from ear.files.atomic import whole_file
-from ear.files.hdf5 import fixed_place
+from ear.files.hdf5 import fill, fixed_place
 from ear.files.reading import reading
 
 FORMAT = "ear-samples-1"
@@ -60,18 +60,7 @@ def write(path: str | Path, first: int, images: np.ndarray) -> None:
 
     Several processes may write different images at the same time.
     """
-    with h5py.File(path, "r", locking=False) as file:
-        target = file["images"]
-        assert images.dtype == np.uint8
-        assert images.shape[1:] == target.shape[1:]
-        assert first + len(images) <= len(target)
-        offset = target.id.get_offset()
-    with Path(path).open("r+b", buffering=0) as raw:
-        raw.seek(offset + first * images[0].nbytes)
-        left = np.ascontiguousarray(images).data.cast("B")
-        while left:  # a nearly full disk may take only a part
-            left = left[raw.write(left) :]
-        os.fsync(raw.fileno())
+    fill(path, "images", first, images)
 
 
 class GeneratedImages:

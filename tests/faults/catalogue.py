@@ -56,13 +56,13 @@ FAULTS = [
     ),
     Fault(
         "worker-killed",
-        "a dead worker: DataLoader, decoding pool, Dask, torchrun",
-        "SIGKILL to one worker process of train, prepare, cache on a cluster, or train in two processes",
+        "a dead worker: decoding pool, Dask, torchrun",
+        "SIGKILL to one worker process of prepare, cache on a cluster, or train in two processes",
         "one sentence and exit code 1 (Dask repeats the shard elsewhere and needs none)",
         "as by SIGKILL to the stage",
         interruptions.kill_worker,
-        4,
-        8,
+        3,
+        9,
     ),
     Fault(
         "edits",
@@ -168,7 +168,7 @@ FAULTS = [
     Fault(
         "long-training",
         "a long training",
-        "1,000 steps (full: 10,000) of the trainer with DataLoader workers, checkpoints and validation",
+        "1,000 steps (full: 10,000) of the trainer with reading threads, checkpoints and validation",
         "flat memory (growth under 20 MB) and as many open files as at the start",
         "nothing",
         long_runs.memory,

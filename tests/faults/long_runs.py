@@ -16,7 +16,7 @@ _GROWTH = 20_000_000  # bytes
 
 
 def memory(case: int) -> dict[str, int]:
-    """`STEPS[case]` training steps with workers, checkpoints and validation."""
+    """`STEPS[case]` training steps with reading threads, checkpoints and validation."""
     return in_child(_memory, case)
 
 

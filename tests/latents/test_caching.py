@@ -15,12 +15,14 @@ from ear.data.images import to_signed, to_uint8
 from ear.files.digests import sha256
 from ear.files.json_files import read_json
 from ear.latents import caching
+from ear.latents.caching import Layout
 from ear.latents.store import LatentStore
 from ear.tokenizer.autoencoder import Identity, Tokenizer, kl_structure, new_kl, save_tokenizer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 IMAGES, LENGTHS, VAL = pixels(16), (5, 5, 2), 4
 CPU = torch.device("cpu")
+SMALL = Layout(file_bytes=6 * 2 * 6 * 4 * 4 * 2, piece_images=3)  # 6 images of `tiny`, 3 of an identity
 
 
 @pytest.fixture
@@ -34,10 +36,12 @@ def tiny() -> Tokenizer:
     return new_kl(seed=0, image_size=8, structure=structure).eval().requires_grad_(False)
 
 
-def cache(base: Path, tokenizer: Tokenizer, *, fingerprint: str = "ab" * 32, batch_size: int = 3) -> Path:
+def cache(
+    base: Path, tokenizer: Tokenizer, *, fingerprint: str = "ab" * 32, batch_size: int = 3, layout: Layout = SMALL
+) -> Path:
     encoder = caching.Encoder(tokenizer, fingerprint=fingerprint, batch_size=batch_size, device=CPU)
     (base / "scratch").mkdir(exist_ok=True)
-    caching.cache(base / "prepared", base / "latents", encoder=encoder, scratch=base / "scratch")
+    caching.cache(base / "prepared", base / "latents", encoder=encoder, scratch=base / "scratch", layout=layout)
     return base / "latents"
 
 
@@ -47,7 +51,7 @@ def contents(folder: Path) -> dict[str, str]:
 
 def rows(folder: Path, split: str, mirrored: bool = False) -> np.ndarray:
     store = LatentStore(folder, split)
-    return store.rows(range(len(store)), [mirrored] * len(store))[0]
+    return store.rows(range(len(store)), np.full(len(store), mirrored))[0].numpy()
 
 
 def test_latents_are_the_tokenizers_of_the_images_and_of_their_mirror_images(base):
@@ -63,17 +67,33 @@ def test_latents_are_the_tokenizers_of_the_images_and_of_their_mirror_images(bas
     assert LatentStore(folder, "val").classes == ("a", "b", "c")
 
 
-def test_shards_are_plain_contiguous_hdf5(base):
-    folder = cache(base, tiny())
-    assert sorted(p.name for p in folder.iterdir()) == sorted(
-        [*(f"train-{k:05d}-of-00003.h5" for k in range(3)), "val-00000-of-00001.h5", "stats.json"]
-    )
-    with h5py.File(folder / "train-00001-of-00003.h5") as file:
-        assert file["moments"].shape == (5, 2, 6, 4, 4)
+def test_files_are_few_plain_contiguous_hdf5(base):
+    folder = cache(base, tiny(), layout=Layout())
+    assert set(contents(folder)) == {"stats.json", "train-00000-of-00001.h5", "val-00000-of-00001.h5"}
+    with h5py.File(folder / "train-00000-of-00001.h5") as file:
+        assert file["moments"].shape == (12, 2, 6, 4, 4)
         assert file["moments"].dtype == np.float16
         assert file["moments"].chunks is None
         assert file["labels"].dtype == np.int32
         assert dict(file.attrs) == {"format": "ear-latents-1", "tokenizer": "ab" * 32}
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 4, 100])
+def test_rows_do_not_depend_on_files_and_pieces(base, batch_size):
+    tokenizer = Identity(image_size=8, downsample=2)
+    whole = rows(cache(base, tokenizer, batch_size=batch_size, layout=Layout()), "train")
+    shutil.rmtree(base / "scratch")
+    assert np.array_equal(rows(cache(base, tokenizer, batch_size=batch_size), "train"), whole)
+
+
+def test_a_plan_covers_every_image_once_in_files_of_limited_size():
+    pieces = caching.plan("train", 1000, row_bytes=100, batch_size=8, layout=Layout(file_bytes=5000, piece_images=20))
+    assert [row for piece in pieces for row in piece.rows] == list(range(1000))
+    assert {len(piece.rows) for piece in pieces[:-1]} == {16}  # two batches
+    files = {piece.file for piece in pieces}
+    assert len(files) == 21  # of 48 images, 4,800 bytes
+    assert pieces[0].file == "train-00000-of-00021.h5"
+    assert [piece.first for piece in pieces[:4]] == [0, 16, 32, 0]
 
 
 def test_statistics_are_numpys_over_sampled_training_latents(base):
@@ -102,7 +122,7 @@ def test_identity_latents_hold_every_pixel(base):
         assert np.array_equal(to_uint8(tokenizer.decode(mean)), images)
 
 
-def test_a_run_goes_on_with_missing_and_damaged_shards_and_ends_in_the_same_bytes(base, monkeypatch):
+def test_a_run_goes_on_with_missing_and_damaged_pieces_and_ends_in_the_same_bytes(base, monkeypatch):
     whole = contents(cache(base, tiny()))
     shutil.rmtree(base / "latents")
     shutil.rmtree(base / "scratch")
@@ -110,7 +130,7 @@ def test_a_run_goes_on_with_missing_and_damaged_shards_and_ends_in_the_same_byte
 
     def stopping(encoder, images):
         calls.append(len(images))
-        if len(calls) == 4:  # in the middle of the second shard
+        if len(calls) == 4:
             raise KeyboardInterrupt
         return encode(encoder, images)
 
@@ -118,15 +138,16 @@ def test_a_run_goes_on_with_missing_and_damaged_shards_and_ends_in_the_same_byte
     with pytest.raises(KeyboardInterrupt):
         cache(base, tiny())
     assert not (base / "latents").exists()
-    first = base / "scratch/train-00000-of-00003.h5"
+    first = base / "scratch/train-00000-of-00002.h5"
     inode = first.stat().st_ino
     assert contents(cache(base, tiny())) == whole
-    assert (base / "latents" / first.name).stat().st_ino == inode  # not written again
-    assert sum(calls[4:]) == 16 - 5
+    assert (base / "latents" / first.name).stat().st_ino == inode  # not created again
+    assert sum(calls[4:]) == 16 - 9
 
-    first.unlink()  # a name of its own: the published file keeps its bytes
-    first.write_bytes(b"damaged")
-    assert contents(cache(base, tiny())) == whole
+    for damage in (b"damaged", first.read_bytes()[:-1] + b"?", b"?" + first.read_bytes()[1:]):
+        first.unlink()  # a name of its own: the published file keeps its bytes
+        first.write_bytes(damage)
+        assert contents(cache(base, tiny())) == whole
 
 
 def test_shards_without_images_have_no_latents(base):
@@ -136,14 +157,13 @@ def test_shards_without_images_have_no_latents(base):
     shutil.rmtree(base)
     write_prepared(base / "prepared", IMAGES, (0, 5, 0, 7, 0), VAL)
     folder = cache(base, tokenizer)
-    assert sorted(path.name for path in folder.glob("train-*")) == [f"train-0000{k}-of-00005.h5" for k in (1, 3)]
     assert np.array_equal(rows(folder, "train"), expected)
     assert LatentStore(folder, "train").labels.tolist() == [k % 3 for k in range(12)]
 
 
 @pytest.mark.parametrize("processes", [2, 3])
 def test_many_processes_leave_the_bytes_of_one(base, processes):
-    """Four shards in all, of 5, 5, 2 and 4 images."""
+    """Three files in all, of two pieces each."""
     whole = contents(cache(base, tiny()))
     shutil.rmtree(base / "latents")
     shutil.rmtree(base / "scratch")
@@ -168,7 +188,7 @@ class Exploding(Identity):
 def test_latents_beyond_float16_are_refused_and_named(base, value):
     before = contents(cache(base, Identity(image_size=8, downsample=2)))
     shutil.rmtree(base / "scratch")
-    with pytest.raises(ValueError, match=r"latents of image 3 of train-00001-of-00003\.h5 are infinite or NaN"):
+    with pytest.raises(ValueError, match=r"latents of train image 8 \(.*\) are infinite or NaN"):
         cache(base, Exploding(IMAGES[5 + 3], value))
     assert contents(base / "latents") == before
 
@@ -187,11 +207,12 @@ def test_a_cluster_gives_the_same_bytes(base, cluster):
     encoder = caching.Encoder(tokenizer, fingerprint=fingerprint, batch_size=3, device=CPU)
     workers = caching.Cluster(cluster, base / "tokenizer.safetensors", threads=1)
     (base / "other").mkdir()
-    caching.cache(base / "prepared", base / "there", encoder=encoder, scratch=base / "other", cluster=workers)
+    options = {"cluster": workers, "layout": SMALL}
+    caching.cache(base / "prepared", base / "there", encoder=encoder, scratch=base / "other", **options)
     assert contents(base / "there") == here
 
     changed = dataclasses.replace(encoder, fingerprint="cd" * 32)
     (base / "third").mkdir()
     with pytest.raises(ValueError, match=r"tokenizer\.safetensors is another file on a worker of the cluster"):
-        caching.cache(base / "prepared", base / "there", encoder=changed, scratch=base / "third", cluster=workers)
+        caching.cache(base / "prepared", base / "there", encoder=changed, scratch=base / "third", **options)
     assert contents(base / "there") == here

@@ -71,11 +71,11 @@ def link_code(folder: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory) -> Path:
-    """A repository whose reference stage is done and whose samples are the held-out digits themselves."""
+    """A repository with a reference and a tokenizer, whose samples are the held-out digits themselves."""
     folder, before = link_code(tmp_path_factory.mktemp("repository")), Path.cwd()
     os.chdir(folder)
     try:
-        for stage in ("fetch", "prepare", "reference", "tokenizer"):
+        for stage in ("fetch", "prepare", "reference", "tokenizer", "reconstruct"):
             run(stage, **{"tokenizer.name": "identity"})
         write_samples(*images_of("val"))
     finally:
@@ -129,10 +129,11 @@ def test_stopped_and_resumed_reference_ends_in_the_same_bytes(repository, monkey
 
 
 @pytest.mark.parametrize(
-    ("stage", "folder", "first"), [("reference", "reference", 1438), ("evaluate", "evaluation", 359)]
+    ("stage", "folder", "first"),
+    [("reference", "reference", 1438), ("reconstruct", "reconstructions", 0), ("evaluate", "evaluation", 0)],
 )
 def test_a_killed_pass_goes_on_to_the_same_bytes(repository, monkeypatch, stage, folder, first):
-    """Killed while it looks at a second set of images, of 359: no image is looked at again but of the last batch."""
+    """Killed while it looks at a set of 359 images, the reference's second: only its last batch is looked at again."""
     short, folder = {"reference.images": 320}, Path("data", folder)
     run("reference", **short)
     run(stage, **short)
@@ -229,11 +230,12 @@ def test_repeats_must_divide_the_samples(repository):
 
 
 def test_the_identity_costs_nothing(repository):
-    run("evaluate")
-    cost, real = evaluated()["reconstruction"], json.loads(Path("data/reference/metrics.json").read_text())
+    cost, real = json.loads(Path("data/reconstructions/metrics.json").read_text()), json.loads(Path("data/reference/metrics.json").read_text())
     assert cost["rfid"] == pytest.approx(0, abs=1e-6)
     assert cost["rfid_train"] == pytest.approx(real["fid"], rel=1e-4)
     assert (cost["images"], cost["psnr"]) == (359, 100)
+    run("evaluate")
+    assert evaluated()["reconstruction"] == cost
 
 
 def test_bad_images_score_badly(repository):

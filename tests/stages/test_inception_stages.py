@@ -57,6 +57,7 @@ def test_published_statistics_replace_the_training_images(tmp_path, monkeypatch,
     np.savez("adm.npz", mu=np.full(2048, 0.5), sigma=np.eye(2048), arr_0=np.zeros((1, 8, 8, 3), np.uint8))
     run("tokenizer")
     run("reference")
+    run("reconstruct")
     reference = Reference.load("data/reference/features.safetensors")
     assert torch.equal(reference.gaussian.sigma, torch.eye(2048, dtype=torch.float64))
     assert reference.features.shape == (6, 2048)
