@@ -27,7 +27,7 @@ from ear.model.masked import MaskedModel
 from ear.model.masking import mask_first, masked_count, random_orders
 from ear.model.tokens import patchify
 from ear.model.training import parameter_groups
-from ear.runtime.device import compile_in_place, prepare_device
+from ear.runtime.device import prepare_device
 from ear.runtime.randomness import Stream, stream, uniform
 from ear.scores.sample_based import SampleBasedScore, pairwise_loss
 from ear.training.ema import Average
@@ -103,7 +103,7 @@ def measured(preset: str, device: torch.device, rounds: int) -> dict:
     options = parameters.train
     ours = untrained(parameters).to(device)
     if cuda and parameters.runtime.compile:
-        compile_in_place(ours.transformer)
+        ours.compile_parts()
     training = Training(ours, parameters, device)
 
     def autocast():

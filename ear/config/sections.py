@@ -219,5 +219,5 @@ class Runtime(Section):
     other_code: Literal["refuse", "continue", "restart"] = Field(
         description="unfinished work begun before the code changed: refuse (stop and say so), continue or restart"
     )
-    compile: bool = Field(description="torch.compile the transformer in training and sampling, on CUDA only")
+    compile: bool = Field(description="torch.compile transformer and head in training and sampling, on CUDA only")
     checkpointing: bool = Field(description="recompute activations in the backward pass of training to save memory")

@@ -21,6 +21,7 @@ from ear.model.shape import Shape
 from ear.model.tokens import patchify, pick
 from ear.model.transformer import Transformer
 from ear.runtime import randomness
+from ear.runtime.device import compile_in_place
 from ear.runtime.randomness import Stream
 
 _INIT_SD = 0.02  # standard deviation of initial embeddings and position tables
@@ -97,6 +98,12 @@ class AutoregressiveModel(nn.Module, ABC):
                 nn.init.zeros_(module.bias)
         self.score.initialise(generator)
         return self
+
+    def compile_parts(self) -> None:
+        """torch.compile the transformer and the head's network, in place; the number of predicted tokens may vary."""
+        compile_in_place(self.transformer)
+        for network in self.score.networks():
+            compile_in_place(network, dynamic=True)
 
     def prefix(self, labels: Tensor, null: Tensor | None = None) -> Tensor:
         """Labels [B], null bool [B] (true: no class) => buffer tokens [B, P, W], without their positions."""

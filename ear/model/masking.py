@@ -5,6 +5,7 @@ sampling reveals an order from its end to its start.
 """
 
 import math
+from statistics import NormalDist
 
 import torch
 from torch import Tensor
@@ -12,8 +13,7 @@ from torch import Tensor
 from ear.errors import UserError
 from ear.runtime.randomness import Stream, uniform
 
-# Standard deviation of the mask ratio's Gaussian, which is centred at 1 and cut to [minimum, 1] (MAR, section 4).
-_RATIO_SD = 0.25
+_RATIO = NormalDist(1.0, 0.25)  # the mask ratio's distribution before it is cut to [minimum, 1] (MAR, section 4)
 
 
 def random_orders(images: int, tokens: int, source: Stream, device: torch.device | str = "cpu") -> Tensor:
@@ -23,10 +23,9 @@ def random_orders(images: int, tokens: int, source: Stream, device: torch.device
 
 def masked_count(tokens: int, minimum: float, source: Stream) -> int:
     """Number of masked tokens: ceil(L r), r ~ N(1, 0.25^2) truncated to [minimum, 1], by inverting its distribution."""
-    lowest = torch.special.ndtr(torch.tensor((minimum - 1.0) / _RATIO_SD, dtype=torch.float64))
-    quantile = lowest + (0.5 - lowest) * uniform((1,), source).double()
-    ratio = 1.0 + _RATIO_SD * torch.special.ndtri(quantile).item()
-    return min(max(math.ceil(tokens * ratio), 1), tokens)
+    lowest = _RATIO.cdf(minimum)
+    quantile = lowest + (0.5 - lowest) * source.fraction()
+    return min(max(math.ceil(tokens * _RATIO.inv_cdf(quantile)), 1), tokens)
 
 
 def mask_of(positions: Tensor, tokens: int) -> Tensor:

@@ -19,7 +19,6 @@ from ear.model.autoregressive import AutoregressiveModel
 from ear.model.files import describe, save_model
 from ear.model.tokens import patchify
 from ear.runtime import distributed, randomness
-from ear.runtime.device import compile_in_place
 from ear.training import checkpoint
 from ear.training.optimizer import Group, adamw, schedule
 from ear.training.trainer import History, Trainer
@@ -99,7 +98,7 @@ class Phase:
         self.trainer = build_trainer(model, settings, options, self.loss)
         model.transformer.checkpointing = runtime.checkpointing
         if runtime.compile and device.type == "cuda":
-            compile_in_place(model.transformer)
+            model.compile_parts()
 
     def run(self, folder: Path, kept: Path) -> None:
         """Train to the end, resuming from checkpoints in `folder`; with 0 images, only validate.

@@ -1,6 +1,7 @@
 """Device, threads and precision of a stage."""
 
 import torch
+import torch.utils.deterministic
 from torch import nn
 
 from ear.errors import UserError
@@ -14,6 +15,7 @@ def prepare_device(device: str, threads: int) -> torch.device:
     """
     torch.set_num_threads(threads)
     torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined] # all is written
     torch.backends.cudnn.benchmark = False
     torch.backends.cudnn.allow_tf32 = False  # convolutions use TF32 by default; features and latents need full float32
     number = distributed.local_rank()
@@ -53,6 +55,9 @@ def set_precision(precision: str, device: torch.device, *, key: str) -> None:
     torch.set_float32_matmul_precision("high" if precision == "tfloat32" else "highest")
 
 
-def compile_in_place(module: nn.Module) -> None:
-    """torch.compile a module with eager mode's dropout masks; with other masks, compiling would change results."""
-    module.compile(options={"fallback_random": True})
+def compile_in_place(module: nn.Module, *, dynamic: bool | None = None) -> None:
+    """torch.compile a module with eager mode's dropout masks; with other masks, compiling would change results.
+
+    dynamic: compile once for all sizes of its inputs; None: once more if a size changes.
+    """
+    module.compile(options={"fallback_random": True}, dynamic=dynamic)

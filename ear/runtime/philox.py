@@ -19,15 +19,16 @@ _LOW = 0xFFFFFFFF
 def random_bits(keys: Sequence[int], first: int, blocks: int, device: torch.device | str = "cpu") -> torch.Tensor:
     """int32 [K, blocks, 4]: for each of K keys, the blocks of 128 bits with counters first .. first + blocks - 1."""
     if torch.device(device).type == "cpu":
-        return torch.from_numpy(_on_cpu(np.array(keys, dtype=np.uint64), first, blocks))
+        return torch.from_numpy(host_bits(keys, first, blocks))
     return _on_gpu(list(keys), first, blocks, torch.device(device))
 
 
-def _on_cpu(keys: np.ndarray, first: int, blocks: int) -> np.ndarray:
+def host_bits(keys: Sequence[int], first: int, blocks: int) -> np.ndarray:
+    """The same bits for the program itself, int32 [K, blocks, 4]."""
     counter = np.arange(first, first + blocks, dtype=np.uint64)
     zero = np.zeros((len(keys), blocks), np.uint32)
     low, high = (zero + half for half in _halves(counter))
-    key = [half[:, None] for half in _halves(keys)]
+    key = [half[:, None] for half in _halves(np.array(keys, dtype=np.uint64))]
     return np.stack(_mix_on_cpu([low, high, zero, zero], key), axis=-1).view(np.int32)
 
 
@@ -49,9 +50,14 @@ def _halves(words: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def _on_gpu(keys: list[int], first: int, blocks: int, device: torch.device) -> torch.Tensor:
     counter = torch.arange(first, first + blocks, device=device)
     zero = torch.zeros((len(keys), blocks), dtype=torch.int64, device=device)
-    key = torch.tensor([[value & _LOW, value >> 32] for value in keys]).to(device, non_blocking=True)
     a, b, c, d = zero + (counter & _LOW), zero + (counter >> 32), zero, zero
-    low, high = key[:, :1], key[:, 1:]
+    low: torch.Tensor | int
+    high: torch.Tensor | int
+    if len(keys) == 1:  # needs no copy to the device
+        low, high = keys[0] & _LOW, keys[0] >> 32
+    else:
+        key = torch.tensor([[value & _LOW, value >> 32] for value in keys]).to(device, non_blocking=True)
+        low, high = key[:, :1], key[:, 1:]
     for _ in range(_ROUNDS):
         # 64-bit products wrap, which leaves their low 64 bits right; the masks undo the sign.
         first_product, second_product = a * _FIRST, c * _SECOND

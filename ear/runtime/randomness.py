@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from ear.runtime.philox import random_bits
+from ear.runtime.philox import host_bits, random_bits
 
 _BLOCK = 4  # numbers of 32 bits that a counter gives
 
@@ -47,6 +47,13 @@ class Stream:
         drawn = random_bits(self._keys, self._block, blocks, device)
         self._block += blocks
         return drawn.flatten(1)[:, :each].reshape(tuple(shape))
+
+    def fraction(self) -> float:
+        """One uniform number in [0, 1) for the program itself, which no device computes; of a single key."""
+        assert len(self._keys) == 1
+        bits = host_bits(self._keys, self._block, 1)
+        self._block += 1
+        return int(bits[0, 0, 0] >> 8 & 0xFFFFFF) * 2.0**-24
 
 
 def stream(seed: int, *names: object) -> Stream:
@@ -135,5 +142,5 @@ class Coins:
 
     def _toss(self, part: int) -> np.ndarray:
         blocks = self._EACH // (32 * _BLOCK)
-        bits = random_bits([self._key], part * blocks, blocks).numpy()
+        bits = host_bits([self._key], part * blocks, blocks)
         return np.unpackbits(bits.view(np.uint8).reshape(-1), bitorder="little").astype(bool)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ear.files.digests import sha256
-from ear.runtime.device import compile_in_place, prepare_device, set_precision
+from ear.runtime.device import prepare_device, set_precision
 from ear.runtime.executor import check_shared, share_shards
 from ear.sampling import samples
 from ear.sampling.generation import ImageSampler, batches
@@ -36,7 +36,7 @@ class Setup:
         set_precision(self.settings.precision, device, key="sample.precision")
         sampler = ImageSampler.open(self.model, self.tokenizer, device)
         if self.compile and device.type == "cuda":
-            compile_in_place(sampler.model.transformer)
+            sampler.model.compile_parts()
         return sampler
 
 

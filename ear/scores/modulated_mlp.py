@@ -5,6 +5,8 @@ modulates. Diffusion loss: the noised token is the stream, hidden state and time
 output channels; leading dimensions are free.
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -21,9 +23,9 @@ class ModulatedBlock(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
         self.modulation = nn.Linear(width, 3 * width)
 
-    def forward(self, x: Tensor, condition: Tensor, temperature: float) -> Tensor:
-        """x, condition [..., N, h] => [..., N, h]; `temperature` multiplies the shift."""
-        shift, scale, gate = self.modulation(condition).chunk(3, dim=-1)
+    def forward(self, x: Tensor, modulations: Tensor, temperature: float) -> Tensor:
+        """x [..., N, h], modulations [..., N, 3 h] => [..., N, h]; `temperature` multiplies the shift."""
+        shift, scale, gate = modulations.chunk(3, dim=-1)
         return x + gate * self.mlp(self.norm(x) * (1 + scale) + shift * temperature)
 
 
@@ -38,17 +40,28 @@ class ModulatedMLP(nn.Module):
 
     def zero_initialise(self) -> None:
         """Zero all modulations and the output layer: each block starts as the identity, the output as 0."""
-        modulations = [block.modulation for block in self.blocks if isinstance(block, ModulatedBlock)]
-        for layer in (*modulations, self.output_modulation, self.output):
+        for layer in (*self._modulation_layers(), self.output):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
 
+    def _modulation_layers(self) -> list[nn.Linear]:
+        """Those of the blocks, and of the output."""
+        return [block.modulation for block in self.blocks if isinstance(block, ModulatedBlock)] + [
+            self.output_modulation
+        ]
+
+    def _modulations(self, condition: Tensor) -> Sequence[Tensor]:
+        """Condition [..., N, h] => the result of every modulation layer, from one matrix product."""
+        layers = self._modulation_layers()
+        weight, bias = (torch.cat([getattr(layer, name) for layer in layers]) for name in ("weight", "bias"))
+        return F.linear(condition, weight, bias).split([layer.out_features for layer in layers], dim=-1)
+
     def forward(self, stream: Tensor, condition: Tensor, temperature: float = 1.0) -> Tensor:
         """Stream, condition [..., N, h] => float32 [..., N, D]; the temperature does not affect the output layer."""
-        condition = F.silu(condition)
-        for block in self.blocks:
-            stream = block(stream, condition, temperature)
-        shift, scale = self.output_modulation(condition).chunk(2, dim=-1)
+        *modulations, last = self._modulations(F.silu(condition))
+        for block, modulation in zip(self.blocks, modulations, strict=True):
+            stream = block(stream, modulation, temperature)
+        shift, scale = last.chunk(2, dim=-1)
         normed = F.layer_norm(stream, stream.shape[-1:], eps=NORM_EPS) * (1 + scale) + shift
         # In bfloat16, differences between nearby samples lose their direction, so the last layer computes in float32.
         with torch.autocast(normed.device.type, enabled=False):

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ear.runtime.randomness import Stream
+from ear.scores.modulated_mlp import ModulatedMLP
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,10 @@ class Score(nn.Module, ABC):
         guidance: float = 1.0,
     ) -> Tensor:
         """Hidden [N, W] => one token per row [N, D]."""
+
+    def networks(self) -> list[nn.Module]:
+        """Parts of the head that are worth compiling."""
+        return [module for module in self.children() if isinstance(module, ModulatedMLP)]
 
     def learn(self, tokens: Tensor, seed: int) -> None:
         """Fit parameters to training tokens [N, D] once, before training; most scores have none."""

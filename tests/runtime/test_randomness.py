@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from ear.runtime.randomness import (
+    Coins,
     DataOrder,
     Stream,
     derive,
@@ -76,3 +77,24 @@ def test_dropout_is_a_function_of_position():
     assert torch.equal(first, layer(torch.ones(100)))
     seed_dropout(1, 128)
     assert not torch.equal(first, layer(torch.ones(100)))
+
+
+def test_the_programs_own_numbers_are_those_of_the_stream():
+    own, drawn = stream(3), stream(3)
+    assert [own.fraction() for _ in range(5)] == [uniform((1,), drawn).item() for _ in range(5)]
+
+
+@pytest.mark.parametrize("start", [0, 5, 2**16 - 3, 2**20 + 1])
+def test_coins_are_a_function_of_their_numbers(start):
+    found = Coins(1, "mirror").at(start, 2**16 + 9)
+    assert [bool(Coins(1, "mirror").at(start + k, 1)[0]) for k in (0, 2, 3, 4, 2**16)] == [
+        bool(found[k]) for k in (0, 2, 3, 4, 2**16)
+    ]
+    assert len(found) == 2**16 + 9
+
+
+def test_coins_are_fair_and_of_their_key():
+    tossed = Coins(1, "mirror").at(0, 2**18)
+    assert abs(tossed.mean() - 0.5) < 0.004  # 4 standard deviations
+    assert abs((tossed[1:] == tossed[:-1]).mean() - 0.5) < 0.004
+    assert abs((tossed == Coins(2, "mirror").at(0, 2**18)).mean() - 0.5) < 0.004

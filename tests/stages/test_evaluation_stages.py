@@ -230,7 +230,9 @@ def test_repeats_must_divide_the_samples(repository):
 
 
 def test_the_identity_costs_nothing(repository):
-    cost, real = json.loads(Path("data/reconstructions/metrics.json").read_text()), json.loads(Path("data/reference/metrics.json").read_text())
+    cost, real = (
+        json.loads(Path(f"data/{name}/metrics.json").read_text()) for name in ("reconstructions", "reference")
+    )
     assert cost["rfid"] == pytest.approx(0, abs=1e-6)
     assert cost["rfid_train"] == pytest.approx(real["fid"], rel=1e-4)
     assert (cost["images"], cost["psnr"]) == (359, 100)

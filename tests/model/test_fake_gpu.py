@@ -1,0 +1,59 @@
+"""A GPU's mistakes, found without one: fake tensors have devices and shapes, but no values that the host could read.
+
+Tensors on different devices raise where they meet, and so does every read by the host, which would make it wait.
+"""
+
+import pytest
+import torch
+from factories import tiny_model
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+
+from ear.latents.statistics import Statistics
+from ear.model.training import BatchLoss
+from ear.runtime.randomness import image_streams
+from ear.sampling.sampler import sample
+from ear.sampling.settings import SamplingSettings
+
+GPU = torch.device("cuda")
+SCORES = ["energy", "kernel", "logarithmic", "hyvarinen", "categorical"]
+
+
+@pytest.fixture(autouse=True)
+def fake_gpu():
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        yield
+
+
+def on_gpu(**options):
+    with torch.device(GPU):
+        return tiny_model(**options)
+
+
+def test_a_read_by_the_host_is_noticed():
+    with pytest.raises(DataDependentOutputException):
+        torch.ones(3, device=GPU).sum().item()
+
+
+def test_two_devices_are_noticed():
+    with pytest.raises(RuntimeError, match="device"):
+        torch.ones(3, device=GPU) + torch.ones(3)
+
+
+@pytest.mark.parametrize("attention", ["bidirectional", "causal"])
+@pytest.mark.parametrize("name", SCORES)
+def test_the_training_loss_stays_on_the_gpu(name, attention):
+    model = on_gpu(name=name, attention=attention).train()
+    channels, h, w = model.shape.latent
+    loss = BatchLoss(Statistics(0.0, 1.0, (0.0,), (1.0,)), seed=1, precision="float32", device=GPU)
+    moments = torch.zeros(4, 2 * channels, h, w, dtype=torch.float16)
+    assert loss(model, moments, torch.zeros(4, dtype=torch.long), 64, temperature=0.9).device.type == "cuda"
+
+
+@pytest.mark.parametrize("attention", ["bidirectional", "causal"])
+@pytest.mark.parametrize("guidance", [1.0, 2.0])
+@pytest.mark.parametrize("name", SCORES)
+def test_sampling_stays_on_the_gpu(name, guidance, attention):
+    model = on_gpu(name=name, attention=attention).eval()
+    settings = SamplingSettings(steps=3, guidance=guidance)
+    latents = sample(model, [0, 1, 0], settings, source=image_streams(0, range(3)))
+    assert (latents.shape, latents.device.type) == ((3, *model.shape.latent), "cuda")
