@@ -107,6 +107,7 @@ class Phase:
         """
         if not self.settings.images:
             self.trainer.save(folder, about=self.about)
+            self.trainer.finish_saving()
             metrics = {"images": 0, **self.validate()}
             # The same columns as a training's log; the loss is the validation loss.
             row = {"images": 0, "loss": metrics["loss"], "gradient_norm": 0.0, "rate": 0.0}

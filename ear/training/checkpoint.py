@@ -1,6 +1,7 @@
 """Training state on disk: weights, EMAs, optimiser and progress, in safetensors (nothing is unpickled)."""
 
 import re
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -50,18 +51,48 @@ def _of_parameter(moments: dict[str, torch.Tensor], parameter: str) -> dict[str,
     return {key: moments[f"{key}.{parameter}"] for key in sorted(keys) if f"{key}.{parameter}" in moments}
 
 
-def save(folder: Path, images: int, tensors: dict[str, torch.Tensor], description: dict) -> None:
-    """Write the state after `images` images, complete or not at all, and delete all but the newest two."""
+class Writer:
+    """Writes checkpoints in a thread of its own, one at a time, from a copy in the host's memory.
+
+    So the training goes on meanwhile; copying stops it for a moment.
+    """
+
+    def __init__(self):
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._running: Future | None = None
+
+    def save(
+        self, folder: Path, images: int, tensors: dict[str, torch.Tensor], description: dict, kept: Path | None = None
+    ) -> None:
+        """Begin to write the state after `images` images, complete or not at all; then delete all but the newest two.
+
+        kept: a folder in which it stays, too; it takes no space there while `folder` has it. Waits for the checkpoint
+        before, and raises the error that has stopped it.
+        """
+        self.finish()
+        copied = {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
+        self._running = self._pool.submit(_save, folder, images, copied, description, kept)
+
+    def check(self) -> None:
+        """Raise the error that has stopped a checkpoint, if one has; does not wait."""
+        if self._running and self._running.done():
+            self.finish()
+
+    def finish(self) -> None:
+        """Wait until everything is written; raises the error that has stopped it."""
+        running, self._running = self._running, None
+        if running:
+            running.result()
+
+
+def _save(folder: Path, images: int, tensors: dict[str, torch.Tensor], description: dict, kept: Path | None) -> None:
     write_tensors(at(folder, images), tensors, description)
+    if kept:
+        kept.mkdir(parents=True, exist_ok=True)
+        at(kept, images).unlink(missing_ok=True)
+        link(at(folder, images), at(kept, images))
     for path in _by_progress(folder)[:-_KEPT]:
         path.unlink()
-
-
-def keep(folder: Path, images: int, kept: Path) -> None:
-    """Let the checkpoint after `images` images stay in the folder `kept`; it takes no space while `folder` has it."""
-    kept.mkdir(parents=True, exist_ok=True)
-    at(kept, images).unlink(missing_ok=True)
-    link(at(folder, images), at(kept, images))
 
 
 def newest(folder: Path) -> Path | None:

@@ -80,6 +80,7 @@ class Trainer(Generic[Network]):
         self.history = History()
         self._means = Means()
         self._gradients = SharedGradients(module.parameters())
+        self._writer = checkpoint.Writer()
         device = next(module.parameters()).device
         # Set to 1 by the first non-finite gradient and never reset: the fused optimiser then skips all updates,
         # and the host need not wait. `_broken_at` is the image at which that step began, -1 without one.
@@ -118,6 +119,7 @@ class Trainer(Generic[Network]):
             _stop_signals() as asked,
             Progress(title, total_images, start=self.images) as progress,
             contextlib.closing(self._stream(batches)) as stream,
+            self._saved(),
         ):
             while self.images < total_images:
                 before = self.images
@@ -130,8 +132,11 @@ class Trainer(Generic[Network]):
                 if validate and _crossed(before, self.images, validate_images):
                     self.history.validation.append({"images": self.images, **validate()})
                 stop, keep = asked(), _crossed(before, self.images, keep_images)
+                self._writer.check()
                 if last or stop or keep or _crossed(before, self.images, checkpoint_images):
                     self.save(folder, about=about, kept=kept if keep else None)
+                if stop:
+                    self.finish_saving()
                 progress.advance(self.images - before, note=self._note())
                 if stop and not last:
                     raise InterruptedError(
@@ -139,6 +144,14 @@ class Trainer(Generic[Network]):
                         "resume."
                     )
         self._close(validate)
+
+    @contextlib.contextmanager
+    def _saved(self) -> Iterator[None]:
+        """Leave the block only when its checkpoints are on disk."""
+        try:
+            yield
+        finally:
+            self.finish_saving()
 
     def _close(self, validate: Callable[[], dict[str, float]] | None) -> None:
         """Add the last rows to the history, after a shorter interval than the others."""
@@ -240,7 +253,10 @@ class Trainer(Generic[Network]):
         checkpoint.unpack(tensors, self._modules(), self.optimizer)
 
     def save(self, folder: Path, *, about: Mapping | None = None, kept: Path | None = None) -> None:
-        """Write a checkpoint that any world size can resume from; `kept` is a folder in which it stays, too."""
+        """Begin to write a checkpoint that any world size can resume from; `kept` is a folder in which it stays, too.
+
+        It is complete after `finish_saving`, or the next call.
+        """
         self._check_finite()
         sums, means = self._means.state()
         description = {
@@ -251,9 +267,11 @@ class Trainer(Generic[Network]):
             "about": dict(about or {}),
         }
         if distributed.is_main():
-            checkpoint.save(folder, self.images, {**self.state(), "sums": sums}, description)
-            if kept:
-                checkpoint.keep(folder, self.images, kept)
+            self._writer.save(folder, self.images, {**self.state(), "sums": sums}, description, kept)
+
+    def finish_saving(self) -> None:
+        """Wait until the checkpoint of the last `save` is on disk; raises the error that has stopped it."""
+        self._writer.finish()
 
     def resume(self, folder: Path) -> None:
         """Load the newest checkpoint in `folder`, if there is one."""
