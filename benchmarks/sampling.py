@@ -18,7 +18,7 @@ from benchmarks.models import INPUTS, PUBLISHED, untrained
 from ear.config.compose import compose
 from ear.model.masked import MaskedModel
 from ear.model.masking import masked_after, random_orders
-from ear.runtime.device import set_precision
+from ear.runtime.device import precise
 from ear.runtime.randomness import Stream, image_streams
 from ear.sampling.guidance import scale_at
 from ear.sampling.sampler import sample
@@ -74,7 +74,6 @@ def measured(preset: str, batch: int, device: torch.device, repeats: int) -> dic
     assert isinstance(model, MaskedModel)
     settings = SamplingSettings.of(options)
     precision = options.precision if device.type == "cuda" else "float32"
-    set_precision(precision, device, key="sample.precision")
     labels = (torch.arange(batch) % len(model.shape.classes)).to(device)
     ways = {
         "sampling": lambda source: sample(model, labels.tolist(), settings, source=source),
@@ -83,7 +82,7 @@ def measured(preset: str, batch: int, device: torch.device, repeats: int) -> dic
     }
 
     def once(way: Callable[[Stream], object]) -> None:
-        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
+        with precise(precision, device):
             way(image_streams(0, range(batch)))
         if device.type == "cuda":
             torch.cuda.synchronize()

@@ -88,6 +88,15 @@ def check_train(train: Train) -> None:
         )
 
 
+def check_guidance(sample: Sample) -> None:
+    """The interval of guidance must not be empty."""
+    if sample.guidance_from >= sample.guidance_to:
+        raise UserError(
+            f"sample.guidance_from is {sample.guidance_from:g}, but must be below sample.guidance_to, "
+            f"{sample.guidance_to:g}; lower it."
+        )
+
+
 def check_evaluation(sample: Sample, reference: Reference, evaluate: Evaluate) -> None:
     """Blocks must be equally large, and published statistics need the extractor they were made with."""
     if sample.count % evaluate.repeats:

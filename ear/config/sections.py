@@ -165,10 +165,15 @@ class Sample(Section):
     schedule: Literal["linear", "constant"] = Field(
         description="guidance over the steps: linear (from 1 to the scale) or constant"
     )
-    temperature: float = Field(description="inference temperature; 1: unchanged", ge=0)
-    precision: Precision = Field(
-        description="float32; on CUDA also tfloat32 or bfloat16 (autocast; tokens and decoder stay float32)"
+    guidance_from: float = Field(
+        description="guidance acts in steps after which more than this share of the tokens is known", ge=0, lt=1
     )
+    guidance_to: float = Field(
+        description="and not more than this share; other steps of a masked model take half the time", gt=0, le=1
+    )
+    temperature: float = Field(description="inference temperature; 1: unchanged", ge=0)
+    precision: Precision = Field(description="float32; on CUDA also tfloat32 or bfloat16 (autocast, float32 tokens)")
+    decoder_precision: Precision = Field(description="of the tokenizer's decoder; as precision")
     batch_size: int = Field(description="images generated per batch; changes results slightly (rounding)", ge=1)
     seed: int = Field(description="image k is drawn from its own random stream (seed, k)", ge=0)
 

@@ -39,16 +39,18 @@ class Conditions:
     rows_per_image: int  # 1, or 2 with guidance
     distinct: "Conditions | None" = None  # those that occur, each once; None if these are they
     kind: Tensor | None = None  # int64 [R], which of the distinct conditions every row has
+    plain: "Conditions | None" = None  # those of the same images without guidance; None if these are they
 
     @classmethod
     def of(cls, labels: Sequence[int], *, guided: bool, device: torch.device | str) -> "Conditions":
         """Labels of B images => the conditions of B rows or, if guided, of 2 B: with class first, then without."""
         rows = [*labels, *([None] * len(labels) if guided else [])]
+        plain = cls.of(labels, guided=False, device=device) if guided else None
         known = list(dict.fromkeys(rows))
         place = {label: number for number, label in enumerate(known)}
         distinct = cls._of_rows(known, guided, device)
         kind = torch.tensor([place[label] for label in rows]).to(device, non_blocking=True)
-        return dataclasses.replace(cls._of_rows(rows, guided, device), distinct=distinct, kind=kind)
+        return dataclasses.replace(cls._of_rows(rows, guided, device), distinct=distinct, kind=kind, plain=plain)
 
     @classmethod
     def _of_rows(cls, rows: Sequence[int | None], guided: bool, device: torch.device | str) -> "Conditions":
@@ -59,6 +61,15 @@ class Conditions:
     def expand(self, values: Tensor) -> Tensor:
         """Values per image [B, ...] => values per row [R, ...]."""
         return values.repeat(self.rows_per_image, *[1] * (values.dim() - 1))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How many tokens of each image `draw` generates, and in how many steps."""
+
+    count: int
+    steps: int  # at most; a causal model always takes one per token
+    guided: Callable[[int], bool]  # whether guidance acts in the step after which so many tokens are left
 
 
 class AutoregressiveModel(nn.Module, ABC):
@@ -161,13 +172,8 @@ class AutoregressiveModel(nn.Module, ABC):
         """
 
     @abstractmethod
-    def draw(
-        self, tokens: Tensor, orders: Tensor, conditions: Conditions, draw_tokens: DrawTokens, *, count: int, steps: int
-    ) -> None:
-        """Fill `count` positions of each image of `tokens` [B, L, D], in place; the others are given.
-
-        steps: unmasking steps; a causal model always takes one step per token.
-        """
+    def draw(self, tokens: Tensor, orders: Tensor, conditions: Conditions, draw_tokens: DrawTokens, plan: Plan) -> None:
+        """Fill `plan.count` positions of each image of `tokens` [B, L, D], in place; the others are given."""
 
     @abstractmethod
     def passes(self, steps: int) -> int:

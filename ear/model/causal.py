@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ear.errors import UserError
-from ear.model.autoregressive import AutoregressiveModel, Conditions, DrawTokens
+from ear.model.autoregressive import AutoregressiveModel, Conditions, DrawTokens, Plan
 from ear.model.masking import random_orders
 from ear.model.shape import Shape
 from ear.model.tokens import pick
@@ -83,11 +83,12 @@ class CausalModel(AutoregressiveModel):
             "model."
         )
 
-    def draw(
-        self, tokens: Tensor, orders: Tensor, conditions: Conditions, draw_tokens: DrawTokens, *, count: int, steps: int
-    ) -> None:
-        """Draw all tokens, in place, from the start of each order to its end; the transformer sees each slot once."""
-        assert count == self.tokens
+    def draw(self, tokens: Tensor, orders: Tensor, conditions: Conditions, draw_tokens: DrawTokens, plan: Plan) -> None:
+        """Draw all tokens, in place, from the start of each order to its end; the transformer sees each slot once.
+
+        Rows without a class go along in steps without guidance too: later ones need their keys and values.
+        """
+        assert plan.count == self.tokens
         caches, positions = self.caches(), orders.split(1, dim=1)  # [B, 1] each
         slots = self.start(conditions.labels, conditions.null, conditions.expand(positions[0]))
         for number, at in enumerate(positions):

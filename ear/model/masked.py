@@ -7,7 +7,7 @@ positions.
 import torch
 from torch import Tensor, nn
 
-from ear.model.autoregressive import AutoregressiveModel, Conditions, DrawTokens
+from ear.model.autoregressive import AutoregressiveModel, Conditions, DrawTokens, Plan
 from ear.model.masking import mask_first, mask_of, masked_after, masked_before_known, masked_count, random_orders
 from ear.model.shape import Shape
 from ear.runtime.randomness import Stream
@@ -75,19 +75,18 @@ class MaskedModel(AutoregressiveModel):
         """
         return masked_before_known(orders, mask)
 
-    def draw(
-        self, tokens: Tensor, orders: Tensor, conditions: Conditions, draw_tokens: DrawTokens, *, count: int, steps: int
-    ) -> None:
-        """Generate the tokens at the first `count` positions of each order, and write them into `tokens` [B, L, D].
+    def draw(self, tokens: Tensor, orders: Tensor, conditions: Conditions, draw_tokens: DrawTokens, plan: Plan) -> None:
+        """Generate the tokens at the first positions of each order, and write them into `tokens` [B, L, D].
 
-        In at most `steps` steps, from the last of these positions to the first. Each step draws several tokens at once,
-        given all tokens known by then. `draw_tokens(hidden [R, n, W], remaining)` returns the tokens [B, n, D];
-        `remaining` tokens are still masked after the step, which decides the guidance scale.
+        From the last of these positions to the first. Each step draws several tokens at once, given all tokens known by
+        then. `draw_tokens(hidden [R, n, W], remaining)` returns the tokens [B, n, D]; `remaining` tokens are still
+        masked after the step, which decides the guidance scale. Steps without guidance compute no rows without a class.
         """
-        mask, masked = mask_first(orders, count), count
-        for remaining in masked_after(count, steps):
+        every, mask, masked = conditions, mask_first(orders, plan.count), plan.count
+        for remaining in masked_after(plan.count, plan.steps):
             if remaining == masked:
                 continue  # with more steps than tokens, some steps reveal nothing
+            conditions = every if plan.guided(remaining) else every.plain or every
             # Sorted, so that which noise a token gets depends only on the set of positions drawn together.
             revealed = orders[:, remaining:masked].sort(dim=1).values  # [B, n]
             wanted = conditions.expand(revealed)

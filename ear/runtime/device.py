@@ -1,5 +1,8 @@
 """Device, threads and precision of a stage."""
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 import torch.utils.deterministic
 from torch import nn
@@ -53,6 +56,20 @@ def set_precision(precision: str, device: torch.device, *, key: str) -> None:
     """Enable TF32 matmuls if precision is "tfloat32", else disable them; raises as `check_precision` does."""
     check_precision(precision, device.type == "cuda", key=key)
     torch.set_float32_matmul_precision("high" if precision == "tfloat32" else "highest")
+
+
+@contextlib.contextmanager
+def precise(precision: str, device: torch.device) -> Iterator[None]:
+    """Compute with this precision inside the block: float32, tfloat32 (products and convolutions) or bfloat16."""
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    torch.set_float32_matmul_precision("high" if precision == "tfloat32" else "highest")
+    torch.backends.cudnn.allow_tf32 = precision == "tfloat32"
+    try:
+        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+        torch.backends.cudnn.allow_tf32 = before[1]
 
 
 def compile_in_place(module: nn.Module, *, dynamic: bool | None = None) -> None:

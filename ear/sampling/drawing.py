@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ear.files.digests import sha256
-from ear.runtime.device import prepare_device, set_precision
+from ear.runtime.device import check_precision, prepare_device
 from ear.runtime.executor import check_shared, share_shards
 from ear.sampling import samples
 from ear.sampling.generation import ImageSampler, batches
@@ -33,7 +33,8 @@ class Setup:
     def open(self) -> ImageSampler:
         """The sampler; raises UserError if device or precision are not available, or the files do not match."""
         device = prepare_device(self.device, self.threads)
-        set_precision(self.settings.precision, device, key="sample.precision")
+        for key in ("precision", "decoder_precision"):
+            check_precision(getattr(self.settings, key), device.type == "cuda", key=f"sample.{key}")
         sampler = ImageSampler.open(self.model, self.tokenizer, device)
         if self.compile and device.type == "cuda":
             sampler.model.compile_parts()

@@ -85,7 +85,7 @@ def _redrawn(
         known=normalised(moments, noise, sampler.statistics),
         mask=torch.as_tensor(drawn, device=device),
     )
-    return sampler.pixels(latents, numbers, guidance=settings.guidance)
+    return sampler.pixels(latents, numbers, settings)
 
 
 def _check(sampler: ImageSampler, images: np.ndarray, mask: np.ndarray, labels: Sequence[int | str]) -> None:

@@ -15,6 +15,7 @@ from ear.files.digests import sha256
 from ear.latents.statistics import Statistics, denormalised
 from ear.model.autoregressive import AutoregressiveModel
 from ear.model.files import load_model
+from ear.runtime.device import precise
 from ear.runtime.randomness import image_streams
 from ear.sampling.sampler import sample
 from ear.sampling.settings import SamplingSettings
@@ -86,21 +87,23 @@ class ImageSampler:
         """
         numbers = range(first, first + len(labels))
         source = image_streams(settings.seed, numbers)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=settings.precision == "bfloat16"):
+        with precise(settings.precision, self.device):
             latents = sample(self.model, labels, settings, source=source)
-        return self.pixels(latents, numbers, guidance=settings.guidance)
+        return self.pixels(latents, numbers, settings)
 
-    def pixels(self, latents: torch.Tensor, numbers: Sequence[int], *, guidance: float) -> np.ndarray:
+    def pixels(self, latents: torch.Tensor, numbers: Sequence[int], settings: SamplingSettings) -> np.ndarray:
         """Normalised latents [N, C, h, w] => uint8 [N, H, W, 3].
 
         Raises UserError, with its number from `numbers`, for an image that is not finite.
         """
-        decoded = self.tokenizer.decode(denormalised(latents, self.statistics))
+        with precise(settings.decoder_precision, self.device):
+            decoded = self.tokenizer.decode(denormalised(latents, self.statistics)).float()
         finite = decoded.flatten(1).isfinite().all(dim=1)
         if not finite.all():
             bad = numbers[int((~finite).nonzero()[0])]
             raise UserError(
-                f"image {bad} is not finite; the model diverged in training, or guidance {guidance} is too high."
+                f"image {bad} is not finite; the model diverged in training, or guidance {settings.guidance} is too "
+                "high."
             )
         return to_uint8(decoded).cpu().numpy()
 

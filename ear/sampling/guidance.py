@@ -3,13 +3,19 @@
 from ear.errors import UserError
 
 
-def scale_at(schedule: str, scale: float, *, tokens: int, masked: int) -> float:
-    """The guidance scale of a step after which `masked` of `tokens` are still masked.
+def scale_at(
+    schedule: str, scale: float, *, tokens: int, masked: int, interval: tuple[float, float] = (0.0, 1.0)
+) -> float:
+    """The guidance scale of a step after which `masked` of `tokens` are still masked; 1 means no guidance.
 
     linear: 1 + (scale - 1) (L - n) / L, from about 1 to just below `scale`; like the published sampler, it counts one
-    token as masked even after the last step. constant: `scale`. A scale of 1 means no guidance. Raises UserError for
-    another schedule.
+    token as masked even after the last step. constant: `scale`. interval: guidance acts only while the share of tokens
+    that are known after the step is above its first and not above its second number (as Kynkaanniemi et al., 2024, do
+    with noise levels). Raises UserError for another schedule.
     """
+    begin, end = interval
+    if not begin < (tokens - masked) / tokens <= end:
+        return 1.0
     if schedule == "linear":
         return 1.0 + (scale - 1.0) * (tokens - max(masked, 1)) / tokens
     if schedule == "constant":

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ear.model.autoregressive import AutoregressiveModel, Conditions
+from ear.model.autoregressive import AutoregressiveModel, Conditions, Plan
 from ear.model.tokens import patchify, unpatchify
 from ear.runtime.randomness import Stream
 from ear.sampling.guidance import scale_at
@@ -31,17 +31,22 @@ def sample(
     Raises UserError if `known` is given to a causal model, or images mask different numbers of tokens.
     """
     device = model.positions.device
+    interval = settings.guidance_from, settings.guidance_to
     conditions = Conditions.of([int(label) for label in labels], guided=settings.guidance != 1.0, device=device)
+
+    def scale(masked: int) -> float:
+        return scale_at(settings.schedule, settings.guidance, tokens=model.tokens, masked=masked, interval=interval)
 
     def draw_tokens(hidden: Tensor, masked: int) -> Tensor:
         """Hidden states [R, n, W] => tokens [B, n, D]; `masked` tokens are left afterwards."""
         conditional, *unconditional = (half.flatten(0, 1) for half in hidden.split(len(labels)))
+        guidance = scale(masked)
         drawn = model.score.sample(
             conditional,
             source=source,
             temperature=settings.temperature,
-            unconditional=unconditional[0] if unconditional else None,
-            guidance=scale_at(settings.schedule, settings.guidance, tokens=model.tokens, masked=masked),
+            unconditional=unconditional[0] if unconditional and guidance != 1.0 else None,
+            guidance=guidance,
         )
         return drawn.unflatten(0, (len(labels), -1)).float()
 
@@ -53,7 +58,8 @@ def sample(
         assert mask is not None
         orders, count = model.editing_orders(orders, mask)
         tokens.copy_(model.score.represent(patchify(known, model.patch)))
-    model.draw(tokens, orders, conditions, draw_tokens, count=count, steps=settings.steps)
+    plan = Plan(count, settings.steps, guided=lambda masked: scale(masked) != 1.0)
+    model.draw(tokens, orders, conditions, draw_tokens, plan)
     return unpatchify(tokens, model.patch, model.shape.latent)
 
 

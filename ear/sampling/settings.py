@@ -8,18 +8,26 @@ from ear.errors import UserError
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingSettings:
-    """Settings of sampling. Raises UserError for less than one step."""
+    """Settings of sampling. Raises UserError for less than one step, or an empty interval of guidance."""
 
     steps: int = 16  # unmasking steps; ignored by causal models (one step per token)
     guidance: float = 1.0  # classifier-free guidance scale; 1: off
     schedule: str = "linear"  # guidance over the steps: linear or constant
+    guidance_from: float = 0.0  # guidance acts while more than this share of the tokens is known after the step
+    guidance_to: float = 1.0  # and not more than this share
     temperature: float = 1.0  # inference temperature of the score
     seed: int = 0  # image k is drawn from the random stream (seed, k)
     precision: str = "float32"  # of the model; bfloat16 is autocast
+    decoder_precision: str = "float32"  # of the tokenizer's decoder
 
     def __post_init__(self):
         if self.steps < 1:
             raise UserError(f"steps is {self.steps}, but must be at least 1.")
+        if not 0 <= self.guidance_from < self.guidance_to <= 1:
+            raise UserError(
+                f"guidance_from is {self.guidance_from} and guidance_to {self.guidance_to}, but they must be shares of "
+                "the tokens, from 0 to 1, the first one smaller."
+            )
 
     @classmethod
     def of(cls, options: config.Sample) -> "SamplingSettings":
@@ -28,7 +36,10 @@ class SamplingSettings:
             steps=options.steps,
             guidance=options.guidance,
             schedule=options.schedule,
+            guidance_from=options.guidance_from,
+            guidance_to=options.guidance_to,
             temperature=options.temperature,
             seed=options.seed,
             precision=options.precision,
+            decoder_precision=options.decoder_precision,
         )

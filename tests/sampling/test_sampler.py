@@ -2,6 +2,7 @@ import pytest
 import torch
 from factories import tiny_model
 
+from ear.model.masking import masked_after
 from ear.runtime.randomness import image_streams, stream
 from ear.sampling.guidance import scale_at
 from ear.sampling.sampler import network_evaluations, sample
@@ -69,6 +70,41 @@ def test_guidance_schedules():
     assert scale_at("linear", 3.0, tokens=256, masked=255) == pytest.approx(1 + 2 / 256)
     assert scale_at("linear", 3.0, tokens=256, masked=0) == pytest.approx(1 + 2 * 255 / 256)
     assert scale_at("linear", 1.0, tokens=256, masked=100) == 1.0
+
+
+def test_guidance_acts_inside_its_interval_only():
+    def scale(masked: int) -> float:
+        return scale_at("constant", 3.0, tokens=100, masked=masked, interval=(0.25, 0.5))
+
+    assert [scale(masked) for masked in (99, 75, 74, 50, 49, 0)] == [1, 1, 3, 3, 1, 1]
+
+
+@pytest.mark.parametrize("name", ["energy", "hyvarinen", "logarithmic"])
+def test_steps_outside_the_interval_compute_half_of_the_rows(name):
+    model, rows = tiny_model(name=name), []
+    every = draw(model, guidance=2.0, steps=8)
+    model.transformer.register_forward_hook(lambda _, inputs, __: rows.append(len(inputs[0])))
+    known = [(16 - left) / 16 for left in masked_after(16, 8)]
+    some = draw(model, guidance=2.0, steps=8, guidance_from=known[2], guidance_to=known[5])
+    assert rows[1:] == [5, 5, 10, 10, 10, 5, 5]  # the first step has one row per class
+    assert not torch.allclose(some, every)
+    last = draw(model, guidance=2.0, steps=8, guidance_from=0.999999)
+    assert not torch.allclose(last, draw(model, guidance=1.0, steps=8))
+    with torch.no_grad():
+        model.null_class[0, 0] += 3  # seen in the last step alone
+    moved = (draw(model, guidance=2.0, steps=8, guidance_from=0.999999) - last).abs().amax(dim=1).flatten(1) > 1e-6
+    assert 0 < moved.sum() <= 5 * masked_after(16, 8)[-2]  # a mixture may choose the same candidate
+
+
+def test_a_causal_model_without_guided_steps_draws_as_without_guidance():
+    model = tiny_model(attention="causal")
+    torch.testing.assert_close(draw(model, guidance=3.0, guidance_to=1e-9), draw(model, guidance=1.0))
+
+
+@pytest.mark.parametrize("interval", [(0.5, 0.5), (0.6, 0.2), (-0.1, 1.0), (0.0, 1.1)])
+def test_an_empty_interval_is_refused(interval):
+    with pytest.raises(ValueError, match=r"^guidance_from is .* and guidance_to .*, but they must be shares"):
+        SamplingSettings(guidance_from=interval[0], guidance_to=interval[1])
 
 
 def test_unknown_schedule_is_refused():
