@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from benchmarks.measure import arguments, report
+from benchmarks.measure import Line, arguments, report
 from ear.files.hdf5 import fill, frame
 from ear.files.json_files import write_json
 from ear.latents.batches import latent_batches
@@ -183,6 +183,22 @@ def grown(folder: Path, rows: int, workers: int) -> dict:
     }
 
 
+def lines(figures: dict) -> list[Line]:
+    """The table's lines."""
+    return [
+        Line(
+            f"latents, {kind}",
+            f"{figures['rows']:,} rows of {figures['row bytes'] // 1024} KiB, {figures['workers']} threads or workers",
+            "rows/s",
+            figures[kind]["store rows per second"],
+            figures[kind]["npz rows per second"],
+            figures[kind]["store over npz"],
+            tuple(figures[kind]["range"]),
+        )
+        for kind in ("warm", "cold")
+    ]
+
+
 def main() -> None:
     """Write, read, report."""
     parser = arguments(__doc__)
@@ -196,7 +212,7 @@ def main() -> None:
     for rows in (count for count in _GROWTH if 2 * count * ROW_BYTES < memory):
         with tempfile.TemporaryDirectory() as folder:
             figures["growth"].append(grown(Path(folder) / "store", rows, options.workers))
-    report("latents", figures, save=options.save)
+    report("latents", figures, save=options.save, results=options.results)
 
 
 if __name__ == "__main__":

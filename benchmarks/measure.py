@@ -1,4 +1,4 @@
-"""Shared by all benchmarks: medians of timings, facts about the machine, reports."""
+"""Shared by all benchmarks: timings by turns, the matmul peak, facts about the machine, reports."""
 
 import argparse
 import json
@@ -7,11 +7,17 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from ear.files.json_files import rounded, write_json
 
+if TYPE_CHECKING:
+    import torch
+
+_PEAK_SIDE = {"cpu": 1536, "cuda": 8192}
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -27,6 +33,57 @@ def median_seconds(function: Callable[[], object], repeats: int = 5) -> float:
         function()
         seconds.append(time.perf_counter() - start)
     return statistics.median(seconds)
+
+
+def turns(ways: Mapping[str, Callable[[], object]], *, rounds: int, calls: int = 1) -> dict[str, list[float]]:
+    """Seconds per call of each way, turn by turn, so that other work slows all of them; the first turn is not counted.
+
+    A function that starts work on a GPU must wait until it ends.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(1 + rounds):
+        for name, way in ways.items():
+            start = time.perf_counter()
+            for _ in range(calls):
+                way()
+            seconds[name].append((time.perf_counter() - start) / calls)
+    return {name: times[1:] for name, times in seconds.items()}
+
+
+def speedup(ours: Sequence[float], baseline: Sequence[float]) -> dict[str, Any]:
+    """The median and the range of the ratios of neighbouring turns; above 1: ours takes less time."""
+    ratios = [theirs / own for own, theirs in zip(ours, baseline, strict=True)]
+    return {"speedup": statistics.median(ratios), "speedup_range": [min(ratios), max(ratios)]}
+
+
+def matmul_peak(device: "torch.device", precision: str) -> float:
+    """Operations per second of a large square matrix product, measured: what a program can get at most."""
+    import torch
+
+    side = _PEAK_SIDE[device.type]
+    kind = torch.bfloat16 if precision == "bfloat16" else torch.float32
+    a, b = (torch.ones(side, side, device=device, dtype=kind) for _ in range(2))
+
+    def multiply() -> None:
+        torch.mm(a, b)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+
+    return 2 * side**3 / min(turns({"mm": multiply}, rounds=9, calls=3)["mm"])
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line of the table of `python -m benchmarks`."""
+
+    what: str
+    size: str
+    unit: str
+    ours: float
+    baseline: float
+    ratio: float
+    spread: tuple[float, float]  # smallest and largest ratio
+    share: float | None = None  # of the machine's matmul peak
 
 
 def machine() -> dict:
@@ -53,15 +110,29 @@ def _cpu() -> str:
 
 
 def arguments(description: str | None) -> argparse.ArgumentParser:
-    """A parser with `--save`; a benchmark adds its own options."""
+    """A parser with `--save` and `--results`; a benchmark adds its own options."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--save", action="store_true", help="also write benchmarks/results/NAME.json")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="another folder for it")
     return parser
 
 
-def report(name: str, figures: dict, *, save: bool = False) -> None:
-    """Print figures and machine facts as JSON; if `save`, also write benchmarks/results/NAME.json."""
+def device_of(name: str) -> "torch.device":
+    """The device to measure, for "auto", "cpu" or "cuda", with the threads and kernels of the stages."""
+    from ear.config.compose import compose
+    from ear.runtime.device import prepare_device
+
+    return prepare_device(name, compose([]).compute.threads)
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """The option `--device`."""
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: CUDA if there is")
+
+
+def report(name: str, figures: dict, *, save: bool = False, results: Path = RESULTS) -> None:
+    """Print figures and machine facts as JSON; if `save`, also write results/NAME.json."""
     content = {"benchmark": name, "figures": rounded(figures), "machine": machine()}
     print(json.dumps(content, indent=1))
     if save:
-        write_json(RESULTS / f"{name}.json", content)
+        write_json(results / f"{name}.json", content)

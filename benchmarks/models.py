@@ -13,7 +13,8 @@ from ear.model.files import build_model
 from ear.model.shape import Shape
 from ear.model.training import BatchLoss, PhaseSettings, build_trainer
 from ear.runtime.randomness import generator, seed_dropout
-from ear.training.trainer import Trainer
+from ear.tokenizer.autoencoder import Identity, Tokenizer, kl_structure, new_kl
+from ear.training.trainer import LOG_STEPS, Trainer
 
 PUBLISHED = ("imagenet256_base", "imagenet256_large", "imagenet256_huge")
 INPUTS = ["data.path=unread", "tokenizer.weights=unread"]  # overrides: presets of ImageNet name files
@@ -35,6 +36,15 @@ def untrained(parameters: Parameters, *, side: int | None = None) -> Autoregress
     return model.eval()
 
 
+def untrained_tokenizer(parameters: Parameters) -> Tokenizer:
+    """A tokenizer of these parameters; one that would be imported has the structure that they name."""
+    options, size = parameters.tokenizer, parameters.data.image_size
+    if options.name == "identity":
+        return Identity(image_size=size, downsample=options.downsample)
+    structure = kl_structure(channels=options.channels, block_channels=options.block_channels, layers=options.layers)
+    return new_kl(seed=0, image_size=size, structure=structure)
+
+
 class Training:
     """The trainer and the loss of the train stage, on one random micro-batch again and again."""
 
@@ -51,6 +61,7 @@ class Training:
             warmup_images=0,
             temperature=1.0,
         )
+        self._steps = 0
         self.trainer: Trainer = build_trainer(model, settings, options, self.loss)
 
     def loss(self, batch: Batch, position: int) -> tuple[Tensor, dict[str, Tensor]]:
@@ -59,8 +70,11 @@ class Training:
         return self._loss(self.model, *batch, position, temperature=1.0), {}
 
     def step(self) -> None:
-        """One optimiser step on a global batch."""
+        """One optimiser step on a global batch, with a row of the log now and then."""
         self.trainer.step(self._batches())
+        self._steps += 1
+        if self._steps % LOG_STEPS == 0:
+            self.trainer.log()
 
     def _batches(self) -> Iterator[Batch]:
         return itertools.repeat(self.batch)

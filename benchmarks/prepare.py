@@ -117,6 +117,7 @@ def compared(times: dict[str, np.ndarray], count: int) -> dict:
             "images_per_second": count / np.median(part[:, 0]),
             "images_per_cpu_second": count / np.median(part[:, 1]),
             "speed_per_core_against_plain": np.median(times["plain"][:, 1] / part[:, 1]),
+            "range_against_plain": sorted(times["plain"][:, 1] / part[:, 1])[:: len(part) - 1],
         }
         for name, part in times.items()
     }
@@ -131,6 +132,23 @@ def stored_bytes(manifest: Manifest, compression: str) -> dict:
         "bytes_per_image": (folder / shard.name).stat().st_size / len(shard.images),
         "cpu_milliseconds_per_image": 1e3 * seconds / len(shard.images),
     }
+
+
+def lines(figures: dict) -> list[measure.Line]:
+    """The table's lines: per core, by CPU time."""
+    found = figures["processes_1"]
+    return [
+        measure.Line(
+            f"prepare, {name}",
+            f"{figures['images']} photographs to {SIZE} pixels",
+            "images per CPU second",
+            found[name]["images_per_cpu_second"],
+            found["plain"]["images_per_cpu_second"],
+            found[name]["speed_per_core_against_plain"],
+            tuple(found[name]["range_against_plain"]),
+        )
+        for name in ("files", "archive")
+    ]
 
 
 def main() -> None:
@@ -167,7 +185,7 @@ def main() -> None:
         },
         "stored": stored,
     }
-    measure.report("prepare", figures, save=arguments.save)
+    measure.report("prepare", figures, save=arguments.save, results=arguments.results)
 
 
 if __name__ == "__main__":

@@ -1,27 +1,32 @@
 """Sampling speed, the share of the head, and the gain over recomputing everything.
 
-    python -m benchmarks.sampling [--preset NAME ...] [--batch N] [--save]
+    python -m benchmarks.sampling [--device cuda] [--preset NAME ...] [--batch N] [--save]
 
-Untrained models of the presets' sizes draw latents (without decoder) with the presets' own steps and guidance. The
-baseline runs the head on all tokens in every step, as published code does, and discards most results. Without --preset:
-digits and, if there is a CUDA device, the three published ImageNet sizes.
+Untrained models and tokenizers of the presets' sizes draw images as the sample stage does, with the presets' own steps,
+guidance and precision. The baseline runs the transformer on all tokens of all rows and the head on all tokens in every
+step, as published code does, and discards most results; its decoder computes in float32. Both take turns; the median
+turn counts. Without --preset: digits or, on a CUDA device, the three published ImageNet sizes.
 """
 
-import functools
+import dataclasses
+import statistics
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import measure
-from benchmarks.models import INPUTS, PUBLISHED, untrained
+from benchmarks.models import INPUTS, PUBLISHED, untrained, untrained_tokenizer
 from ear.config.compose import compose
+from ear.latents.statistics import Statistics
 from ear.model.masked import MaskedModel
 from ear.model.masking import masked_after, random_orders
+from ear.model.tokens import unpatchify
 from ear.runtime.device import precise
 from ear.runtime.randomness import Stream, image_streams
+from ear.sampling.generation import ImageSampler
 from ear.sampling.guidance import scale_at
-from ear.sampling.sampler import sample
 from ear.sampling.settings import SamplingSettings
 
 
@@ -67,52 +72,85 @@ def head_only(model: MaskedModel, labels: Tensor, settings: SamplingSettings, so
         masked = left
 
 
-def measured(preset: str, batch: int, device: torch.device, repeats: int) -> dict:
+def measured(preset: str, batch: int, device: torch.device, rounds: int) -> dict:
     """Images per second of one preset, the head's share, and the ratio to the baseline."""
-    parameters = compose([f"preset={preset}", *INPUTS])
-    options, model = parameters.sample, untrained(parameters).to(device)
+    cuda = device.type == "cuda"
+    fast = [] if cuda else ["sample.precision=float32", "sample.decoder_precision=float32"]
+    parameters = compose([f"preset={preset}", *INPUTS, *fast])
+    options, model = parameters.sample, untrained(parameters)
     assert isinstance(model, MaskedModel)
     settings = SamplingSettings.of(options)
-    precision = options.precision if device.type == "cuda" else "float32"
-    labels = (torch.arange(batch) % len(model.shape.classes)).to(device)
-    ways = {
-        "sampling": lambda source: sample(model, labels.tolist(), settings, source=source),
-        "baseline": lambda source: naive(model, labels, settings, source),
-        "head": lambda source: head_only(model, labels, settings, source),
-    }
+    sampler = ImageSampler(model, untrained_tokenizer(parameters), Statistics(0.0, 1.0, (0.0,), (1.0,)), device)
+    labels = [number % len(model.shape.classes) for number in range(batch)]
+    on_device = torch.tensor(labels, device=device)
 
-    def once(way: Callable[[Stream], object]) -> None:
-        with precise(precision, device):
-            way(image_streams(0, range(batch)))
-        if device.type == "cuda":
+    def baseline() -> None:
+        with precise(settings.precision, device):
+            tokens = naive(model, on_device, settings, image_streams(0, range(batch)))
+        plain = dataclasses.replace(settings, decoder_precision="float32")
+        sampler.pixels(unpatchify(tokens, model.patch, model.shape.latent), range(batch), plain)
+
+    def head() -> None:
+        with precise(settings.precision, device):
+            head_only(model, on_device, settings, image_streams(0, range(batch)))
+        if cuda:
             torch.cuda.synchronize()
 
-    seconds = {name: measure.median_seconds(functools.partial(once, way), repeats) for name, way in ways.items()}
+    def ours() -> None:
+        sampler.images(labels, settings, first=0)
+
+    ways: dict[str, Callable[[], object]] = {"sampling": ours, "baseline": baseline, "head": head}
+    with FlopCounterMode(display=False) as counter:
+        ours()
+    if cuda and parameters.runtime.compile:
+        model.compile_parts()
+    seconds = measure.turns(ways, rounds=rounds)
+    took = statistics.median(seconds["sampling"])
+    rate = counter.get_total_flops() / took
     return {
         "parameters": sum(p.numel() for p in model.parameters()),
-        "precision": precision,
+        "precision": settings.precision,
         "batch": batch,
         "steps": options.steps,
         "guidance": options.guidance,
-        "images_per_second": batch / seconds["sampling"],
-        "baseline_images_per_second": batch / seconds["baseline"],
-        "speedup": seconds["baseline"] / seconds["sampling"],
-        "share_of_head": seconds["head"] / seconds["sampling"],
+        "images_per_second": batch / took,
+        "baseline_images_per_second": batch / statistics.median(seconds["baseline"]),
+        **measure.speedup(seconds["sampling"], seconds["baseline"]),
+        "share_of_head": statistics.median(seconds["head"]) / took,
+        "operations_per_second": rate,
+        "share_of_peak": rate / measure.matmul_peak(device, settings.precision),
     }
+
+
+def lines(figures: dict) -> list[measure.Line]:
+    """The table's lines."""
+    return [
+        measure.Line(
+            "sampling",
+            f"{name}, {each['batch']} at once, {each['steps']} steps, guidance {each['guidance']:g}, {each['precision']}",
+            "images/s",
+            each["images_per_second"],
+            each["baseline_images_per_second"],
+            each["speedup"],
+            tuple(each["speedup_range"]),
+            each["share_of_peak"],
+        )
+        for name, each in figures.items()
+    ]
 
 
 def main() -> None:
     """Measure all presets."""
-    cuda = torch.cuda.is_available()
     parser = measure.arguments(__doc__)
-    parser.add_argument("--preset", nargs="+", default=["digits", *(PUBLISHED if cuda else ())], metavar="NAME")
+    measure.add_device(parser)
+    parser.add_argument("--preset", nargs="+", metavar="NAME", help="default: digits, or the published sizes on CUDA")
     parser.add_argument("--batch", type=int, default=128, help="images at once (default: 128)")
-    parser.add_argument("--repeats", type=int, default=5, help="timings of which the median counts (default: 5)")
+    parser.add_argument("--rounds", type=int, default=5, help="turns of which the median counts (default: 5)")
     arguments = parser.parse_args()
-    torch.set_num_threads(compose([]).compute.threads)
-    device = torch.device("cuda" if cuda else "cpu")
-    figures = {name: measured(name, arguments.batch, device, arguments.repeats) for name in arguments.preset}
-    measure.report("sampling", figures, save=arguments.save)
+    device = measure.device_of(arguments.device)
+    presets = arguments.preset or (PUBLISHED if device.type == "cuda" else ["digits"])
+    figures = {name: measured(name, arguments.batch, device, arguments.rounds) for name in presets}
+    measure.report("sampling", figures, save=arguments.save, results=arguments.results)
 
 
 if __name__ == "__main__":

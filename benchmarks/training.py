@@ -1,39 +1,40 @@
 """Speed of a training step, and the gain over a plain loop.
 
-    python -m benchmarks.training [--preset NAME ...] [--rounds N] [--save]
+    python -m benchmarks.training [--device cuda] [--preset NAME ...] [--rounds N] [--save]
 
-Untrained models of the presets' sizes on random latents. A step is the posterior draw, forward, backward, clipping,
-optimiser and EMAs on one global batch. The plain loop works as published code: the head on all tokens, one pass of the
-head per noise sample, optimiser and EMA parameter by parameter, the loss read at every step. Both take turns, so other
-work on the machine affects both; the median turn counts. Without --preset: digits and, if there is a CUDA device, the
-three published ImageNet sizes with their own precision and compilation; MFU is images per second times operations over
-the device's peak.
+Untrained models of the presets' sizes on random latents. A step is the posterior draw, noise, dropout, forward,
+backward, clipping, optimiser, EMAs and log on one global batch. The plain loop works as published code: the head on all
+tokens, one pass of the head per noise sample, optimiser and EMA parameter by parameter, the loss read at every step.
+Both take turns, so other work on the machine affects both; the median turn counts. Without --preset: digits or, on a
+CUDA device, the three published ImageNet sizes with their own precision and compilation. share_of_peak is the rate of
+the step's matrix products over that of one large product, measured here; mfu over the data sheet's.
 """
 
+import functools
 import itertools
 import statistics
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import measure
 from benchmarks.models import INPUTS, PUBLISHED, Batch, Training, untrained
-from ear.commands import costs
 from ear.config import Parameters
 from ear.config.compose import compose
 from ear.model.masked import MaskedModel
 from ear.model.masking import mask_first, masked_count, random_orders
 from ear.model.tokens import patchify
 from ear.model.training import parameter_groups
-from ear.runtime.device import prepare_device
+from ear.runtime.device import precise
 from ear.runtime.randomness import Stream, stream, uniform
 from ear.scores.sample_based import SampleBasedScore, pairwise_loss
 from ear.training.ema import Average
 
 _PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # bfloat16 without sparsity, from the data sheets
 _STEPS = {"cpu": 3, "cuda": 10}  # of one turn
+_COUNTED = 20  # steps over which operations are averaged, since the number of masked tokens varies
 
 
 def plain_loss(model: MaskedModel, latents: Tensor, labels: Tensor, source: Stream) -> Tensor:
@@ -82,20 +83,6 @@ def plain_loop(model: MaskedModel, parameters: Parameters, batch: Batch, autocas
     return step
 
 
-def turns(ways: Mapping[str, Callable[[], object]], *, rounds: int, steps: int, cuda: bool) -> dict[str, list[float]]:
-    """Seconds per step of each way, turn by turn; the first turn is not counted."""
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
-    for _ in range(1 + rounds):
-        for name, step in ways.items():
-            start = time.perf_counter()
-            for _ in range(steps):
-                step()
-            if cuda:
-                torch.cuda.synchronize()
-            seconds[name].append((time.perf_counter() - start) / steps)
-    return {name: times[1:] for name, times in seconds.items()}
-
-
 def measured(preset: str, device: torch.device, rounds: int) -> dict:
     """The results of one preset."""
     cuda, fast = device.type == "cuda", {"train.precision=float32"} if device.type == "cpu" else set()
@@ -105,56 +92,83 @@ def measured(preset: str, device: torch.device, rounds: int) -> dict:
     if cuda and parameters.runtime.compile:
         ours.compile_parts()
     training = Training(ours, parameters, device)
-
-    def autocast():
-        return torch.autocast(device.type, torch.bfloat16, enabled=options.precision == "bfloat16")
-
     plain = untrained(parameters).to(device)
     assert isinstance(plain, MaskedModel)
     ways = {
         "training": training.step,
-        "plain loop": plain_loop(plain, parameters, training.batch, autocast),
+        "plain loop": plain_loop(
+            plain, parameters, training.batch, functools.partial(precise, options.precision, device)
+        ),
     }
-    seconds = turns(ways, rounds=rounds, steps=_STEPS[device.type], cuda=cuda)
-    ratios = [theirs / own for own, theirs in zip(seconds["training"], seconds["plain loop"], strict=True)]
-    rate = options.global_batch_size / statistics.median(seconds["training"])
+    seconds = measure.turns(
+        {name: functools.partial(finished, step, device) for name, step in ways.items()},
+        rounds=rounds,
+        calls=_STEPS[device.type],
+    )
+    step_seconds, images = statistics.median(seconds["training"]), options.global_batch_size
     figures = {
         "parameters": sum(p.numel() for p in ours.parameters()),
         "precision": options.precision,
-        "images_per_step": options.global_batch_size,
+        "images_per_step": images,
         "micro_batch_size": options.micro_batch_size,
-        "images_per_second": rate,
-        "plain_images_per_second": options.global_batch_size / statistics.median(seconds["plain loop"]),
-        "speedup": statistics.median(ratios),
-        "speedup_range": [min(ratios), max(ratios)],
+        "images_per_second": images / step_seconds,
+        "plain_images_per_second": images / statistics.median(seconds["plain loop"]),
+        **measure.speedup(seconds["training"], seconds["plain loop"]),
     }
     ways.clear()  # free the plain loop's memory before measuring the training's
-    return figures | (on_cuda(training, rate) if cuda else {})
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+    rate = operations(training) / step_seconds
+    figures |= {"operations_per_second": rate, "share_of_peak": rate / measure.matmul_peak(device, options.precision)}
+    if cuda:
+        sheet = next((p for name, p in _PEAK_FLOPS.items() if name in torch.cuda.get_device_name()), None)
+        figures |= {"peak_memory_gb": torch.cuda.max_memory_allocated() / 1e9, "mfu": rate / sheet if sheet else None}
+    return figures
 
 
-def on_cuda(training: Training, rate: float) -> dict:
-    """Peak memory of a step, and MFU if the peak of the device is known."""
-    torch.cuda.reset_peak_memory_stats()
-    training.step()
-    flops = costs.training_flops(training.model.shape)["forward and backward"]
-    peak = next((p for name, p in _PEAK_FLOPS.items() if name in torch.cuda.get_device_name()), None)
-    return {
-        "peak_memory_gb": torch.cuda.max_memory_allocated() / 1e9,
-        "operations_per_image": flops,
-        "mfu": rate * flops / peak if peak else None,
-    }
+def finished(step: Callable[[], object], device: torch.device) -> None:
+    """A step, and the wait until the GPU has done it."""
+    step()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def operations(training: Training) -> int:
+    """Operations of the matrix products of a step, counted while it runs: those that a step needs, in the mean."""
+    with FlopCounterMode(display=False) as counter:
+        for _ in range(_COUNTED):
+            training.step()
+    return counter.get_total_flops() // _COUNTED
+
+
+def lines(figures: dict) -> list[measure.Line]:
+    """The table's lines."""
+    return [
+        measure.Line(
+            "training",
+            f"{name}, {each['parameters'] / 1e6:.3g}M parameters, {each['precision']}",
+            "images/s",
+            each["images_per_second"],
+            each["plain_images_per_second"],
+            each["speedup"],
+            tuple(each["speedup_range"]),
+            each.get("mfu") or each["share_of_peak"],
+        )
+        for name, each in figures.items()
+    ]
 
 
 def main() -> None:
     """Measure all presets."""
-    cuda = torch.cuda.is_available()
     parser = measure.arguments(__doc__)
-    parser.add_argument("--preset", nargs="+", default=["digits", *(PUBLISHED if cuda else ())], metavar="NAME")
+    measure.add_device(parser)
+    parser.add_argument("--preset", nargs="+", metavar="NAME", help="default: digits, or the published sizes on CUDA")
     parser.add_argument("--rounds", type=int, default=5, help="turns of which the median counts (default: 5)")
     arguments = parser.parse_args()
-    device = prepare_device("auto", compose([]).compute.threads)
-    figures = {name: measured(name, device, arguments.rounds) for name in arguments.preset}
-    measure.report("training", figures, save=arguments.save)
+    device = measure.device_of(arguments.device)
+    presets = arguments.preset or (PUBLISHED if device.type == "cuda" else ["digits"])
+    figures = {name: measured(name, device, arguments.rounds) for name in presets}
+    measure.report("training", figures, save=arguments.save, results=arguments.results)
 
 
 if __name__ == "__main__":

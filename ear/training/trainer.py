@@ -30,7 +30,7 @@ from ear.training.optimizer import set_rate
 
 Network = TypeVar("Network", bound=nn.Module)
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # that ask a program to end
-_LOG_STEPS = 25  # steps between log rows; reading the loss makes the host wait for the device, so it is done rarely
+LOG_STEPS = 25  # steps between log rows; reading the loss makes the host wait for the device, so it is done rarely
 
 
 @dataclass
@@ -125,7 +125,7 @@ class Trainer(Generic[Network]):
                 before = self.images
                 self.step(stream)
                 last = self.images >= total_images
-                if self._means.steps == _LOG_STEPS:
+                if self._means.steps == LOG_STEPS:
                     self.log()
                     if check:
                         check()

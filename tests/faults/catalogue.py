@@ -88,8 +88,8 @@ FAULTS = [
         "prefect",
         "Prefect's server restarted, its worker killed, a run cancelled",
         "during the train stage of a deployed run; then `dvc repro`",
-        "server: the run goes on to its end. Worker: the run ends with it, but Prefect still shows it as Running; delete "
-        "it there and start another. Cancelled: the stage saves",
+        "server: the run goes on to its end. Worker: the run ends with it, but Prefect still shows it as Running; "
+        "delete it there and start another. Cancelled: the stage saves",
         "nothing; a killed worker, as by SIGKILL to the stage",
         together.prefect,
         0,
