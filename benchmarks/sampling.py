@@ -127,7 +127,7 @@ def lines(figures: dict) -> list[measure.Line]:
     return [
         measure.Line(
             "sampling",
-            f"{name}, {each['batch']} at once, {each['steps']} steps, guidance {each['guidance']:g}, {each['precision']}",
+            f"{name}, {each['batch']} images, {each['steps']} steps, scale {each['guidance']:g}, {each['precision']}",
             "images/s",
             each["images_per_second"],
             each["baseline_images_per_second"],

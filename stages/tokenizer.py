@@ -18,8 +18,8 @@ from ear.errors import UserError
 from ear.files.json_files import rounded, write_json
 from ear.files.tables import write_table
 from ear.lineage.run import Run
-from ear.runtime import randomness
-from ear.runtime.device import prepare_device
+from ear.runtime import distributed, randomness
+from ear.runtime.device import check_precision, prepare_device
 from ear.tokenizer.autoencoder import Identity, Tokenizer, kl_structure, new_kl, save_tokenizer
 from ear.tokenizer.importing import import_tokenizer
 from ear.tokenizer.loss import AutoencoderLoss
@@ -45,6 +45,7 @@ class Parameters:
 def work(parameters: Parameters, run: Run) -> None:
     """Train (kl) or import a tokenizer, describe it, publish it."""
     device = prepare_device(parameters.runtime.device, parameters.compute.threads)
+    check_precision(parameters.tokenizer.precision, device.type == "cuda", key="tokenizer.precision")
     images, held_out = (PreparedImages("data/prepared", split) for split in ("train", "val"))
     size, options = parameters.image_size, parameters.tokenizer
     if images.image_size != size:
@@ -62,7 +63,8 @@ def work(parameters: Parameters, run: Run) -> None:
         objective = Objective(AutoencoderLoss(options.kl_weight), seed=options.seed, device=device)
         figures = objective.held_out(tokenizer.to(device), held_out, options.batch_size)
         history = History([{"images": 0, **figures}], [{"images": 0, **figures}])
-    publish(run.output("data/tokenizer"), tokenizer.to(device).eval(), source, history, held_out, options, device)
+    if distributed.is_main():
+        publish(run.output("data/tokenizer"), tokenizer.to(device).eval(), source, history, held_out, options, device)
 
 
 def train(
@@ -71,10 +73,11 @@ def train(
     """The training with these parameters, from new weights."""
     perceptual = load_perceptual(options.perceptual_folder).to(device) if options.perceptual_weight else None
     loss = AutoencoderLoss(options.kl_weight, perceptual, options.perceptual_weight)
-    objective = Objective(loss, seed=randomness.derive(options.seed, "tokenizer"), device=device)
+    seed = randomness.derive(options.seed, "tokenizer")
+    objective = Objective(loss, seed=seed, device=device, precision=options.precision)
     structure = kl_structure(channels=options.channels, block_channels=options.block_channels, layers=options.layers)
-    seed = randomness.derive(objective.seed, "weights")
-    tokenizer = new_kl(seed=seed, image_size=images.image_size, structure=structure)
+    weights = randomness.derive(seed, "weights")
+    tokenizer = new_kl(seed=weights, image_size=images.image_size, structure=structure)
     return AutoencoderTraining(tokenizer, options, images=images, held_out=held_out, objective=objective)
 
 
@@ -106,4 +109,4 @@ def publish(
 
 
 if __name__ == "__main__":
-    program.run("tokenizer", work, Parameters, __doc__)
+    program.run("tokenizer", work, Parameters, __doc__, many_processes=True)

@@ -84,6 +84,9 @@ class Tokenizer(Section):
         description="kl: peak rate of AdamW; linear warm-up over 5% of the images, cosine decay", gt=0
     )
     ema_decay: float = Field(description="kl: EMA decay per step", ge=0, lt=1)
+    precision: Precision = Field(
+        description="kl: in training: float32; on CUDA also tfloat32 or bfloat16 (autocast, float32 weights and loss)"
+    )
     seed: int = Field(description="kl: seed of weights, data order and noise", ge=0)
 
 

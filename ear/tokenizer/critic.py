@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ear import config
+from ear.runtime import distributed
 from ear.training import checkpoint
 from ear.training.optimizer import Group, adamw, set_rate
 
@@ -128,6 +129,9 @@ class CriticTraining:
 
     def step(self, position: int) -> None:
         """The critic's optimiser step, after the autoencoder's step that began at image `position`."""
+        for parameter in self.network.parameters():
+            if parameter.grad is not None:
+                parameter.grad = distributed.total(parameter.grad)
         set_rate(self.optimizer, self.rate(position))
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)

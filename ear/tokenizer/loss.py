@@ -1,5 +1,7 @@
 """The training loss of a KL autoencoder."""
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -32,15 +34,25 @@ class AutoencoderLoss:
     perceptual: Perceptual | None = None
     perceptual_weight: float = 0.0
 
+    @property
+    def figures(self) -> tuple[str, ...]:
+        """Names of the figures."""
+        return ("reconstruction", "kl", *(["perceptual"] if self.perceptual is not None else []))
+
     def __call__(
         self,
         tokenizer: Tokenizer,
         images: Tensor,  # [B, 3, H, W] in [-1, 1]
         noise: Tensor,  # standard normal [B, C, h, w], for the posterior sample that is decoded
+        *,
+        inside: Callable[[], AbstractContextManager] = nullcontext,  # precision of the tokenizer's passes
     ) -> Terms:
         """Figures: `reconstruction` (mean absolute error), `perceptual` if used, `kl` in nats per image."""
-        moments = tokenizer.encode(images)
-        decoded = tokenizer.decode(posterior.posterior_sample(moments, noise))
+        with inside():
+            moments = tokenizer.encode(images).float()
+        latents = posterior.posterior_sample(moments, noise)
+        with inside():
+            decoded = tokenizer.decode(latents).float()
         reconstruction = (images - decoded).abs().mean()
         kl = posterior.kl_divergence(moments).mean()
         figures = {"reconstruction": reconstruction.detach(), "kl": kl.detach()}

@@ -9,12 +9,13 @@ import torch
 from ear import config
 from ear.data.images import to_signed
 from ear.data.prepared import PreparedImages
-from ear.runtime import randomness
+from ear.runtime import distributed, randomness
+from ear.runtime.device import precise
 from ear.tokenizer.autoencoder import KL, Tokenizer
 from ear.tokenizer.critic import CriticTraining, PatchCritic
 from ear.tokenizer.loss import AutoencoderLoss, Terms
 from ear.training.optimizer import Group, adamw, schedule
-from ear.training.trainer import History, Trainer
+from ear.training.trainer import History, Trainer, check_shares
 
 _WARMUP = 0.05  # share of the images
 _PARTS = 10  # checkpoints and validations per training
@@ -23,17 +24,20 @@ _CLIP_NORM = 1.0
 
 
 class Objective:
-    """The loss of batches of uint8 images; its noise is a function of (seed, purpose, position)."""
+    """The loss of batches of uint8 images; its noise is a function of (seed, purpose, position).
 
-    def __init__(self, loss: AutoencoderLoss, *, seed: int, device: torch.device):
-        self.loss, self.seed, self.device = loss, seed, device
+    precision: of the autoencoder: float32, tfloat32 or bfloat16. The loss itself is computed in float32.
+    """
+
+    def __init__(self, loss: AutoencoderLoss, *, seed: int, device: torch.device, precision: str = "float32"):
+        self.loss, self.seed, self.device, self.precision = loss, seed, device, precision
 
     def terms(self, tokenizer: Tokenizer, images: torch.Tensor, purpose: str, position: int) -> Terms:
         """Loss terms of one batch, [B, 3, H, W] in [-1, 1]."""
         side = images.shape[-1] // tokenizer.downsample
         source = randomness.stream(self.seed, purpose, position)
         noise = randomness.normal((len(images), tokenizer.latent_channels, side, side), source, self.device)
-        return self.loss(tokenizer, images, noise)
+        return self.loss(tokenizer, images, noise, inside=lambda: precise(self.precision, self.device))
 
     def signed(self, images: np.ndarray) -> torch.Tensor:
         """uint8 [B, H, W, 3] => [B, 3, H, W] in [-1, 1] on the device."""
@@ -41,19 +45,22 @@ class Objective:
 
     @torch.no_grad()
     def held_out(self, tokenizer: Tokenizer, images: PreparedImages, batch_size: int) -> dict[str, float]:
-        """Loss and figures on held-out images: means over at most 1024 images."""
+        """Loss and figures on held-out images: means over at most 1024 images, shared by all ranks."""
         rows = min(len(images), _VALIDATION_IMAGES)
-        means: dict[str, float] = {}
-        for start in range(0, rows, batch_size):
+        names, sums = self.loss.figures, torch.zeros(1 + len(self.loss.figures), dtype=torch.float64)
+        for start in distributed.own_slice(range(0, rows, batch_size)):
             batch = self.signed(images.images(np.arange(start, min(start + batch_size, rows))))
             terms = self.terms(tokenizer, batch, "validation", start)
-            for name, value in {"loss": terms.loss, **terms.figures}.items():
-                means[name] = means.get(name, 0.0) + float(value) * len(batch) / rows
-        return means
+            values = torch.stack([terms.loss, *(terms.figures[name] for name in names)])
+            sums += values.double().cpu() * len(batch)
+        return dict(zip(("loss", *names), (distributed.total(sums) / rows).tolist(), strict=True))
 
 
 class AutoencoderTraining:
-    """A trainer of `tokenizer`; data order and noise are functions of (seed, images seen)."""
+    """A trainer of `tokenizer`; data order and noise are functions of (seed, images seen).
+
+    Raises UserError if the ranks cannot share the micro-batches of a step evenly.
+    """
 
     def __init__(
         self,
@@ -64,6 +71,8 @@ class AutoencoderTraining:
         held_out: PreparedImages,
         objective: Objective,
     ):
+        keys = ("tokenizer.batch_size", "tokenizer.micro_batch_size")
+        check_shares(options.batch_size, options.micro_batch_size, distributed.size(), keys)
         self.images, self.held_out, self.objective, self.options = images, held_out, objective, options
         self.tokenizer = tokenizer.to(objective.device)
         rate = schedule("cosine", total_images=options.images, warmup_images=int(_WARMUP * options.images))
@@ -138,3 +147,8 @@ class _Trainer(Trainer):
         super().restore(tensors, images=images)
         if self.critic:
             self.critic.restore(tensors)
+
+    def resume(self, folder: Path) -> None:
+        super().resume(folder)
+        if self.critic:
+            distributed.copy_from_main(self.critic.network.state_dict().values())

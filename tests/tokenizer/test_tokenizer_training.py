@@ -1,12 +1,14 @@
 """Training of an autoencoder: what one step is made of."""
 
+import numpy as np
 import pytest
 import torch
 from factories import section
 from prepared_sets import pixels, write_prepared
+from processes import together
 
 from ear.data.prepared import PreparedImages
-from ear.runtime import randomness
+from ear.runtime import distributed, randomness
 from ear.tokenizer.autoencoder import kl_structure, new_kl
 from ear.tokenizer.loss import AutoencoderLoss
 from ear.tokenizer.training import AutoencoderTraining, Objective
@@ -54,3 +56,27 @@ def test_a_critic_takes_one_step_for_all_micro_batches(tmp_path, monkeypatch):
     counted = {int(state["step"]) for state in trained.critic.optimizer.state.values()}
     assert counted == {2}  # it learns from image 4 on, and so from the second step on
     assert history.training[-1]["adversarial_weight"] > 0
+
+
+@pytest.mark.parametrize("critic", [False, True])
+def test_two_processes_train_the_same_tokenizer(tmp_path, critic):
+    options = {"adversarial_weight": 0.5, "adversarial_start": 8} if critic else {}
+    size = 24 if critic else 8
+
+    def trained(name: str) -> tuple:
+        each = training(tmp_path / f"{name}{distributed.rank()}", size=size, images=24, micro_batch_size=4, **options)
+        tokenizer, history = each.run(tmp_path / name)
+        return [p.detach().numpy() for p in tokenizer.parameters()], history
+
+    (alone, history), (first, second) = trained("one"), together(lambda: trained("two"))
+    for mine, its, other in zip(alone, first[0], second[0], strict=True):
+        np.testing.assert_allclose(its, mine, atol=2e-5)
+        assert np.array_equal(its, other)
+    for row, expected in zip(first[1].validation, history.validation, strict=True):
+        assert row == pytest.approx(expected, rel=1e-3)
+
+
+def test_micro_batches_that_processes_cannot_share_are_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(distributed, "size", lambda: 4)
+    with pytest.raises(ValueError, match=r"tokenizer\.micro_batch_size is 4, but must divide 2, .*; set it to 2"):
+        training(tmp_path / "prepared", images=8, micro_batch_size=4)
