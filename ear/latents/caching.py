@@ -64,7 +64,7 @@ class Layout:
     """How large files and pieces become, at most."""
 
     file_bytes: int = 4 * 2**30  # ImageNet at 256 pixels: 20 files
-    piece_images: int = 1024  # but at least one batch
+    piece_images: int = 256  # but at least one batch
 
 
 @dataclass(frozen=True)

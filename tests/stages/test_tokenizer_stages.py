@@ -238,17 +238,16 @@ def with_tokenizer(repository) -> Path:
 def test_killed_cache_ends_in_the_same_bytes(with_tokenizer):
     run("cache", **{"cache.batch_size": 1})
     whole = contents("data/latents")
-    assert set(whole) == {*(f"train-{k:05d}-of-00003.h5" for k in range(3)), "val-00000-of-00001.h5", "stats.json"}
+    assert set(whole) == {"train-00000-of-00001.h5", "val-00000-of-00001.h5", "stats.json"}
     shutil.rmtree("data/latents")
     shutil.rmtree("work")
-    kill_once("cache", "train-*.h5.json")
+    kill_once("cache", "*.h5")
     assert not Path("data/latents").exists()
     kept = {path.name: path.stat().st_ino for path in Path("work/cache").glob("*/*.h5")}
-    assert 2 <= len(kept) < 4
+    assert kept
     run("cache", **{"cache.batch_size": 1})
     assert contents("data/latents") == whole
-    finished = {name: Path("data/latents", name).stat().st_ino for name in kept}
-    assert list(finished.values())[:2] == list(kept.values())[:2]
+    assert {name: Path("data/latents", name).stat().st_ino for name in kept} == kept
 
 
 def test_latents_name_their_tokenizer(with_tokenizer):
