@@ -30,6 +30,7 @@ from ear.tokenizer.perceptual import Perceptual
 
 _FLOAT = 4  # bytes
 _HALF = 2
+_LINK = 100  # of a linked image: path, place, digest
 _AVERAGES = 2  # EMAs of the weights
 _MASK_DRAWS = 4096  # for the mean number of masked tokens
 
@@ -253,12 +254,13 @@ def tokenizer_flops(tokenizer: Tokenizer) -> tuple[int, int]:
 
 
 def disk_bytes(parameters: config.Parameters, shape: Shape, *, images: int, weights: int) -> dict[str, int]:
-    """What the stages write. Compressed images count as uncompressed, since the saving depends on them."""
+    """What the stages write. Images that gzip packs count as unpacked, since the saving depends on them."""
     channels, h, w = shape.latent
     side = parameters.data.image_size
+    pixels = 3 * side**2 if parameters.prepare.compression != "links" else _LINK
     state = (1 + 2 + _AVERAGES) * weights  # weights, moments, EMAs
     return {
-        "data/prepared": images * (3 * side**2 + _FLOAT),
+        "data/prepared": images * (pixels + _FLOAT),
         "data/latents": images * (2 * 2 * channels * h * w * _HALF + _FLOAT),
         "data/model": weights + state,  # finetune starts from the state
         "data/finetuned": weights,

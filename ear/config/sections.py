@@ -37,8 +37,8 @@ class Prepare(Section):
     """How decoded images are stored."""
 
     shard_size: int = Field(description="images per HDF5 file", ge=1)
-    compression: Literal["none", "gzip"] = Field(
-        description="none (contiguous, fastest) or gzip (lossless, one chunk per image)"
+    compression: Literal["none", "gzip", "links"] = Field(
+        description="none (contiguous, fastest), gzip (lossless), or links (no pixels: each pass decodes again)"
     )
     max_rejected: int = Field(description="unreadable images to record in rejected.csv before the stage fails", ge=0)
 

@@ -17,7 +17,8 @@ from pathlib import Path
 import h5py
 import numpy as np
 
-from ear.data.images import center_crop, decode
+from ear.data import linked
+from ear.data.linked import decoded
 from ear.data.manifest import Contents, Manifest, Row, read_rows, write_rows
 from ear.data.prepared import FORMAT
 from ear.display.progress import Progress
@@ -40,7 +41,7 @@ class Layout:
 
     image_size: int  # side S in pixels
     shard_size: int  # images per file
-    compression: str  # none or gzip
+    compression: str  # none, gzip, or links: no pixels (ear.data.linked)
 
 
 @dataclass(frozen=True)
@@ -48,11 +49,12 @@ class Shard:
     """One file to write: everything its content depends on except library versions."""
 
     name: str
-    root: str  # folder of the image files
+    root: str  # folder of the image files, absolute
+    place: str  # the same folder relative to the repository's root, or absolute if the user named it so
     upright: bool  # whether to rotate as a camera's EXIF entry says
     images: tuple[Row, ...]
     image_size: int
-    compression: str  # none or gzip
+    compression: str  # of Layout
 
     def digest(self) -> str:
         """A digest of everything the content depends on, library versions included."""
@@ -118,6 +120,7 @@ def plan(manifest: Manifest, split: str, layout: Layout) -> list[Shard]:
         Shard(
             f"{split}-{k:05d}-of-{len(slices):05d}.h5",
             root,
+            str(manifest.root),
             manifest.upright,
             part,
             layout.image_size,
@@ -197,7 +200,9 @@ def _write(path: Path, rows: Sequence[Row], shard: Shard) -> tuple[str, list[lis
             file.write(part)
             digest.update(part)
 
-        if shard.compression == "gzip":
+        if shard.compression == "links":
+            write(_linked(rows, shard, rejected))
+        elif shard.compression == "gzip":
             write(_compressed(rows, shard, images(rows, shard, rejected)))
         else:
             write(_frame(rows, shard))
@@ -220,10 +225,7 @@ def images(rows: Sequence[Row], shard: Shard, rejected: list[list[str]]) -> Iter
 def _read(row: Row, contents: Contents, shard: Shard) -> np.ndarray | str:
     """uint8 [S, S, 3], or the reason why the image cannot be read."""
     try:
-        content = contents.read(row)
-        if len(content) != row.bytes:
-            return f"has {len(content)} bytes, but had {row.bytes} when it was listed"
-        return center_crop(decode(io.BytesIO(content), upright=shard.upright), shard.image_size)
+        return decoded(contents.read(row), row, upright=shard.upright, image_size=shard.image_size)
     except (FileNotFoundError, PermissionError) as error:  # other OSErrors are not the image's fault: they stop the run
         return str(error.strerror)
     except ValueError as error:
@@ -245,6 +247,24 @@ def _compressed(rows: Sequence[Row], shard: Shard, images: Iterator[np.ndarray])
         data = file.create_dataset("images", shape, np.uint8, chunks=chunks, compression="gzip" if rows else None)
         for k, image in enumerate(images):
             data[k] = image
+    return content.getbuffer()
+
+
+def _linked(rows: Sequence[Row], shard: Shard, rejected: list[list[str]]) -> memoryview:
+    """The complete file of a shard of links; every image is decoded once, to reject those that cannot be."""
+    good, digests = [], []
+    with Contents(shard.root) as contents:
+        for row in rows:
+            outcome = _read(row, contents, shard)
+            if isinstance(outcome, str):
+                rejected.append([row.path, outcome])
+            else:
+                good.append(row)
+                digests.append(hashlib.sha256(contents.read(row)).digest())
+    content = io.BytesIO()
+    with h5py.File(content, "w") as file:
+        _describe(file, good, shard)
+        linked.write(file, good, digests, root=shard.place, upright=shard.upright)
     return content.getbuffer()
 
 

@@ -1,7 +1,7 @@
 """Read prepared images (decoded, cropped, labelled), row by row, from HDF5 shards.
 
-A shard {train,val}-IIIII-of-NNNNN.h5 holds `images`, uint8 [n, S, S, 3], and `labels`, int32 [n]; its attributes are
-`format` and `image_size`. `ear.data.preparation` writes them.
+A shard {train,val}-IIIII-of-NNNNN.h5 holds `images`, uint8 [n, S, S, 3], or links to them (ear.data.linked), and
+`labels`, int32 [n]; its attributes are `format` and `image_size`. `ear.data.preparation` writes them.
 """
 
 from collections.abc import Iterator, Sequence
@@ -11,6 +11,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 
+from ear.data.linked import Links
 from ear.errors import MissingFileError, UserError
 from ear.files.hdf5 import Rows
 from ear.files.json_files import read_json
@@ -24,7 +25,6 @@ class _Stored:
     """Location of the images of one shard."""
 
     path: Path
-    rows: int
     offset: int | None  # of the first image in the file; None if images are compressed
 
     def read(self, rows: np.ndarray, places: np.ndarray, out: np.ndarray) -> None:
@@ -55,11 +55,12 @@ class PreparedImages:
     def __init__(self, folder: str | Path, split: str):
         folder = Path(folder)
         self.classes: tuple[str, ...] = tuple(read_json(folder / "classes.json")["classes"])
-        opened = [_open(path) for path in _shards(folder, split)]
+        repository = folder.resolve().parents[1]
+        opened = [_open(path, repository) for path in _shards(folder, split)]
         self._stored = [stored for stored, _, _ in opened]
         self.labels = np.concatenate([labels for _, labels, _ in opened])
         self.image_size = opened[0][2]
-        self._rows = Rows([stored.rows for stored in self._stored])
+        self._rows = Rows([len(labels) for _, labels, _ in opened])
         if any(size != self.image_size for _, _, size in opened):
             raise UserError(f"the {split} shards of {folder} have several image sizes; run the prepare stage again.")
 
@@ -100,7 +101,7 @@ def _number(path: Path) -> tuple[int, str]:
     return int(number) if number.isdecimal() else -1, path.name
 
 
-def _open(path: Path) -> tuple[_Stored, np.ndarray, int]:
+def _open(path: Path, repository: Path) -> tuple[_Stored | Links, np.ndarray, int]:
     """(location of the images, their labels as int64, their side in pixels) of a shard."""
     with (
         reading(path, "shard of images", "run the prepare stage again"),
@@ -109,7 +110,10 @@ def _open(path: Path) -> tuple[_Stored, np.ndarray, int]:
         found = file.attrs.get("format")
         if found != FORMAT:
             raise UserError(f"{path} has format {found!r}, not {FORMAT!r}; run the prepare stage again.")
-        images, labels, size = file["images"], file["labels"][:].astype(np.int64), int(file.attrs["image_size"])
+        labels, size = file["labels"][:].astype(np.int64), int(file.attrs["image_size"])
+        if "images" not in file:
+            return Links.read_from(file, labels, repository), labels, size
+        images = file["images"]
         if images.shape != (len(labels), size, size, 3) or images.dtype != np.uint8:
             raise UserError(f"{path} holds images {images.dtype} {images.shape} and {len(labels)} labels.")
-        return _Stored(path, len(labels), images.id.get_offset()), labels, size
+        return _Stored(path, images.id.get_offset()), labels, size

@@ -153,5 +153,6 @@ def test_activations_shrink_with_precision_and_checkpointing():
     half, _ = costs.activation_bytes(shape, images=16, precision="bfloat16")
     assert checkpointed < plain / 2
     assert half < plain
-    twice, _ = costs.activation_bytes(shape, images=32, precision="float32")
-    assert twice == 2 * plain
+    twice, thrice = (costs.activation_bytes(shape, images=n, precision="float32")[0] for n in (32, 48))
+    assert thrice - twice == twice - plain
+    assert 1.99 * plain < twice <= 2 * plain  # the head's joined weights do not grow with the images

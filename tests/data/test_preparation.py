@@ -10,6 +10,7 @@ import tempfile
 from itertools import pairwise
 from pathlib import Path
 
+import h5py
 import numpy as np
 import pytest
 import small_imagenet as small
@@ -112,7 +113,7 @@ def test_the_index_describes_the_files(tree):
     assert (target / "rejected.csv").read_text() == "path,reason\n"
 
 
-@pytest.mark.parametrize("compression", ["none", "gzip"])
+@pytest.mark.parametrize("compression", ["none", "gzip", "links"])
 def test_any_number_of_workers_and_a_cluster_give_the_same_bytes(tree, cluster, compression):
     spoil(tree)
     results = []
@@ -124,12 +125,40 @@ def test_any_number_of_workers_and_a_cluster_give_the_same_bytes(tree, cluster, 
     assert results[0] == results[1] == results[2] == results[3]
 
 
-def test_compression_is_lossless(tree):
-    plain, packed = prepare(tree), prepare(tree, compression="gzip", target=tree.parent / "packed")
+@pytest.mark.parametrize("compression", ["gzip", "links"])
+def test_no_way_of_storing_changes_an_image(tree, compression):
+    plain, packed = prepare(tree), prepare(tree, compression=compression, target=tree.parent / "packed")
     for split in ("train", "val"):
         a, b = PreparedImages(plain, split), PreparedImages(packed, split)
         assert np.array_equal(a.images(range(len(a))), b.images(range(len(b))))
         assert np.array_equal(a.labels, b.labels)
+
+
+def test_links_hold_no_pixels_and_a_relative_root_stays_relative(tree, monkeypatch):
+    monkeypatch.chdir(tree.parent)
+    images = sources.find(tree, val_fraction=0.2).images
+    manifest = write_manifest(tree.parent / "raw", images, tree=tree, root="tree", names={}, upright=True)
+    folder = prepare(tree, manifest, compression="links", target=tree.parent / "data/prepared")
+    with h5py.File(folder / "train-00000-of-00004.h5") as file:
+        assert set(file) == {"digests", "labels", "rows"}
+        assert file.attrs["root"] == "tree"
+    monkeypatch.chdir("/")
+    assert PreparedImages(folder, "train").images([3, 15]).shape == (2, 8, 8, 3)
+
+
+def test_a_linked_image_that_changed_or_is_gone_is_named(tree):
+    folder = prepare(tree, compression="links")
+    stored, (path, *_) = PreparedImages(folder, "train"), sorted(tree.glob("a/*.png"))
+    content = path.read_bytes()
+    number = next(k for k, row in enumerate(r for s in stored._stored for r in s.rows) if row.path == "a/00.png")
+    path.write_bytes(content[:-1] + b"?")
+    with pytest.raises(ValueError, match=r"tree/a/00\.png is not the image that the prepare stage has read; list"):
+        stored.images([number])
+    path.unlink()
+    with pytest.raises(ValueError, match=r"tree/a/00\.png: No such file or directory; list the images again"):
+        stored.images([number])
+    path.write_bytes(content)
+    assert np.array_equal(stored.images([number])[0], center_crop(picture(0), 8))
 
 
 def test_every_unreadable_image_is_named_and_nothing_published(tree):
@@ -156,7 +185,7 @@ def test_allowed_rejections_are_left_out_and_recorded(tree):
     assert kept == {center_crop(picture(k), 8).tobytes() for k in range(20) if k not in (0, 1, 19)}
 
 
-@pytest.mark.parametrize("compression", ["none", "gzip"])
+@pytest.mark.parametrize("compression", ["none", "gzip", "links"])
 def test_a_shard_whose_images_are_all_rejected_is_empty_and_readable(tree, compression):
     whole = PreparedImages(prepare(tree), "train")
     images = whole.images(range(16))
