@@ -8,10 +8,11 @@ import dataclasses
 import functools
 import hashlib
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import h5py
 import numpy as np
@@ -34,6 +35,9 @@ from ear.runtime.device import prepare_device
 from ear.runtime.executor import check_shared, share_shards
 from ear.tokenizer import posterior
 from ear.tokenizer.autoencoder import Tokenizer, load_tokenizer
+
+Part = TypeVar("Part")
+Read = TypeVar("Read")
 
 
 @dataclass(frozen=True)
@@ -309,10 +313,11 @@ def _digest(path: Path, piece: Piece, encoder: Encoder) -> str:
 
 
 def _encoded(piece: Piece, images: PreparedImages, encoder: Encoder) -> Iterator[np.ndarray]:
-    """Moments of the rows, batch by batch."""
-    for start in range(piece.rows.start, piece.rows.stop, encoder.batch_size):
-        part = np.arange(start, min(start + encoder.batch_size, piece.rows.stop))
-        moments = encoder.moments(images.images(part)).numpy()
+    """Moments of the rows, batch by batch; the next images are read meanwhile."""
+    starts = range(piece.rows.start, piece.rows.stop, encoder.batch_size)
+    parts = [np.arange(start, min(start + encoder.batch_size, piece.rows.stop)) for start in starts]
+    for part, pixels in zip(parts, read_ahead(images.images, parts), strict=True):
+        moments = encoder.moments(pixels).numpy()
         finite = np.isfinite(moments).reshape(len(part), -1).all(axis=1)
         if not finite.all():
             raise UserError(
@@ -321,6 +326,18 @@ def _encoded(piece: Piece, images: PreparedImages, encoder: Encoder) -> Iterator
                 "lower tokenizer.learning_rate or a higher tokenizer.kl_weight."
             )
         yield moments
+
+
+def read_ahead(read: Callable[[Part], Read], parts: Iterable[Part]) -> Iterator[Read]:
+    """Yield read(part) for each part, one ahead of the caller in a thread."""
+    with ThreadPoolExecutor(1) as pool:
+        waiting: list[Future[Read]] = []
+        for part in parts:
+            waiting.append(pool.submit(read, part))
+            if len(waiting) == 2:
+                yield waiting.pop(0).result()
+        for future in waiting:
+            yield future.result()
 
 
 def _plain_sums(moments: np.ndarray, batch_size: int) -> Tensor:
