@@ -36,6 +36,8 @@ from ear import config
 from ear.config import edit
 from ear.config.edit import PARAMETERS
 from ear.errors import UserError
+from ear.lineage.declaration import declarations
+from ear.lineage.run import clear_finished
 from flows import readiness, repository
 from flows.artifacts import GRID, metric_rows, picture
 from flows.devices import devices, environment, hold
@@ -146,6 +148,7 @@ def bring_up_to_date(
     running = repository.with_downstream(graph, {*forced, *changed}) & set(order)
     readiness.check(parameters, readiness.read_by(running))
     outcomes = walk(graph, order, forced, changed, unseen, variables)
+    clear_finished(declarations().values())  # of the last stage, which has no stage after it that would
     publish(outcomes)
     return summary(outcomes)
 
