@@ -70,7 +70,8 @@ def main() -> None:
             for path in Path(folder).iterdir():
                 (kept / path.name).write_bytes(path.read_bytes())
     machine = reports[0]["machine"]
-    print(f"\n{machine['gpu'] or machine['cpu']}, {machine['cores']} cores, load {machine['load']}\n")
+    device = machine.get("gpu") if arguments.device == "cuda" else machine["cpu"]
+    print(f"\n{device}, {machine['cores']} cores, load {machine['load']}\n")
     print(table(reports))
 
 

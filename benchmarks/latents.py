@@ -12,6 +12,7 @@ Warm: the files are in the page cache. Cold: they were dropped from it before. `
 the time to open it for more and more rows, as far as they fit into half of the memory.
 """
 
+import contextlib
 import functools
 import itertools
 import os
@@ -37,7 +38,7 @@ SHAPE = (2, 32, 16, 16)
 ROW_BYTES = 2 * int(np.prod(SHAPE))
 BATCH, SEED = 64, 0
 _PART = 4096  # rows written at a time
-_FILE = 2**16  # rows
+_FILE = 2**17  # rows
 _GROWTH = (12_500, 50_000, 200_000)
 _SECONDS = 2.0  # of one timing
 _REPEATS = 5
@@ -121,11 +122,13 @@ def from_npz(folder: Path, rows: int, workers: int) -> Iterable[tuple]:
 
 def rate(batches: Iterable[tuple], seconds: float = _SECONDS) -> float:
     """Rows per second, from the first batch on, as workers take their time to start."""
-    stream = iter(batches)
+    stream, rows = iter(batches), 0
     next(stream)
-    start, rows = time.perf_counter(), 0
-    while (now := time.perf_counter()) < start + seconds:
-        rows += len(next(stream)[0])
+    start = now = time.perf_counter()
+    for moments, *_ in stream:
+        rows, now = rows + len(moments), time.perf_counter()
+        if now > start + seconds:
+            break
     return rows / (now - start)
 
 
@@ -153,11 +156,18 @@ def compared(folder: Path, rows: int, workers: int) -> dict:
     for _ in range(_REPEATS):
         for name, way in ways.items():
             found.setdefault("warm", {}).setdefault(name, []).append(rate(way()))
+    store.close()  # pages of a mapped file stay in the cache
     for _ in range(_REPEATS):
-        for name, way in ways.items():
-            drop(places[name])
-            cold = found.setdefault("cold", {}).setdefault(name, [])
-            cold.append(rate(itertools.islice(way(), rows // BATCH), seconds=_SECONDS / 4))
+        for name, place in places.items():
+            drop(place)
+            with contextlib.ExitStack() as closing:
+                if name == "store":
+                    again = closing.enter_context(contextlib.closing(LatentStore(place, "train")))
+                    batches: Iterable[tuple] = from_store(again, workers)
+                else:
+                    batches = from_npz(place, rows, workers)
+                cold = found.setdefault("cold", {}).setdefault(name, [])
+                cold.append(rate(itertools.islice(batches, rows // BATCH), seconds=_SECONDS / 4))
     return {kind: _summary(rates) for kind, rates in found.items()}
 
 

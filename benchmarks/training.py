@@ -116,13 +116,16 @@ def measured(preset: str, device: torch.device, rounds: int) -> dict:
         **measure.speedup(seconds["training"], seconds["plain loop"]),
     }
     ways.clear()  # free the plain loop's memory before measuring the training's
+    del plain
     if cuda:
         torch.cuda.reset_peak_memory_stats()
+        training.step()
+        figures["peak_memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
     rate = operations(training) / step_seconds
     figures |= {"operations_per_second": rate, "share_of_peak": rate / measure.matmul_peak(device, options.precision)}
     if cuda:
         sheet = next((p for name, p in _PEAK_FLOPS.items() if name in torch.cuda.get_device_name()), None)
-        figures |= {"peak_memory_gb": torch.cuda.max_memory_allocated() / 1e9, "mfu": rate / sheet if sheet else None}
+        figures["mfu"] = rate / sheet if sheet else None
     return figures
 
 

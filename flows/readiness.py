@@ -29,7 +29,8 @@ def _check_devices(parameters: config.Parameters) -> None:
 
     runtime = parameters.runtime
     device.check_devices(runtime.device, runtime.processes)
-    for key in ("tokenizer.precision", "train.precision", "sample.precision", "sample.decoder_precision"):
+    trained = ["tokenizer.precision"] if parameters.tokenizer.name == "kl" else []
+    for key in (*trained, "train.precision", "sample.precision", "sample.decoder_precision"):
         section, _, name = key.partition(".")
         precision = getattr(getattr(parameters, section), name)
         device.check_precision(precision, device.uses_cuda(runtime.device), key=key)

@@ -45,7 +45,6 @@ class Parameters:
 def work(parameters: Parameters, run: Run) -> None:
     """Train (kl) or import a tokenizer, describe it, publish it."""
     device = prepare_device(parameters.runtime.device, parameters.compute.threads)
-    check_precision(parameters.tokenizer.precision, device.type == "cuda", key="tokenizer.precision")
     images, held_out = (PreparedImages("data/prepared", split) for split in ("train", "val"))
     size, options = parameters.image_size, parameters.tokenizer
     if images.image_size != size:
@@ -55,6 +54,7 @@ def work(parameters: Parameters, run: Run) -> None:
         )
     tokenizer: Tokenizer
     if options.name == "kl":
+        check_precision(options.precision, device.type == "cuda", key="tokenizer.precision")
         scratch = run.scratch(program.plain(parameters), ["data/prepared/index.json"])
         tokenizer, history = train(images, held_out, options, device).run(scratch)
         source = None

@@ -81,8 +81,7 @@ def _stages(costs: Costs, parameters: config.Parameters, teraflops: float | None
     for name, (images, each) in stages.items():
         rows[name] = f"{images:>13,} images x {operations(each):>13} = {images * each:.2e} FLOP"
         if teraflops:
-            used = 1 if name == "tokenizer" else processes  # it trains in one process
-            rows[name] += f", {duration(images * each / (teraflops * 1e12 * used))}"
+            rows[name] += f", {duration(images * each / (teraflops * 1e12 * processes))}"
     rate = f"{teraflops:g} TFLOP/s, {processes} processes" if teraflops else "times with --teraflops"
     return f"stages ({rate})", rows
 

@@ -219,7 +219,7 @@ class Runtime(Section):
         description="Dask scheduler for prepare, cache and sample, such as tcp://host:8786; empty: this machine"
     )
     checkpoint_images: int = Field(
-        description="images between checkpoints of train and finetune; a killed run loses at most so many", ge=1
+        description="images between checkpoints of train and finetune, about as many as a killed run loses", ge=1
     )
     keep_images: int = Field(
         description="images between checkpoints of train and finetune that stay in work/kept; 0: none", ge=0

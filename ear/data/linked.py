@@ -73,8 +73,10 @@ class Links:
         row = self.rows[number]
         try:
             content = contents.read(row)
+            if hashlib.sha256(content).digest() != self.digests[number].tobytes():
+                raise UserError("is not the image that the prepare stage has read")
+            return decoded(content, row, upright=self.upright, image_size=self.image_size)
+        except UserError as error:
+            raise UserError(f"{self.root / row.path} {error}; {_AGAIN}") from error
         except (FileNotFoundError, PermissionError) as error:
             raise UserError(f"{self.root / row.file}: {error.strerror}; {_AGAIN}") from error
-        if hashlib.sha256(content).digest() != self.digests[number].tobytes():
-            raise UserError(f"{self.root / row.path} is not the image that the prepare stage has read; {_AGAIN}")
-        return decoded(content, row, upright=self.upright, image_size=self.image_size)

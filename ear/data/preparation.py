@@ -13,6 +13,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
@@ -222,10 +223,13 @@ def images(rows: Sequence[Row], shard: Shard, rejected: list[list[str]]) -> Iter
                 yield outcome
 
 
-def _read(row: Row, contents: Contents, shard: Shard) -> np.ndarray | str:
-    """uint8 [S, S, 3], or the reason why the image cannot be read."""
+def _read(row: Row, contents: Contents, shard: Shard, digest: Any = None) -> np.ndarray | str:
+    """uint8 [S, S, 3], or the reason why the image cannot be read; `digest` is updated with its raw bytes."""
     try:
-        return decoded(contents.read(row), row, upright=shard.upright, image_size=shard.image_size)
+        content = contents.read(row)
+        if digest:
+            digest.update(content)
+        return decoded(content, row, upright=shard.upright, image_size=shard.image_size)
     except (FileNotFoundError, PermissionError) as error:  # other OSErrors are not the image's fault: they stop the run
         return str(error.strerror)
     except ValueError as error:
@@ -255,12 +259,13 @@ def _linked(rows: Sequence[Row], shard: Shard, rejected: list[list[str]]) -> mem
     good, digests = [], []
     with Contents(shard.root) as contents:
         for row in rows:
-            outcome = _read(row, contents, shard)
+            digest = hashlib.sha256()
+            outcome = _read(row, contents, shard, digest)
             if isinstance(outcome, str):
                 rejected.append([row.path, outcome])
             else:
                 good.append(row)
-                digests.append(hashlib.sha256(contents.read(row)).digest())
+                digests.append(digest.digest())
     content = io.BytesIO()
     with h5py.File(content, "w") as file:
         _describe(file, good, shard)

@@ -9,6 +9,8 @@ from typing import Any
 import h5py
 import numpy as np
 
+_PAGE, _LARGE = 4096, 65_536  # bytes: data sets of at least _LARGE begin at a page
+
 
 def fixed_place() -> h5py.h5p.PropDCID:
     """Creation properties of a contiguous data set that has its place in the file before any value is written.
@@ -27,7 +29,8 @@ def frame(name: str, shape: tuple[int, ...], dtype: Any, describe: Callable[[h5p
     describe: adds attributes and small data sets. It is made in memory: HDF5 crashes the process if a disk is full.
     """
     content = io.BytesIO()
-    with h5py.File(content, "w") as file:
+    # Whole pages, so that processes on several machines never write parts of the same one.
+    with h5py.File(content, "w", alignment_threshold=_LARGE, alignment_interval=_PAGE) as file:
         describe(file)
         data = file.create_dataset(name, shape, dtype, dcpl=fixed_place())
         file.flush()

@@ -67,7 +67,7 @@ class Encoder:
 class Layout:
     """How large files and pieces become, at most."""
 
-    file_bytes: int = 4 * 2**30  # ImageNet at 256 pixels: 20 files
+    file_bytes: int = 4 * 2**30  # ImageNet at 256 pixels: 11 files
     piece_images: int = 256  # but at least one batch
 
 
@@ -134,7 +134,7 @@ def cache(
 
 
 def plan(split: str, count: int, row_bytes: int, batch_size: int, layout: Layout) -> list[Piece]:
-    """The pieces of `count` images. All but a file's last one consist of complete batches."""
+    """The pieces of `count` images. All but the last one consist of complete batches."""
     per_piece = batch_size * max(layout.piece_images // batch_size, 1)
     per_file = per_piece * max(layout.file_bytes // (row_bytes * per_piece), 1)
     files = -(-count // per_file)
@@ -150,16 +150,19 @@ def _create_files(
     planned: Mapping[str, Sequence[Piece]], splits: Mapping[str, PreparedImages], encoder: Encoder, scratch: Path
 ) -> None:
     """Create the files in their final sizes, where an earlier run has not; raises UserError if they will not fit."""
-    new = {}
+    new, missing = {}, 0
     for split, pieces in planned.items():
         for name, rows in _files(pieces).items():
             start = _start(splits[split].labels[rows.start : rows.stop], encoder)
             path, size = scratch / name, len(start) + len(rows) * encoder.row.nbytes
-            if not _begins(path, start, size):
+            if _begins(path, start, size):
+                missing += max(size - 512 * path.stat().st_blocks, 0)  # it was created without its content
+            else:
                 new[path] = start, size
+                missing += size
     require_space(
         scratch,
-        sum(size for _, size in new.values()),
+        missing,
         what="the latents",
         fix="free some space, or choose a larger tokenizer.downsample",
     )
@@ -204,7 +207,12 @@ def _publish(
     encoder: Encoder,
     scratch: Path,
 ) -> None:
-    """Write the folder of latents from the filled files."""
+    """Write the folder of latents from the filled files; raises UserError if one is not as its pieces were written."""
+    with ThreadPoolExecutor() as pool:  # hashing releases the lock
+        for _ in pool.map(
+            lambda piece: _check(piece, encoder, scratch), (p for part in planned.values() for p in part)
+        ):
+            pass
     files = {split: _files(pieces) for split, pieces in planned.items()}
     with ThreadPoolExecutor() as pool:  # hashing releases the lock
         entries = {split: list(pool.map(_entry, [scratch / name for name in part])) for split, part in files.items()}
@@ -292,7 +300,7 @@ def write_piece(piece: Piece, images: PreparedImages, encoder: Encoder, folder: 
 
     Keeps what an earlier run wrote, if its digest is right.
     """
-    path, note = folder / piece.file, folder / f"{piece.file}-{piece.first:09d}.json"
+    path, note = folder / piece.file, _note(piece, folder)
     if note.is_file():
         known = read_json(note)
         if known["sha256"] == _digest(path, piece, encoder):
@@ -302,6 +310,18 @@ def write_piece(piece: Piece, images: PreparedImages, encoder: Encoder, folder: 
     sums = _plain_sums(moments, encoder.batch_size).tolist()
     write_json(note, {"sha256": hashlib.sha256(moments.data.cast("B")).hexdigest(), "sums": sums})
     return sums
+
+
+def _check(piece: Piece, encoder: Encoder, folder: Path) -> None:
+    """Hold a piece against its note: on a shared file system, its neighbour was written by another machine."""
+    path, note = folder / piece.file, _note(piece, folder)
+    if read_json(note)["sha256"] != _digest(path, piece, encoder):
+        note.unlink()
+        raise UserError(f"rows {piece.first} and following of {path} are not what was written; run the stage again.")
+
+
+def _note(piece: Piece, folder: Path) -> Path:
+    return folder / f"{piece.file}-{piece.first:09d}.json"
 
 
 def _digest(path: Path, piece: Piece, encoder: Encoder) -> str:

@@ -49,6 +49,11 @@ class _Map:
         self._row, self._offset = 2 * values, stored.offset
         self.rows = np.frombuffer(self._map, np.uint16, 2 * stored.rows * values, stored.offset).reshape(-1, values)
 
+    def close(self) -> None:
+        """Unmap the file; nothing can be read afterwards."""
+        del self.rows
+        self._map.close()
+
     def advise(self, rows: np.ndarray) -> None:
         """Let the system read these rows ahead; otherwise a cold row takes a read of its own for each page."""
         for start in (self._offset + rows * self._row).tolist():
@@ -61,7 +66,7 @@ class LatentStore:
 
     split: "train" or "val". Attributes: `shape`, (C, h, w) of a latent; `labels`, int64 [N]; `classes`, class names,
     indexed by label; `statistics`, of the training split for either split; `tokenizer`, the SHA-256 of the tokenizer's
-    file. Several threads may read at once; every file that has been read stays open.
+    file. Several threads may read at once; all files stay open.
 
     Raises MissingFileError if stats.json or a file is missing, UserError if stats.json has another format or a file
     is not what it says.
@@ -87,6 +92,11 @@ class LatentStore:
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def close(self) -> None:
+        """Close all files; no row can be read afterwards."""
+        for file in self._maps:
+            file.close()
 
     def rows(
         self, indices: Sequence[int] | Tensor, mirrored: np.ndarray | None = None, *, pinned: bool = False

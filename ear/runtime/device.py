@@ -17,7 +17,7 @@ def prepare_device(device: str, threads: int) -> torch.device:
     Raises UserError if CUDA is requested but absent, or has fewer devices than this machine has ranks.
     """
     torch.set_num_threads(threads)
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.set_deterministic_debug_mode("warn")  # use_deterministic_algorithms would import the compiler, for 5 s
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined] # all is written
     torch.backends.cudnn.benchmark = False
     torch.backends.cudnn.allow_tf32 = False  # convolutions use TF32 by default; features and latents need full float32
@@ -77,4 +77,5 @@ def compile_in_place(module: nn.Module, *, dynamic: bool | None = None) -> None:
 
     dynamic: compile once for all sizes of its inputs; None: once more if a size changes.
     """
+    torch.use_deterministic_algorithms(True, warn_only=True)  # tells the compiler, too
     module.compile(options={"fallback_random": True}, dynamic=dynamic)

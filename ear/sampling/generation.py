@@ -91,6 +91,7 @@ class ImageSampler:
             latents = sample(self.model, labels, settings, source=source)
         return self.pixels(latents, numbers, settings)
 
+    @torch.inference_mode()
     def pixels(self, latents: torch.Tensor, numbers: Sequence[int], settings: SamplingSettings) -> np.ndarray:
         """Normalised latents [N, C, h, w] => uint8 [N, H, W, 3].
 

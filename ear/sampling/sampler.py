@@ -66,7 +66,7 @@ def sample(
 def network_evaluations(model: AutoregressiveModel, steps: int) -> dict[str, int]:
     """Cost of one image without guidance: transformer passes, and head evaluations over all tokens.
 
-    Guidance doubles the rows of each transformer pass, and of each head evaluation unless the score extrapolates the
-    hidden state.
+    Inside its interval, guidance doubles the rows of each transformer pass, and of each head evaluation unless the
+    score extrapolates the hidden state.
     """
     return {"transformer": model.passes(steps), "head": model.tokens * model.score.evaluations_per_token}

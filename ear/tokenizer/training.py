@@ -96,17 +96,20 @@ class AutoencoderTraining:
     def run(self, folder: Path) -> tuple[KL, History]:
         """Train, resuming from the newest checkpoint in `folder` => (EMA weights, logs)."""
         part = max(self.options.images // _PARTS, 1)
-        self.trainer.fit(
-            self.batches,
-            total_images=self.options.images,
-            folder=folder,
-            checkpoint_images=part,
-            validate=lambda: self.objective.held_out(
-                self.trainer.average.module, self.held_out, self.options.batch_size
-            ),
-            validate_images=part,
-            title="tokenizer",
-        )
+        # TF32 is a state of the program, which backward passes read, too; autocast belongs around forward passes.
+        everywhere = "tfloat32" if self.objective.precision == "tfloat32" else "float32"
+        with precise(everywhere, self.objective.device):
+            self.trainer.fit(
+                self.batches,
+                total_images=self.options.images,
+                folder=folder,
+                checkpoint_images=part,
+                validate=lambda: self.objective.held_out(
+                    self.trainer.average.module, self.held_out, self.options.batch_size
+                ),
+                validate_images=part,
+                title="tokenizer",
+            )
         return self.trainer.average.module, self.trainer.history
 
     def batches(self, positions: Iterator[int]) -> Iterator[np.ndarray]:

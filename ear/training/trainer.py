@@ -261,8 +261,8 @@ class Trainer(Generic[Network]):
         sums, means = self._means.state()
         description = {
             "images": self.images,
-            "training": self.history.training,
-            "validation": self.history.validation,
+            "training": [*self.history.training],  # which goes on while this is written
+            "validation": [*self.history.validation],
             "means": means,
             "about": dict(about or {}),
         }
@@ -315,7 +315,7 @@ def _stop_signals() -> Iterator[Callable[[], str]]:
     """Catch the signals that ask a program to end, unless they are ignored, as SIGHUP is under nohup.
 
     Yields a function that names the signal that any rank has received, or returns ''. All ranks must call it together.
-    After the first signal, Ctrl-C ends the program at once.
+    After the first signal, Ctrl-C ends the program as soon as a checkpoint that is being written is complete.
     """
     received: list[str] = []
 

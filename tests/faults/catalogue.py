@@ -29,7 +29,8 @@ FAULTS = [
         "the process group is killed 10 times at seeded moments, each time started again; then it may finish",
         "nothing but the shell's `Killed`; the next `dvc repro` goes on. If it says `Unable to read RWLock-file`, the "
         "kill hit DVC while it wrote its lock file: `rm .dvc/tmp/rwlock` (flows do it)",
-        "at most `runtime.checkpoint_images` images of training, the shard or batch in work elsewhere",
+        "at most `runtime.checkpoint_images` images of training and those trained on while a checkpoint was being "
+        "written; the shard, piece or batch in work elsewhere",
         interruptions.kill_dvc,
         1,
         10,
