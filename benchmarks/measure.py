@@ -113,7 +113,7 @@ def arguments(description: str | None) -> argparse.ArgumentParser:
     """A parser with `--save` and `--results`; a benchmark adds its own options."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--save", action="store_true", help="also write benchmarks/results/NAME.json")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="another folder for it")
+    parser.add_argument("--results", type=Path, help="another folder for it")
     return parser
 
 
@@ -130,9 +130,9 @@ def add_device(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: CUDA if there is")
 
 
-def report(name: str, figures: dict, *, save: bool = False, results: Path = RESULTS) -> None:
-    """Print figures and machine facts as JSON; if `save`, also write results/NAME.json."""
+def report(name: str, figures: dict, *, save: bool = False, results: Path | None = None) -> None:
+    """Print figures and machine facts as JSON; if `save`, also write NAME.json into `results` (default: RESULTS)."""
     content = {"benchmark": name, "figures": rounded(figures), "machine": machine()}
     print(json.dumps(content, indent=1))
     if save:
-        write_json(results / f"{name}.json", content)
+        write_json((results or RESULTS) / f"{name}.json", content)
