@@ -18,8 +18,9 @@ import itertools
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
@@ -102,7 +103,7 @@ class Folder(Dataset[tuple[Tensor, int]]):
         return torch.from_numpy(np.load(_npz(self.folder, row))[name]), 0
 
 
-def from_store(store: LatentStore, workers: int) -> Iterator[tuple]:
+def from_store(store: LatentStore, workers: int) -> Any:
     """Batches as training reads them."""
     return latent_batches(
         store,
@@ -163,7 +164,7 @@ def compared(folder: Path, rows: int, workers: int) -> dict:
             with contextlib.ExitStack() as closing:
                 if name == "store":
                     again = closing.enter_context(contextlib.closing(LatentStore(place, "train")))
-                    batches: Iterable[tuple] = from_store(again, workers)
+                    batches: Iterable[tuple] = closing.enter_context(contextlib.closing(from_store(again, workers)))
                 else:
                     batches = from_npz(place, rows, workers)
                 cold = found.setdefault("cold", {}).setdefault(name, [])

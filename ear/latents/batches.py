@@ -1,6 +1,7 @@
 """Micro-batches of cached latents in training order, read ahead by threads."""
 
 import collections
+import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 
@@ -11,6 +12,7 @@ from ear.latents.store import LatentStore
 from ear.runtime.randomness import Coins, DataOrder
 
 _AHEAD = 2  # micro-batches per thread that are read or advised ahead
+_COLD = 5e8  # bytes per second: memory is faster, a disk slower
 
 
 def latent_batches(
@@ -37,13 +39,23 @@ def latent_batches(
         for position in positions:
             yield (*store.rows(*wanted(position), pinned=pinned), position)
         return
+    cold = True  # rows come from a disk; asking the system for them ahead costs as much as copying them from memory
+
+    def read(indices: Tensor, mirrored: np.ndarray) -> tuple[Tensor, Tensor]:
+        nonlocal cold
+        start = time.perf_counter()
+        moments, labels = store.rows(indices, mirrored, pinned=pinned)
+        cold = moments.nbytes < _COLD * (time.perf_counter() - start)
+        return moments, labels
+
     pool = ThreadPoolExecutor(workers, thread_name_prefix="latents")
     ahead: collections.deque[tuple[Future, int]] = collections.deque()
     try:
         for position in positions:
             rows = wanted(position)
-            store.advise(*rows)
-            ahead.append((pool.submit(store.rows, *rows, pinned=pinned), position))
+            if cold:
+                store.advise(*rows)
+            ahead.append((pool.submit(read, *rows), position))
             if len(ahead) > _AHEAD * workers:
                 yield _next(ahead)
         while ahead:
