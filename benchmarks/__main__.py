@@ -45,8 +45,12 @@ def table(reports: Sequence[dict]) -> str:
 def _row(line: Line) -> tuple[str, ...]:
     least, most = line.spread
     share = f"{line.share:.0%}" if line.share else ""
-    rates = (f"{line.ours:,.3g} {line.unit}", f"{line.baseline:,.3g}")
+    rates = (f"{_number(line.ours)} {line.unit}", _number(line.baseline))
     return (line.what, line.size, *rates, f"{line.ratio:.2f} ({least:.2f} to {most:.2f})", share)
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def main() -> None:

@@ -4,8 +4,8 @@
 
 Runs each stage's work once at a small scale, with the sizes of preset imagenet256_base in float32 and untrained
 weights. Times are CPU seconds of one core (one thread), medians of --repeats runs; other work on the machine hardly
-affects them. --write fills the document's tables from the results that --save, and benchmarks.listing before it, wrote
-to benchmarks/results/; with --saved nothing is measured.
+affects them. --write fills the document's tables from the results that --save, and the benchmarks listing, latents and
+prepare before it, wrote to benchmarks/results/; with --saved nothing is measured.
 """
 
 import dataclasses
@@ -13,7 +13,7 @@ import statistics
 import tempfile
 import time
 import tracemalloc
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,7 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
 from benchmarks import measure
-from benchmarks.models import untrained
+from benchmarks.models import Training, untrained
 from benchmarks.prepare import pictures, store, write
 from ear.commands import costs
 from ear.commands.describe import IMAGENET, duration, operations, size
@@ -47,7 +47,10 @@ from ear.tokenizer.loss import AutoencoderLoss
 
 PRESET = "imagenet256_base"
 BILLION = 1_000_000_000
-GPUS, TERAFLOPS = 8, 200  # assumed machine: number of GPUs, and what each sustains
+GPUS = 8  # of the assumed machine
+# What each of them is assumed to sustain, in 10^12 operations per second: two fifths of an H100's data sheet (989 in
+# bfloat16, 67 in float32).
+TERAFLOPS = {"bfloat16": 400, "float32": 27}
 _CPU = torch.device("cpu")
 _PICTURES = 64  # decoded and stored in one run
 _STEPS = 2  # sampling steps per run; every step is one transformer pass
@@ -55,6 +58,8 @@ _INCEPTION_IMAGES = 8
 _ORDERED = 10_000_000  # rows for which the order of an epoch is drawn
 _LISTED = 20_000  # images of a manifest that is read
 _FRECHET = 2048  # features
+_DRAWN = 64  # images drawn at once by the small model
+NEEDED = ("scaling", "listing", "latents", "prepare")
 _SETS = ("bytes per image", "ImageNet", "10^9 images")
 
 
@@ -66,6 +71,7 @@ class Timer:
 
     def __call__(self, work: Callable[[], object]) -> float:
         """CPU seconds of one call of `work`."""
+        work()
         seconds = []
         for _ in range(self.repeats):
             start = time.process_time()
@@ -163,6 +169,30 @@ def manifest_row_bytes() -> float:
     return used / len(manifest.rows)
 
 
+def growth() -> dict[str, dict[str, float]]:
+    """Wall seconds of a training step per image, and of a drawn image, of the digits model, as its sizes double."""
+    return {
+        "digits": _sizes([], side=4),
+        "batch doubled": _sizes(["train.micro_batch_size=128", "train.global_batch_size=128"], side=4),
+        "tokens four times": _sizes([], side=8),
+    }
+
+
+def _sizes(changes: list[str], *, side: int) -> dict[str, float]:
+    """Seconds per image of the digits model with some parameters changed, on a latent grid of that side."""
+    parameters = compose(["preset=digits", *changes])
+    model = untrained(parameters, side=side)
+    training, settings = Training(model, parameters, _CPU), SamplingSettings.of(parameters.sample)
+    labels = [number % 10 for number in range(_DRAWN)]
+
+    def draw() -> None:
+        sample(model, labels, settings, source=randomness.image_streams(0, range(_DRAWN)))
+
+    step = measure.median_seconds(training.step, repeats=9) / parameters.train.global_batch_size
+    model.eval()
+    return {"tokens": model.tokens, "training": step, "sampling": measure.median_seconds(draw) / _DRAWN}
+
+
 def measured(timer: Timer, parameters: Parameters) -> dict:
     """CPU seconds, operations and bytes per unit of work (an image unless stated otherwise)."""
     kl16 = kl_structure(channels=16, block_channels=parameters.tokenizer.block_channels, layers=2)
@@ -183,6 +213,7 @@ def measured(timer: Timer, parameters: Parameters) -> dict:
             "cache": 2 * encode,
             "train": counted.training_flops["forward and backward"],
             "sample": sum(counted.sampling_flops.values()),
+            "decode": counted.sampling_flops["decoder"],
             "features": evaluation["flop"],
         },
         "bytes": {
@@ -195,6 +226,12 @@ def measured(timer: Timer, parameters: Parameters) -> dict:
             "sample": parameters.sample.count,
         },
         "repeats": timer.repeats,
+        "precision": {
+            "tokenizer": parameters.tokenizer.precision,
+            "train": parameters.train.precision,
+            "sample": parameters.sample.precision,
+        },
+        "growth": growth(),
         "assumed": {"gpus": GPUS, "teraflops": TERAFLOPS},
     }
 
@@ -208,12 +245,13 @@ class Work:
     seconds: float  # of one core, per unit
     flop: float | None  # per unit; None if a GPU does not do this work
     units: tuple[int, int]  # for ImageNet, for a billion images
-    most_gpus: int | None = None  # that the stage can use; None: all
+    precision: str = "float32"  # on a GPU
+    precise: float = 0.0  # of the operations, those in float32 in any case
 
 
 def works(figures: dict, listing_seconds: float) -> list[Work]:
     """The stages, in the order in which they run."""
-    seconds, flop, count = figures["cpu_seconds"], figures["flop"], figures["images"]
+    seconds, flop, count, precision = (figures[key] for key in ("cpu_seconds", "flop", "images", "precision"))
     every = (IMAGENET[1], BILLION)
     trained, generated, tokenized = (count["train"], BILLION), (count["sample"],) * 2, (count["tokenizer"],) * 2
     drawn, features_of = seconds["draw"] + seconds["decode"], (seconds["features"], flop["features"])
@@ -221,24 +259,41 @@ def works(figures: dict, listing_seconds: float) -> list[Work]:
         Work("fetch", "a file listed", listing_seconds, None, every),
         Work("prepare", "a photograph decoded, cropped, stored", seconds["prepare"], None, every),
         Work("reference", "Inception's features of an image", *features_of, every),
-        Work("tokenizer", "KL-16: a step on an image", seconds["tokenizer"], flop["tokenizer"], tokenized, most_gpus=1),
+        Work(
+            "tokenizer",
+            "KL-16: a step on an image",
+            seconds["tokenizer"],
+            flop["tokenizer"],
+            tokenized,
+            precision["tokenizer"],
+        ),
         Work("cache", "an image and its mirror image encoded", seconds["cache"], flop["cache"], every),
-        Work("train, finetune", "an image forward and back", seconds["train"], flop["train"], trained),
-        Work("sample", "an image drawn and decoded", drawn, flop["sample"], generated),
+        Work(
+            "train, finetune", "an image forward and back", seconds["train"], flop["train"], trained, precision["train"]
+        ),
+        Work(
+            "sample",
+            "an image drawn and decoded",
+            drawn,
+            flop["sample"],
+            generated,
+            precision["sample"],
+            flop["decode"],
+        ),
         Work("evaluate", "Inception's features of an image", *features_of, generated),
     ]
 
 
-def tables(scaling: dict, listing: dict) -> dict[str, str]:
-    """The document's tables by name, from the saved results of this benchmark and of benchmarks.listing."""
-    machine, figures, listed = scaling["machine"], scaling["figures"], listing["figures"]
+def tables(saved: Mapping[str, dict]) -> dict[str, str]:
+    """The document's tables by name, from the saved results of the benchmarks in `NEEDED`."""
+    machine, figures, listed = saved["scaling"]["machine"], saved["scaling"]["figures"], saved["listing"]["figures"]
     find, write_out = (listed["seconds"]["tree"][part]["cpu"] for part in ("find", "write_manifest"))
     stages = works(figures, (find + write_out) / listed["files"])
     stored, assumed = figures["bytes"], figures["assumed"]
     disk = {"data/raw/manifest.csv": listed["manifest_bytes_per_image"]}
     disk |= {name: stored[name] for name in ("data/prepared", "data/latents")}
     memory = {
-        "fetch, prepare: the listed images": stored["manifest row in memory"],
+        "fetch, prepare; with links, later stages per process: the listed images": stored["manifest row in memory"],
         "train, per process: the order of an epoch": 8,
         "train, per process: the labels": 8,
     }
@@ -249,6 +304,7 @@ def tables(scaling: dict, listing: dict) -> dict[str, str]:
         "times": _time_table(stages, gpus=assumed["gpus"], teraflops=assumed["teraflops"]),
         "disk": _table(("written", *_SETS), [(name, *_grown(each)) for name, each in disk.items()]),
         "memory": _table(("held", *_SETS), [(name, *_grown(each)) for name, each in memory.items()]),
+        "growth": _growth_table(figures["growth"], saved["latents"]["figures"], saved["prepare"]["figures"]),
     }
 
 
@@ -268,17 +324,49 @@ def _cost_table(stages: list[Work], seconds: dict) -> str:
     return _table(("stage", "unit of work", "CPU seconds", "operations", "GFLOP/s"), rows)
 
 
-def _time_table(stages: list[Work], *, gpus: int, teraflops: float) -> str:
+def _time_table(stages: list[Work], *, gpus: int, teraflops: Mapping[str, float]) -> str:
     rows = []
     for work in stages:
-        cells = [work.stage]
+        cells = [work.stage, work.precision if work.flop else ""]
         for units in work.units:
-            used = min(gpus, work.most_gpus or gpus)
-            on_gpus = duration(units * work.flop / (used * teraflops * 1e12)) if work.flop else ""
+            on_gpus = duration(units * _gpu_seconds(work, teraflops) / gpus) if work.flop else ""
             cells += [f"{units:,}", duration(units * work.seconds), on_gpus]
         rows.append(tuple(cells))
-    fast = f"{gpus} GPUs at {teraflops:g} TFLOP/s"
-    return _table(("stage", "ImageNet: units", "one core", fast, "10^9 images: units", "one core", fast), rows)
+    fast = f"{gpus} GPUs"
+    return _table(
+        ("stage", "on GPUs", "ImageNet: units", "one core", fast, "10^9 images: units", "one core", fast), rows
+    )
+
+
+def _gpu_seconds(work: Work, teraflops: Mapping[str, float]) -> float:
+    """Of one GPU, for one unit."""
+    assert work.flop is not None
+    return (work.flop - work.precise) / (teraflops[work.precision] * 1e12) + work.precise / (
+        teraflops["float32"] * 1e12
+    )
+
+
+def _growth_table(sizes: dict, latents: dict, prepared: dict) -> str:
+    """What is measured again with something doubled, against what it was before."""
+    base, batch, tokens = (sizes[name] for name in ("digits", "batch doubled", "tokens four times"))
+    *_, smaller, larger = latents["growth"]
+    processes = [prepared[f"processes_{count}"]["files"]["images_per_second"] for count in (1, 2)]
+    rows = f"rows of latents, {smaller['rows']:,} => {larger['rows']:,}"
+    more = f"tokens of an image, {base['tokens']} => {tokens['tokens']}"
+    lines = [
+        (rows, "rows/s of the training's iterator", smaller["rows per second"], larger["rows per second"]),
+        (rows, "seconds to open them", smaller["opening seconds"], larger["opening seconds"]),
+        ("micro-batch, 64 => 128", "training, ms per image", 1e3 * base["training"], 1e3 * batch["training"]),
+        (more, "training, ms per image", 1e3 * base["training"], 1e3 * tokens["training"]),
+        (more, "sampling, ms per image", 1e3 * base["sampling"], 1e3 * tokens["sampling"]),
+        ("processes of prepare, 1 => 2", "images/s", *processes),
+    ]
+    return _table(("grown", "measured", "before", "after", "factor"), [_change(*line) for line in lines])
+
+
+def _change(grown: str, what: str, before: float, after: float) -> tuple[str, ...]:
+    numbers = (f"{value:,.0f}" if value >= 1000 else f"{value:.3g}" for value in (before, after))
+    return grown, what, *numbers, f"{after / before:.2f}"
 
 
 def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
@@ -312,8 +400,8 @@ def main() -> None:
         parameters = compose([f"preset={PRESET}", "data.path=/images", "tokenizer.weights=/kl16.ckpt"])  # not read
         measure.report("scaling", measured(Timer(arguments.repeats), parameters), save=arguments.save)
     if arguments.write:
-        saved = {name: read_json(measure.RESULTS / f"{name}.json") for name in ("scaling", "listing")}
-        arguments.write.write_text(fill(arguments.write.read_text(), tables(saved["scaling"], saved["listing"])))
+        saved = {name: read_json(measure.RESULTS / f"{name}.json") for name in NEEDED}
+        arguments.write.write_text(fill(arguments.write.read_text(), tables(saved)))
 
 
 if __name__ == "__main__":

@@ -11,19 +11,21 @@ ROOT = Path(__file__).parents[2]
 
 
 def test_the_document_shows_the_saved_figures():
-    saved = {name: read_json(measure.RESULTS / f"{name}.json") for name in ("scaling", "listing")}
+    saved = {name: read_json(measure.RESULTS / f"{name}.json") for name in scaling.NEEDED}
     document = (ROOT / "docs/scaling.md").read_text()
-    tables = scaling.tables(saved["scaling"], saved["listing"])
+    tables = scaling.tables(saved)
     assert document == scaling.fill(document, tables)
     assert all(table in document and table.count("\n") > 3 for table in tables.values())
 
 
 def test_times_are_units_times_cost():
-    work = scaling.Work("cache", "an image", 2.0, 1e12, (3600, 7200))
-    alone = scaling.Work("tokenizer", "an image", 2.0, 1e12, (3600, 7200), most_gpus=1)
-    table = scaling._time_table([alone, work], gpus=2, teraflops=50)
-    assert table.splitlines()[-2].split(" | ")[3] == "1.2 minutes"
-    assert table.splitlines()[-1] == "| cache | 3,600 | 2.0 hours | 36.0 seconds | 7,200 | 4.0 hours | 1.2 minutes |"
+    precise = scaling.Work("cache", "an image", 2.0, 1e12, (3600, 7200))
+    fast = scaling.Work("train", "an image", 2.0, 1e12, (3600, 7200), "bfloat16")
+    table = scaling._time_table([precise, fast], gpus=2, teraflops={"float32": 25, "bfloat16": 50})
+    assert table.splitlines()[-2].split(" | ")[4] == "1.2 minutes"
+    assert table.splitlines()[-1] == (
+        "| train | bfloat16 | 3,600 | 2.0 hours | 36.0 seconds | 7,200 | 4.0 hours | 1.2 minutes |"
+    )
 
 
 def test_tables_replace_what_stood_between_their_marks():
