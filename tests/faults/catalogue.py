@@ -73,7 +73,7 @@ FAULTS = [
         "nothing: no output is published, progress is kept. A late edit is recorded as made, or `ear verify` names it",
         interruptions.edit,
         3,
-        26,
+        29,
     ),
     Fault(
         "at-once",
