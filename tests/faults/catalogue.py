@@ -82,7 +82,7 @@ FAULTS = [
         "flows wait for their turn; DVC and stages say that the other one is at work",
         "nothing",
         together.at_once,
-        2,
+        1,
         4,
     ),
     Fault(
