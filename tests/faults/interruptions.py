@@ -5,6 +5,7 @@ import random
 import signal
 import subprocess
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -30,21 +31,27 @@ from tests.repositories import STAGES, change, digests, environment, stale
 
 TRAININGS = ("train", "finetune", "tokenizer")
 KILLS = 10  # per case
+_HALF_WRITTEN = {  # what DVC says of a file that a kill has cut short => the file
+    "Unable to read RWLock-file": ".dvc/tmp/rwlock",
+    "dvc.lock' validation failed": "dvc.lock",
+    "dvc.lock' is invalid": "dvc.lock",
+}
 
 
 def kill_dvc(case: int) -> dict[str, int]:
     """Ten kills of `dvc repro` at random moments, then the end."""
     randomness = random.Random(f"kill {case}")
-    killed = cut = 0
+    killed = 0
+    cut: Counter[str] = Counter()
     with copy(empty=True) as folder:
         while killed < KILLS:
             with started("dvc", "repro", folder=folder) as process:
                 time.sleep(randomness.uniform(0.5, 12))
                 if process.poll() is not None:
                     said = (folder.parent / "log").read_text()
-                    if "Unable to read RWLock-file" in said:
-                        (folder / ".dvc/tmp/rwlock").unlink()  # as docs/reliability.md says
-                        cut += 1
+                    if half := next((path for sign, path in _HALF_WRITTEN.items() if sign in said), None):
+                        (folder / half).unlink()  # as docs/reliability.md says
+                        cut[half] += 1
                         continue
                     assert process.returncode == 0, last_lines(said)
                     assert_same(folder)
@@ -57,7 +64,7 @@ def kill_dvc(case: int) -> dict[str, int]:
         assert_same(folder)
     return {
         "killed, then the same bytes": killed,
-        **({"of these, DVC's lock file was half-written": cut} if cut else {}),
+        **{f"of these, DVC had half-written {path}": count for path, count in cut.items()},
     }
 
 
