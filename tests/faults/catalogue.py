@@ -28,8 +28,8 @@ FAULTS = [
         "SIGKILL at a random moment of `dvc repro`, over all stages",
         "the process group is killed 10 times at seeded moments, each time started again; then it may finish",
         "nothing but the shell's `Killed`; the next `dvc repro` goes on. If it says `Unable to read RWLock-file`, the "
-        "kill hit DVC while it wrote its lock file: `rm .dvc/tmp/rwlock` (flows do it). If it says that `./dvc.lock` is "
-        "invalid, the same happened there: `git checkout dvc.lock`, or delete it, and DVC's run cache has what was done",
+        "kill hit DVC while it wrote its lock file: `rm .dvc/tmp/rwlock` (flows do it). If `./dvc.lock` is "
+        "invalid, the same happened there: `git checkout dvc.lock`, or delete it; the run cache has what was done",
         "at most `runtime.checkpoint_images` images of training and those trained on while a checkpoint was being "
         "written; the shard, piece or batch in work elsewhere",
         interruptions.kill_dvc,
