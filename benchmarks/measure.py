@@ -85,6 +85,20 @@ class Line:
     spread: tuple[float, float]  # smallest and largest ratio
     share: float | None = None  # of the machine's matmul peak
 
+    @classmethod
+    def of_images(cls, what: str, size: str, figures: Mapping[str, Any]) -> "Line":
+        """The line of a benchmark in images per second."""
+        return cls(
+            what,
+            size,
+            "images/s",
+            figures["images_per_second"],
+            figures["baseline_images_per_second"],
+            figures["speedup"],
+            tuple(figures["speedup_range"]),
+            figures.get("mfu") or figures["share_of_peak"],
+        )
+
 
 def machine() -> dict:
     """Facts that timings depend on; `load` is the number of runnable processes, averaged over the last minute."""

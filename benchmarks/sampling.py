@@ -124,19 +124,11 @@ def measured(preset: str, batch: int, device: torch.device, rounds: int) -> dict
 
 def lines(figures: dict) -> list[measure.Line]:
     """The table's lines."""
-    return [
-        measure.Line(
-            "sampling",
-            f"{name}, {each['batch']} images, {each['steps']} steps, scale {each['guidance']:g}, {each['precision']}",
-            "images/s",
-            each["images_per_second"],
-            each["baseline_images_per_second"],
-            each["speedup"],
-            tuple(each["speedup_range"]),
-            each["share_of_peak"],
-        )
+    sizes = {
+        name: f"{name}, {each['batch']} images, {each['steps']} steps, scale {each['guidance']:g}, {each['precision']}"
         for name, each in figures.items()
-    ]
+    }
+    return [measure.Line.of_images("sampling", sizes[name], each) for name, each in figures.items()]
 
 
 def main() -> None:

@@ -13,8 +13,7 @@ import statistics
 import tempfile
 import time
 import tracemalloc
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -22,17 +21,17 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
-from benchmarks import measure
+from benchmarks import measure, scaling_page
 from benchmarks.models import Training, untrained
 from benchmarks.prepare import pictures, store, write
+from benchmarks.scaling_page import FRECHET_FEATURES
 from ear.commands import costs
-from ear.commands.describe import IMAGENET, duration, operations, size
+from ear.commands.describe import IMAGENET
 from ear.config import Parameters
 from ear.config.compose import compose
 from ear.data import preparation
 from ear.data.manifest import ListedImage, read_manifest, write_manifest
 from ear.data.preparation import Layout
-from ear.errors import UserError
 from ear.evaluation import metrics
 from ear.evaluation.extractors import INCEPTION, Extractor
 from ear.evaluation.statistics import Moments
@@ -46,7 +45,6 @@ from ear.tokenizer.autoencoder import KL, kl_structure, new_kl
 from ear.tokenizer.loss import AutoencoderLoss
 
 PRESET = "imagenet256_base"
-BILLION = 1_000_000_000
 GPUS = 8  # of the assumed machine
 # What each of them is assumed to sustain, in 10^12 operations per second: two fifths of an H100's data sheet (989 in
 # bfloat16, 67 in float32).
@@ -57,10 +55,7 @@ _STEPS = 2  # sampling steps per run; every step is one transformer pass
 _INCEPTION_IMAGES = 8
 _ORDERED = 10_000_000  # rows for which the order of an epoch is drawn
 _LISTED = 20_000  # images of a manifest that is read
-_FRECHET = 2048  # features
 _DRAWN = 64  # images drawn at once by the small model
-NEEDED = ("scaling", "listing", "latents", "prepare")
-_SETS = ("bytes per image", "ImageNet", "10^9 images")
 
 
 class Timer:
@@ -144,7 +139,7 @@ def evaluation_figures(timer: Timer) -> dict:
     seconds = timer(lambda: extractor(pixels)) / _INCEPTION_IMAGES
     first, second = (Moments() for _ in range(2))
     for number, moments in enumerate((first, second)):
-        moments.add(torch.randn(2 * _FRECHET, _FRECHET, generator=randomness.generator(number)))
+        moments.add(torch.randn(2 * FRECHET_FEATURES, FRECHET_FEATURES, generator=randomness.generator(number)))
     distance = timer(lambda: metrics.frechet_distance(first.gaussian(), second.gaussian()))
     with FlopCounterMode(display=False) as counter:
         extractor(pixels[:1])
@@ -236,158 +231,6 @@ def measured(timer: Timer, parameters: Parameters) -> dict:
     }
 
 
-@dataclass(frozen=True)
-class Work:
-    """The repeated work of one stage."""
-
-    stage: str
-    unit: str
-    seconds: float  # of one core, per unit
-    flop: float | None  # per unit; None if a GPU does not do this work
-    units: tuple[int, int]  # for ImageNet, for a billion images
-    precision: str = "float32"  # on a GPU
-    precise: float = 0.0  # of the operations, those in float32 in any case
-
-
-def works(figures: dict, listing_seconds: float) -> list[Work]:
-    """The stages, in the order in which they run."""
-    seconds, flop, count, precision = (figures[key] for key in ("cpu_seconds", "flop", "images", "precision"))
-    every = (IMAGENET[1], BILLION)
-    trained, generated, tokenized = (count["train"], BILLION), (count["sample"],) * 2, (count["tokenizer"],) * 2
-    drawn, features_of = seconds["draw"] + seconds["decode"], (seconds["features"], flop["features"])
-    return [
-        Work("fetch", "a file listed", listing_seconds, None, every),
-        Work("prepare", "a photograph decoded, cropped, stored", seconds["prepare"], None, every),
-        Work("reference", "Inception's features of an image", *features_of, every),
-        Work(
-            "tokenizer",
-            "KL-16: a step on an image",
-            seconds["tokenizer"],
-            flop["tokenizer"],
-            tokenized,
-            precision["tokenizer"],
-        ),
-        Work("cache", "an image and its mirror image encoded", seconds["cache"], flop["cache"], every),
-        Work(
-            "train, finetune", "an image forward and back", seconds["train"], flop["train"], trained, precision["train"]
-        ),
-        Work(
-            "sample",
-            "an image drawn and decoded",
-            drawn,
-            flop["sample"],
-            generated,
-            precision["sample"],
-            flop["decode"],
-        ),
-        Work("evaluate", "Inception's features of an image", *features_of, generated),
-    ]
-
-
-def tables(saved: Mapping[str, dict]) -> dict[str, str]:
-    """The document's tables by name, from the saved results of the benchmarks in `NEEDED`."""
-    machine, figures, listed = saved["scaling"]["machine"], saved["scaling"]["figures"], saved["listing"]["figures"]
-    find, write_out = (listed["seconds"]["tree"][part]["cpu"] for part in ("find", "write_manifest"))
-    stages = works(figures, (find + write_out) / listed["files"])
-    stored, assumed = figures["bytes"], figures["assumed"]
-    disk = {"data/raw/manifest.csv": listed["manifest_bytes_per_image"]}
-    disk |= {name: stored[name] for name in ("data/prepared", "data/latents")}
-    memory = {
-        "fetch, prepare; with links, later stages per process: the listed images": stored["manifest row in memory"],
-        "train, per process: the order of an epoch": 8,
-        "train, per process: the labels": 8,
-    }
-    facts = f"{machine['cpu']}, {machine['cores']} cores, load {machine['load']}; torch {machine['torch']}; "
-    facts += f"medians of {figures['repeats']}."
-    return {
-        "costs": f"{facts}\n\n{_cost_table(stages, figures['cpu_seconds'])}",
-        "times": _time_table(stages, gpus=assumed["gpus"], teraflops=assumed["teraflops"]),
-        "disk": _table(("written", *_SETS), [(name, *_grown(each)) for name, each in disk.items()]),
-        "memory": _table(("held", *_SETS), [(name, *_grown(each)) for name, each in memory.items()]),
-        "growth": _growth_table(figures["growth"], saved["latents"]["figures"], saved["prepare"]["figures"]),
-    }
-
-
-def _grown(each: float) -> tuple[str, str, str]:
-    return f"{each:,.0f}", size(each * IMAGENET[1]), size(each * BILLION)
-
-
-def _cost_table(stages: list[Work], seconds: dict) -> str:
-    rows = []
-    for work in stages:
-        counted = (operations(work.flop), f"{work.flop / work.seconds / 1e9:.0f}") if work.flop else ("", "")
-        rows.append((work.stage, work.unit, f"{work.seconds:.3g}", *counted))
-    rows += [
-        ("train", "the order of 10^6 images, every epoch", f"{seconds['order of a million']:.2g}", "", ""),
-        ("evaluate", f"a Frechet distance in {_FRECHET} features", f"{seconds['Frechet distance']:.2g}", "", ""),
-    ]
-    return _table(("stage", "unit of work", "CPU seconds", "operations", "GFLOP/s"), rows)
-
-
-def _time_table(stages: list[Work], *, gpus: int, teraflops: Mapping[str, float]) -> str:
-    rows = []
-    for work in stages:
-        cells = [work.stage, work.precision if work.flop else ""]
-        for units in work.units:
-            on_gpus = duration(units * _gpu_seconds(work, teraflops) / gpus) if work.flop else ""
-            cells += [f"{units:,}", duration(units * work.seconds), on_gpus]
-        rows.append(tuple(cells))
-    fast = f"{gpus} GPUs"
-    return _table(
-        ("stage", "on GPUs", "ImageNet: units", "one core", fast, "10^9 images: units", "one core", fast), rows
-    )
-
-
-def _gpu_seconds(work: Work, teraflops: Mapping[str, float]) -> float:
-    """Of one GPU, for one unit."""
-    assert work.flop is not None
-    return (work.flop - work.precise) / (teraflops[work.precision] * 1e12) + work.precise / (
-        teraflops["float32"] * 1e12
-    )
-
-
-def _growth_table(sizes: dict, latents: dict, prepared: dict) -> str:
-    """What is measured again with something doubled, against what it was before."""
-    base, batch, tokens = (sizes[name] for name in ("digits", "batch doubled", "tokens four times"))
-    *_, smaller, larger = latents["growth"]
-    processes = [prepared[f"processes_{count}"]["files"]["images_per_second"] for count in (1, 2)]
-    rows = f"rows of latents, {smaller['rows']:,} => {larger['rows']:,}"
-    more = f"tokens of an image, {base['tokens']} => {tokens['tokens']}"
-    lines = [
-        (rows, "rows/s of the training's iterator", smaller["rows per second"], larger["rows per second"]),
-        (rows, "seconds to open them", smaller["opening seconds"], larger["opening seconds"]),
-        ("micro-batch, 64 => 128", "training, ms per image", 1e3 * base["training"], 1e3 * batch["training"]),
-        (more, "training, ms per image", 1e3 * base["training"], 1e3 * tokens["training"]),
-        (more, "sampling, ms per image", 1e3 * base["sampling"], 1e3 * tokens["sampling"]),
-        ("processes of prepare, 1 => 2", "images/s", *processes),
-    ]
-    return _table(("grown", "measured", "before", "after", "factor"), [_change(*line) for line in lines])
-
-
-def _change(grown: str, what: str, before: float, after: float) -> tuple[str, ...]:
-    numbers = (f"{value:,.0f}" if value >= 1000 else f"{value:.3g}" for value in (before, after))
-    return grown, what, *numbers, f"{after / before:.2f}"
-
-
-def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in (head, ("---",) * len(head), *rows))
-
-
-def fill(document: str, tables: dict[str, str]) -> str:
-    """Put each table between the marks `<!-- NAME -->` and `<!-- end -->` of the document.
-
-    Raises UserError for a table without marks.
-    """
-    for name, table in tables.items():
-        mark, end = f"<!-- {name} -->\n", "<!-- end -->"
-        before, found, after = document.partition(mark)
-        _, closed, after = after.partition(end)
-        if not (found and closed):
-            raise UserError(f"the document has no lines <!-- {name} --> and <!-- end -->; add them where it belongs.")
-        document = f"{before}{mark}{table}\n{end}{after}"
-    return document
-
-
 def main() -> None:
     """Measure, unless saved results are used, and fill the document."""
     parser = measure.arguments(__doc__)
@@ -400,8 +243,8 @@ def main() -> None:
         parameters = compose([f"preset={PRESET}", "data.path=/images", "tokenizer.weights=/kl16.ckpt"])  # not read
         measure.report("scaling", measured(Timer(arguments.repeats), parameters), save=arguments.save)
     if arguments.write:
-        saved = {name: read_json(measure.RESULTS / f"{name}.json") for name in NEEDED}
-        arguments.write.write_text(fill(arguments.write.read_text(), tables(saved)))
+        saved = {name: read_json(measure.RESULTS / f"{name}.json") for name in scaling_page.NEEDED}
+        arguments.write.write_text(scaling_page.fill(arguments.write.read_text(), scaling_page.tables(saved)))
 
 
 if __name__ == "__main__":

@@ -112,7 +112,7 @@ def measured(preset: str, device: torch.device, rounds: int) -> dict:
         "images_per_step": images,
         "micro_batch_size": options.micro_batch_size,
         "images_per_second": images / step_seconds,
-        "plain_images_per_second": images / statistics.median(seconds["plain loop"]),
+        "baseline_images_per_second": images / statistics.median(seconds["plain loop"]),
         **measure.speedup(seconds["training"], seconds["plain loop"]),
     }
     ways.clear()  # free the plain loop's memory before measuring the training's
@@ -146,19 +146,11 @@ def operations(training: Training) -> int:
 
 def lines(figures: dict) -> list[measure.Line]:
     """The table's lines."""
-    return [
-        measure.Line(
-            "training",
-            f"{name}, {each['parameters'] / 1e6:.3g}M parameters, {each['precision']}",
-            "images/s",
-            each["images_per_second"],
-            each["plain_images_per_second"],
-            each["speedup"],
-            tuple(each["speedup_range"]),
-            each.get("mfu") or each["share_of_peak"],
-        )
+    sizes = {
+        name: f"{name}, {each['parameters'] / 1e6:.3g}M parameters, {each['precision']}"
         for name, each in figures.items()
-    ]
+    }
+    return [measure.Line.of_images("training", sizes[name], each) for name, each in figures.items()]
 
 
 def main() -> None:

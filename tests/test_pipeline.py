@@ -147,11 +147,12 @@ def test_pixels_as_tokens_by_one_parameter(repository):
     assert stats["shape"] == [12, 4, 4]
 
 
-@pytest.mark.parametrize("stage", ["train", "finetune"])
-def test_a_killed_training_goes_on_to_the_same_bytes(repository, stage):
-    folder = {"train": "data/model", "finetune": "data/finetuned"}[stage]
-    whole = {path.name: sha256(path) for path in (repository / folder).iterdir()}
-    shutil.rmtree(repository / folder)
+FOLDERS = {"train": "data/model", "finetune": "data/finetuned"}
+
+
+def kill(repository: Path, stage: str) -> None:
+    """Delete what a training has made, start it again and kill it after its first checkpoint."""
+    shutil.rmtree(repository / FOLDERS[stage])
     process = subprocess.Popen(
         [sys.executable, "-m", f"stages.{stage}"], cwd=repository, env=environment(), stdout=subprocess.DEVNULL
     )
@@ -161,11 +162,46 @@ def test_a_killed_training_goes_on_to_the_same_bytes(repository, stage):
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    assert not (repository / folder).exists()
+    assert not (repository / FOLDERS[stage]).exists()
     assert checkpoint.newest(next(path for path in scratch.iterdir() if path.is_dir())) is not None
-    resumed = run(sys.executable, "-m", f"stages.{stage}", cwd=repository)
-    assert "resuming after" in resumed
-    assert {path.name: sha256(path) for path in (repository / folder).iterdir()} == whole
+
+
+def contents(folder: Path) -> dict[str, str]:
+    return {path.name: sha256(path) for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("stage", ["train", "finetune"])
+def test_a_killed_training_goes_on_to_the_same_bytes(repository, stage):
+    whole = contents(repository / FOLDERS[stage])
+    kill(repository, stage)
+    assert "resuming after" in run(sys.executable, "-m", f"stages.{stage}", cwd=repository)
+    assert contents(repository / FOLDERS[stage]) == whole
+
+
+def test_after_an_unrelated_edit_of_the_code_a_killed_training_goes_on_where_the_user_says_so(repository):
+    whole = contents(repository / FOLDERS["train"])
+    kill(repository, "train")
+    code = repository / "ear/training/means.py"
+    code.write_text(code.read_text() + "\n_UNRELATED = 1\n")
+    command = [sys.executable, "-m", "stages.train"]
+    done = subprocess.run(command, cwd=repository, env=environment(), capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "ear/training changed since; set runtime.other_code to continue it" in done.stderr
+    change(repository, {"runtime.other_code": "continue"})
+    assert "resuming after" in run(*command, cwd=repository)
+    assert contents(repository / FOLDERS["train"]) == whole
+    record = json.loads((repository / "data/lineage/train.json").read_text())
+    assert len(record["earlier_code"]) == 1
+
+
+def test_links_instead_of_pixels_give_the_same_latents_and_features(repository):
+    outputs = ("data/latents", "data/reconstructions", "data/reference")
+    before = {name: contents(repository / name) for name in outputs}
+    change(repository, {"prepare.compression": "links"})
+    run("dvc", "repro", "cache", "reconstruct", cwd=repository)
+    with h5py.File(next((repository / "data/prepared").glob("train-*"))) as file:
+        assert "images" not in file
+    assert {name: contents(repository / name) for name in outputs} == before
 
 
 def test_a_longer_training_goes_on_from_a_finished_one(repository, tmp_path):

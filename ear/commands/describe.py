@@ -52,7 +52,8 @@ def _tokenizer_memory(costs: Costs, parameters: config.Parameters) -> list[Secti
         return []
     rows = {name: size(count) for name, count in costs.tokenizer_memory.items()}
     rows["all"] = size(sum(costs.tokenizer_memory.values()))
-    title = f"memory of the tokenizer's training (float32, {parameters.tokenizer.micro_batch_size} images at once)"
+    images = parameters.tokenizer.micro_batch_size
+    title = f"memory of the tokenizer's training (counted in float32, {images} images at once)"
     return [(title, rows)]
 
 

@@ -34,7 +34,7 @@ def test_description_from_parameters_alone(folder, monkeypatch, capsys):
     rows = {line[2:30].strip(): line[30:].strip() for line in text.splitlines() if line.startswith("  ")}
     assert "  tokenizer                          675,143\n" in text
     assert rows["tokenizer"].startswith("38,400 images x ")
-    assert "memory of the tokenizer's training (float32, 64 images at once)\n" in text
+    assert "memory of the tokenizer's training (counted in float32, 64 images at once)\n" in text
     images, _, flops = rows["train"].partition(" images x ")
     per_image, total = float(flops.split()[0]) * 1e6, float(flops.split("= ")[1].split()[0])
     assert int(images.replace(",", "")) * per_image == pytest.approx(total, rel=0.01)

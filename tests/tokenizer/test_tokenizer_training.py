@@ -80,3 +80,19 @@ def test_micro_batches_that_processes_cannot_share_are_named(tmp_path, monkeypat
     monkeypatch.setattr(distributed, "size", lambda: 4)
     with pytest.raises(ValueError, match=r"tokenizer\.micro_batch_size is 4, but must divide 2, .*; set it to 2"):
         training(tmp_path / "prepared", images=8, micro_batch_size=4)
+
+
+def test_bfloat16_follows_float32_and_leaves_loss_and_gradients_in_float32(tmp_path):
+    trained = training(tmp_path / "prepared", images=8, micro_batch_size=4)
+    images = trained.objective.signed(pixels(4))
+    found = {}
+    for precision in ("float32", "bfloat16"):
+        trained.objective.precision = precision
+        trained.tokenizer.zero_grad()
+        terms = trained.objective.terms(trained.tokenizer, images, "training", 0)
+        terms.loss.backward()
+        assert terms.loss.dtype == terms.decoded.dtype == torch.float32
+        norm = torch.stack([p.grad.norm() for p in trained.tokenizer.parameters()]).norm()
+        found[precision] = terms.loss.item(), norm.item()
+    assert found["bfloat16"] == pytest.approx(found["float32"], rel=0.03)
+    assert found["bfloat16"] != found["float32"]

@@ -1,3 +1,5 @@
+"""The training loop: sums over micro-batches and ranks, checkpoints, resuming, signals, broken gradients."""
+
 import multiprocessing
 import os
 import signal
