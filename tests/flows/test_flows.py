@@ -17,6 +17,7 @@ import psutil
 import pytest
 
 from ear.config import edit
+from ear.errors import UserError
 from flows import command, devices, experiments, repository
 from flows.pipeline import main, pipeline
 from flows.sweep import find, grid, sweep
@@ -619,7 +620,9 @@ def test_metrics_of_the_evaluation_come_first():
     evaluation, reference = (files[f"data/{stage}/metrics.json"] for stage in ("evaluation", "reference"))
     assert find("fid", files) == evaluation["fid"] != reference["fid"]
     assert find("data/reference/metrics.json:fid", files) == reference["fid"]
-    assert find("psnr", files) == files["data/tokenizer/metrics.json"]["psnr"]
+    assert find("kl", files) == files["data/tokenizer/metrics.json"]["kl"]
+    with pytest.raises(UserError, match="'psnr' is in several files; choose"):
+        find("psnr", files)
 
 
 def test_a_sweep_marks_the_best_and_leaves_the_workspace(repo, client):
