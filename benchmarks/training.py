@@ -60,7 +60,7 @@ def plain_loop(model: MaskedModel, parameters: Parameters, batch: Batch, autocas
     groups = parameter_groups(model, weight_decay=options.weight_decay, head_rate=options.head_rate)
     declared = [{"params": g.parameters, "weight_decay": g.weight_decay} for g in groups]
     adamw = torch.optim.AdamW(declared, lr=1e-6, betas=(options.beta1, options.beta2), foreach=False)
-    averages = [Average(model).module for _ in range(2)]
+    averages = [Average(model, options.ema_decay).module for _ in range(2)]
     parts = options.global_batch_size // options.micro_batch_size
 
     def step() -> float:

@@ -63,7 +63,7 @@ def fit(score: Score, *, steps: int = 600, temperature: float = 1.0, rate: float
     score.learn(mixture(_conditions(4096, source), source), seed=0)
     optimizer = torch.optim.AdamW(score.parameters(), lr=rate, weight_decay=0.0)
     cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    average = Average(score)
+    average = Average(score, 0.99)
     for _ in range(steps):
         condition = _conditions(256, source)
         target = mixture(condition, source)
@@ -72,7 +72,7 @@ def fit(score: Score, *, steps: int = 600, temperature: float = 1.0, rate: float
         loss.backward()
         optimizer.step()
         cosine.step()
-        average.update(score, 0.99)
+        average.update(score, 1000)
     return average.module
 
 

@@ -228,4 +228,7 @@ class Runtime(Section):
         description="unfinished work begun before the code changed: refuse (stop and say so), continue or restart"
     )
     compile: bool = Field(description="torch.compile transformer and head in training and sampling, on CUDA only")
+    sharded: bool = Field(
+        description="divide weights, moments and EMAs among the processes (FSDP2), for models beyond one GPU's memory"
+    )
     checkpointing: bool = Field(description="recompute activations in the backward pass of training to save memory")

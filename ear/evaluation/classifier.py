@@ -20,6 +20,7 @@ from ear.errors import UserError
 from ear.files.tensors import read_tensors, write_tensors
 from ear.runtime import randomness
 from ear.runtime.randomness import Stream, integers
+from ear.training.ema import Average
 from ear.training.optimizer import Group, adamw, schedule
 from ear.training.trainer import Trainer
 
@@ -181,7 +182,7 @@ def train_classifier(
         optimizer=adamw([group], learning_rate=options.learning_rate, beta1=0.9, beta2=0.99),
         loss=loss,
         rate=schedule("cosine", total_images=options.images, warmup_images=0),
-        ema_decays={"average": _EMA_DECAY},
+        averages={"average": Average(classifier, _EMA_DECAY)},
         clip_norm=1.0,
         global_batch_size=batch_size,
         micro_batch_size=batch_size,

@@ -67,7 +67,7 @@ def built_with(
         import torch
 
         with torch.device("meta"):
-            _check(build().state_dict(), tensors, origin)
+            check_weights(build().state_dict(), tensors, origin)
     module = build()
     load_weights(module, tensors, origin)
     return module
@@ -86,11 +86,14 @@ def _numbers(content: object) -> Iterator[float]:
 
 def load_weights(module: "nn.Module", tensors: "dict[str, torch.Tensor]", origin: str = "the checkpoint") -> None:
     """Load tensors by name, strictly; raises UserError naming one that is missing, extra or of another shape."""
-    _check(module.state_dict(), tensors, origin)
+    check_weights(module.state_dict(), tensors, origin)
     module.load_state_dict(tensors, strict=True)
 
 
-def _check(expected: "dict[str, torch.Tensor]", tensors: "dict[str, torch.Tensor]", origin: str) -> None:
+def check_weights(
+    expected: "dict[str, torch.Tensor]", tensors: "dict[str, torch.Tensor]", origin: str = "the checkpoint"
+) -> None:
+    """Raise UserError naming a tensor that is missing, extra or of another shape than the expected one."""
     missing, extra = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
     if missing or extra:
         what = f"lacks {missing[0]}" if missing else f"has {extra[0]}, which the model lacks"

@@ -23,6 +23,7 @@ from ear.model.transformer import Transformer
 from ear.runtime import randomness
 from ear.runtime.device import compile_in_place
 from ear.runtime.randomness import Stream
+from ear.training.sharding import shard
 
 _INIT_SD = 0.02  # standard deviation of initial embeddings and position tables
 
@@ -115,6 +116,10 @@ class AutoregressiveModel(nn.Module, ABC):
         compile_in_place(self.transformer)
         for network in self.score.networks():
             compile_in_place(network, dynamic=True)
+
+    def shard(self) -> None:
+        """Divide the weights among the ranks, in place; afterwards, `loss` is the only method that computes."""
+        shard(self, [*self.transformer.blocks, *self.score.networks()], method="loss")
 
     def prefix(self, labels: Tensor, null: Tensor | None = None) -> Tensor:
         """Labels [B], null bool [B] (true: no class) => buffer tokens [B, P, W], without their positions."""

@@ -1,6 +1,6 @@
 """One phase of training on cached latents: the first training, or the short fine-tuning after it."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,11 +16,13 @@ from ear.latents.batches import latent_batches
 from ear.latents.statistics import Statistics, normalised
 from ear.latents.store import LatentStore
 from ear.model.autoregressive import AutoregressiveModel
-from ear.model.files import describe, save_model
+from ear.model.files import build_model, describe, save_model
 from ear.model.tokens import patchify
 from ear.runtime import distributed, randomness
 from ear.training import checkpoint
+from ear.training.ema import Average
 from ear.training.optimizer import Group, adamw, schedule
+from ear.training.sharding import host_copies
 from ear.training.trainer import History, Trainer
 
 _VALIDATION_IMAGES = 4096  # at most; held-out shards are stored shuffled
@@ -95,7 +97,8 @@ class Phase:
         self.latents = {"statistics": self.statistics.as_dict(), "tokenizer": store.tokenizer}
         self.about = describe(model, self.latents)
         self.batch_loss = BatchLoss(self.statistics, self.seed, options.precision, device)
-        self.trainer = build_trainer(model, settings, options, self.loss)
+        self.sharded = runtime.sharded and distributed.size() > 1
+        self.trainer = build_trainer(model, settings, options, self.loss, sharded=self.sharded)
         model.transformer.checkpointing = runtime.checkpointing
         if runtime.compile and device.type == "cuda":
             model.compile_parts()
@@ -133,12 +136,13 @@ class Phase:
         """Lines for the log: model size, memory, batches, learning rate, and what to expect of the EMA."""
         options, world_size = self.options, distributed.size()
         parameters = sum(p.numel() for p in self.trainer.module.parameters())
+        state = parameters * _STATE_BYTES / (world_size if self.sharded else 1)
         step, micro = options.global_batch_size, options.micro_batch_size
         base = max(group["base"] for group in self.trainer.optimizer.param_groups)
         lengths = [1 / (1 - decay) for decay in (options.ema_decay, options.ema_decay_long)]
         return [
             f"{self.settings.name}: {parameters:,} parameters, {options.precision} on {self.device}; "
-            f"{parameters * _STATE_BYTES / 1e9:.2f} GB for weights, gradients, moments and EMAs, plus activations",
+            f"{state / 1e9:.2f} GB per process for weights, gradients, moments and EMAs, plus activations",
             f"{len(self.store):,} images; {-(-self.settings.images // step):,} steps of {step} images = {world_size} "
             f"process(es) x {step // micro // world_size} micro-batch(es) x {micro}; peak rate {base:g}",
             "EMA averages roughly the last 1/9 of training, at most "
@@ -175,24 +179,31 @@ class Phase:
         models = [self.trainer.module.eval(), *averages.values()]
         size, rows = self.options.micro_batch_size, min(len(self.held_out), _VALIDATION_IMAGES)
         sums = torch.zeros(len(models), dtype=torch.float64)
-        for start in distributed.own_slice(range(0, rows, size)):
+        starts = range(0, rows, size)
+        for start in distributed.own_slice(starts):
             indices = torch.arange(start, min(start + size, rows))
-            moments, labels = self.held_out.rows(indices)
-            losses = [
-                self.batch_loss(model, moments, labels, start, temperature=1, purpose="validation") for model in models
-            ]
-            sums += torch.stack(losses).double().cpu() * len(indices)
+            sums += torch.stack(self._held_out_losses(models, indices)).double().cpu() * len(indices)
+        if self.sharded and len(distributed.own_slice(starts)) * distributed.size() < len(starts):
+            self._held_out_losses(models, torch.arange(1))  # the others still compute and need this rank's shards
         means = (distributed.total(sums) / rows).tolist()
         return dict(zip(["loss", *(f"{name}_loss" for name in averages)], means, strict=True))
 
+    def _held_out_losses(self, models: Sequence[AutoregressiveModel], rows: Tensor) -> list[Tensor]:
+        """The loss of each model on a micro-batch of held-out latents."""
+        moments, labels, first = *self.held_out.rows(rows), int(rows[0])
+        return [self.batch_loss(model, moments, labels, first, temperature=1, purpose="validation") for model in models]
+
     def publish(self, target: str | Path, *, state_from: Path | None = None) -> None:
-        """Write EMA weights, logs and metrics into the folder `target`; rank 0 only.
+        """Write EMA weights, logs and metrics into the folder `target`, from rank 0; all ranks must call it together.
 
         state_from: folder of the checkpoints, of which the last becomes the training state of a following phase.
         """
+        averaged = self.trainer.average.module
+        weights = host_copies(averaged.state_dict())
         if not distributed.is_main():
             return
-        history, model = self.trainer.history, self.trainer.average.module
+        history, model = self.trainer.history, build_model(averaged.shape)
+        model.load_state_dict(weights)
         with whole_folder(target) as folder:
             save_model(folder / "model.safetensors", model, self.latents)
             if state_from:
@@ -215,15 +226,22 @@ def build_trainer(
     settings: PhaseSettings,
     options: config.Train,
     loss: Callable[[Any, int], tuple[Tensor, dict[str, Tensor]]],  # of a micro-batch that starts at a position
+    *,
+    sharded: bool = False,  # divide weights, moments and EMAs among the ranks
 ) -> Trainer[AutoregressiveModel]:
     """The trainer of a phase: AdamW over the published parameter groups, and two EMAs."""
+    decays = {"averaged": options.ema_decay, "averaged_long": options.ema_decay_long}
+    averages = {name: Average(model, decay) for name, decay in decays.items()}
+    if sharded:
+        for network in (model, *(average.module for average in averages.values())):
+            network.shard()
     groups = parameter_groups(model, weight_decay=options.weight_decay, head_rate=options.head_rate)
     return Trainer(
         model,
         optimizer=adamw(groups, learning_rate=settings.learning_rate, beta1=options.beta1, beta2=options.beta2),
         loss=loss,
         rate=schedule(settings.schedule, total_images=settings.images, warmup_images=settings.warmup_images),
-        ema_decays={"averaged": options.ema_decay, "averaged_long": options.ema_decay_long},
+        averages=averages,
         clip_norm=options.clip_norm,
         global_batch_size=options.global_batch_size,
         micro_batch_size=options.micro_batch_size,

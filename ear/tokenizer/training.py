@@ -14,6 +14,7 @@ from ear.runtime.device import precise
 from ear.tokenizer.autoencoder import KL, Tokenizer
 from ear.tokenizer.critic import CriticTraining, PatchCritic
 from ear.tokenizer.loss import AutoencoderLoss, Terms
+from ear.training.ema import Average
 from ear.training.optimizer import Group, adamw, schedule
 from ear.training.trainer import History, Trainer, check_shares
 
@@ -87,7 +88,7 @@ class AutoencoderTraining:
             optimizer=adamw(groups, learning_rate=options.learning_rate, beta1=0.9, beta2=0.99),
             loss=self.loss,
             rate=rate,
-            ema_decays={"average": options.ema_decay},
+            averages={"average": Average(tokenizer, options.ema_decay)},
             clip_norm=_CLIP_NORM,
             global_batch_size=options.batch_size,
             micro_batch_size=options.micro_batch_size,

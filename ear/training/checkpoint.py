@@ -10,7 +10,9 @@ from torch import nn
 from ear.errors import UserError
 from ear.files.atomic import link
 from ear.files.tensors import read_description, write_tensors
-from ear.files.weights import load_weights
+from ear.files.weights import check_weights
+from ear.runtime import distributed
+from ear.training.sharding import host_copies, own_part
 
 _KEPT = 2  # checkpoints: the newest, and one to fall back to
 
@@ -29,13 +31,18 @@ def pack(modules: dict[str, nn.Module], optimizer: torch.optim.Optimizer) -> dic
 def unpack(tensors: dict[str, torch.Tensor], modules: dict[str, nn.Module], optimizer: torch.optim.Optimizer) -> None:
     """The inverse of `pack`, in place; raises UserError naming a tensor that is missing, extra or of another shape."""
     for prefix, module in modules.items():
-        load_weights(module, _under(tensors, f"{prefix}."))
+        ours, whole = module.state_dict(), _under(tensors, f"{prefix}.")
+        check_weights(ours, whole)
+        module.load_state_dict({name: own_part(tensor, ours[name]) for name, tensor in whole.items()})
     moments = _under(tensors, "optimizer.")
     for name, parameter in _trained(modules).named_parameters():
         state = _of_parameter(moments, name)
         if not state and moments:
             raise UserError(f"the training state lacks optimizer.*.{name}; use an earlier checkpoint, or start again.")
-        optimizer.state[parameter] = {k: v.to(parameter.device).clone() for k, v in state.items()}
+        optimizer.state[parameter] = {
+            key: own_part(value, parameter) if value.dim() else value.to(parameter.device).clone()
+            for key, value in state.items()
+        }
 
 
 def _trained(modules: dict[str, nn.Module]) -> nn.Module:
@@ -66,12 +73,14 @@ class Writer:
     ) -> None:
         """Begin to write the state after `images` images, complete or not at all; then delete all but the newest two.
 
-        kept: a folder in which it stays, too; it takes no space there while `folder` has it. Waits for the checkpoint
-        before, and raises the error that has stopped it.
+        Rank 0 writes; all ranks must call it together, since they gather shards. kept: a folder in which it stays, too;
+        it takes no space there while `folder` has it. Waits for the checkpoint before, and raises the error that has
+        stopped it.
         """
         self.finish()
-        copied = {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
-        self._running = self._pool.submit(_save, folder, images, copied, description, kept)
+        copies = host_copies(tensors)
+        if distributed.is_main():
+            self._running = self._pool.submit(_save, folder, images, copies, description, kept)
 
     def check(self) -> None:
         """Raise the error that has stopped a checkpoint, if one has; does not wait."""

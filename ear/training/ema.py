@@ -19,19 +19,23 @@ def decay_at(step: int, decay: float) -> float:
 
 
 class Average(nn.Module, Generic[Network]):
-    """The EMA of a module: `module` is a frozen copy in eval mode that holds the averaged weights."""
+    """The EMA of a module: `module` is a frozen copy in eval mode that holds the averaged weights.
+
+    decay: per step, reached after a warm-up (`decay_at`).
+    """
 
     module: Network
 
-    def __init__(self, module: Network):
+    def __init__(self, module: Network, decay: float):
         super().__init__()
+        self.decay = decay
         self.module = copy.deepcopy(module).eval().requires_grad_(False)
 
     @torch.no_grad()
-    def update(self, source: nn.Module, decay: float) -> None:
-        """EMA <- decay * EMA + (1 - decay) * source, for floating-point tensors; integer buffers are copied."""
+    def update(self, source: nn.Module, step: int) -> None:
+        """EMA <- d * EMA + (1 - d) * source with d = decay_at(step, decay); integer buffers are copied."""
         ours, theirs = self.module.state_dict(), source.state_dict()
         names = [name for name, tensor in ours.items() if tensor.is_floating_point()]
-        torch._foreach_lerp_([ours[n] for n in names], [theirs[n] for n in names], 1.0 - decay)
+        torch._foreach_lerp_([ours[n] for n in names], [theirs[n] for n in names], 1.0 - decay_at(step, self.decay))
         for name in ours.keys() - set(names):
             ours[name].copy_(theirs[name])

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ear.runtime import distributed
+from ear.training.sharding import is_sharded
 
 _BUCKET_BYTES = 32 * 2**20  # large enough for full bandwidth, small enough to start early
 
@@ -18,7 +19,7 @@ _BUCKET_BYTES = 32 * 2**20  # large enough for full bandwidth, small enough to s
 class SharedGradients:
     """The gradients of `parameters`. With several ranks, they are views of flat buckets that are summed over ranks.
 
-    In a single process nothing is summed, and gradients are what autograd makes them.
+    In a single process nothing is summed, and gradients are what autograd makes them. Those of shards are sums already.
     """
 
     def __init__(self, parameters: Iterable[nn.Parameter], *, bucket_bytes: int = _BUCKET_BYTES):
@@ -27,7 +28,7 @@ class SharedGradients:
         self._members: list[int] = []  # number of parameters in each bucket
         self._missing: list[int] = []  # number of gradients per bucket that have not arrived yet, inside `summed`
         self._sums: list = []  # running all-reduces, in the order of the buckets
-        if distributed.size() > 1:
+        if distributed.size() > 1 and not is_sharded(self.parameters):
             for group in _groups(self.parameters[::-1], bucket_bytes):  # the last layer's gradients arrive first
                 self._store(group)
 

@@ -23,10 +23,11 @@ from ear.errors import UserError
 from ear.files.tensors import read_tensors
 from ear.runtime import distributed
 from ear.training import checkpoint
-from ear.training.ema import Average, decay_at
+from ear.training.ema import Average
 from ear.training.gradients import SharedGradients
 from ear.training.means import Means
 from ear.training.optimizer import set_rate
+from ear.training.sharding import is_sharded, whole
 
 Network = TypeVar("Network", bound=nn.Module)
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # that ask a program to end
@@ -64,7 +65,7 @@ class Trainer(Generic[Network]):
         optimizer: torch.optim.Optimizer,  # of ear.training.optimizer.adamw: fused, with base rates
         loss: Callable[[object, int], tuple[Tensor, dict[str, Tensor]]],
         rate: Callable[[int], float],
-        ema_decays: Mapping[str, float],  # name => decay per step; the first EMA is the one to publish
+        averages: Mapping[str, Average[Network]],  # EMAs of the module by name; the first one is to be published
         clip_norm: float,
         global_batch_size: int,  # images per optimiser step
         micro_batch_size: int,  # images per forward pass of one rank
@@ -72,9 +73,8 @@ class Trainer(Generic[Network]):
     ):
         check_shares(global_batch_size, micro_batch_size, distributed.size())
         self.module, self.optimizer, self.loss, self.rate = module, optimizer, loss, rate
-        self.ema_decays, self.clip_norm = dict(ema_decays), clip_norm
+        self.averages, self.clip_norm = dict(averages), clip_norm
         self.global_batch_size, self.micro_batch_size = global_batch_size, micro_batch_size
-        self.averages = {name: Average(module) for name in ema_decays}
         self.earlier_images = earlier_images
         self.images = 0
         self.history = History()
@@ -186,15 +186,15 @@ class Trainer(Generic[Network]):
             self._backward(next(micro_batches), position)
         with self._gradients.summed():  # over ranks, once per step, while the last backward pass still runs
             self._backward(next(micro_batches), last)
-        norm = nn.utils.clip_grad_norm_(self.module.parameters(), self.clip_norm, foreach=True)
+        norm = whole(nn.utils.clip_grad_norm_(self.module.parameters(), self.clip_norm, foreach=True))
         # Before clipping. Every rank has the norm of the summed gradients already, and `Means` sums over ranks.
         self._means.add({"gradient_norm": norm}, 1.0 / distributed.size())
         self._means.steps += 1
         self._guard(norm)
         self.optimizer.step()
         steps = (self.earlier_images + self.images) // self.global_batch_size
-        for name, average in self.averages.items():
-            average.update(self.module, decay_at(steps, self.ema_decays[name]))
+        for average in self.averages.values():
+            average.update(self.module, steps)
         self.images += self.global_batch_size
 
     def _backward(self, micro_batch, position: int) -> None:
@@ -253,9 +253,9 @@ class Trainer(Generic[Network]):
         checkpoint.unpack(tensors, self._modules(), self.optimizer)
 
     def save(self, folder: Path, *, about: Mapping | None = None, kept: Path | None = None) -> None:
-        """Begin to write a checkpoint that any world size can resume from; `kept` is a folder in which it stays, too.
+        """Begin to write a checkpoint that any world size can resume from; all ranks must call it together.
 
-        It is complete after `finish_saving`, or the next call.
+        kept: a folder in which it stays, too. It is complete after `finish_saving`, or the next call.
         """
         self._check_finite()
         sums, means = self._means.state()
@@ -266,8 +266,7 @@ class Trainer(Generic[Network]):
             "means": means,
             "about": dict(about or {}),
         }
-        if distributed.is_main():
-            self._writer.save(folder, self.images, {**self.state(), "sums": sums}, description, kept)
+        self._writer.save(folder, self.images, {**self.state(), "sums": sums}, description, kept)
 
     def finish_saving(self) -> None:
         """Wait until the checkpoint of the last `save` is on disk; raises the error that has stopped it."""
@@ -285,7 +284,9 @@ class Trainer(Generic[Network]):
             if distributed.is_main():
                 print(f"resuming after {self.images} images", flush=True)
         for module in self._modules().values():  # initial weights may differ in rounding between machines
-            distributed.copy_from_main(module.state_dict().values())
+            weights = module.state_dict().values()
+            if not is_sharded(weights):
+                distributed.copy_from_main(weights)
 
 
 def check_shares(

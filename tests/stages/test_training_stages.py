@@ -53,13 +53,14 @@ TINY = {
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def run(stage: str, **changes) -> None:
-    """One stage in this process, from the start, with the default parameters made tiny."""
+def run(stage: str, *, resume: bool = False, **changes) -> None:
+    """One stage in this process, from the start unless told to resume, with the default parameters made tiny."""
     content = OmegaConf.load(ROOT / "params.yaml")
     for key, value in {**TINY, **changes}.items():
         OmegaConf.update(content, key, value)
     if distributed.is_main():
-        shutil.rmtree(WORK / stage, ignore_errors=True)
+        if not resume:
+            shutil.rmtree(WORK / stage, ignore_errors=True)
         OmegaConf.save(content, "params.yaml")
     distributed.barrier()
     module = importlib.import_module(f"stages.{stage}")
@@ -93,12 +94,15 @@ def assert_close(rows: list[dict], expected: list[dict]) -> None:
         assert row == pytest.approx(other, rel=1e-4)
 
 
-def test_two_processes_train_and_finetune_like_one(repository):
+@pytest.mark.parametrize(
+    "options", [{}, {"runtime.sharded": True}, {"runtime.sharded": True, "runtime.checkpointing": True}]
+)
+def test_two_processes_train_and_finetune_like_one(repository, options):
     """Same global batches: losses, validation and weights within float error, in both phases."""
     one, two = {}, {}
     for result, execute in ((one, lambda work: work()), (two, together)):
         for stage, folder in (("train", "data/model"), ("finetune", "data/finetuned")):
-            execute(lambda stage=stage: run(stage))
+            execute(lambda stage=stage: run(stage, **options))
             result[stage] = [table(f"{folder}/{name}.tsv") for name in ("training", "validation")]
             result[stage].append(read_tensors(f"{folder}/model.safetensors")[0])
     for stage in one:
@@ -111,9 +115,24 @@ def test_two_processes_train_and_finetune_like_one(repository):
     assert [row["images"] for row in validation] == [64, 128, 192]
 
 
+@pytest.mark.parametrize("sharded", [(True, False), (False, True)])
+def test_a_stopped_training_resumes_with_other_sharding(repository, monkeypatch, sharded):
+    """Checkpoints hold whole tensors; the results agree within float error."""
+    first, second = ({"runtime.sharded": value, "runtime.checkpoint_images": 192} for value in sharded)
+    run("train")
+    expected, rows = read_tensors("data/model/model.safetensors")[0], table("data/model/training.tsv")
+    results = together(lambda: stopped(monkeypatch, **first))
+    assert any("after 112 images, with a checkpoint" in str(result) for result in results)
+    assert together(lambda: run("train", resume=True, **second)) == [None, None]
+    assert_close(table("data/model/training.tsv"), rows)
+    for name, tensor in read_tensors("data/model/model.safetensors")[0].items():
+        torch.testing.assert_close(tensor, expected[name], rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("sharded", [False, True])
 @pytest.mark.parametrize("score", ["kernel", "logarithmic", "hyvarinen", "categorical"])
-def test_every_score_trains_in_two_processes(repository, score):
-    changes = {"score.name": score, "score.codes": 8, "train.images": 32}
+def test_every_score_trains_in_two_processes(repository, score, sharded):
+    changes = {"score.name": score, "score.codes": 8, "train.images": 32, "runtime.sharded": sharded}
     run("train", **changes)
     expected = table("data/model/training.tsv")
     together(lambda: run("train", **changes))
@@ -175,8 +194,8 @@ def test_low_precision_is_for_cuda(repository):
             run("train", **{"train.precision": precision})
 
 
-def test_sigterm_to_training_and_its_readers_leaves_a_checkpoint(repository, monkeypatch):
-    """As torchrun and Slurm send it: to every process of the group."""
+def stopped(monkeypatch, **changes) -> None:
+    """The train stage, stopped at image 100 as torchrun and Slurm do it: by SIGTERM to every process of the group."""
     loss = Phase.loss
 
     def interrupted(self, batch, position):
@@ -184,12 +203,15 @@ def test_sigterm_to_training_and_its_readers_leaves_a_checkpoint(repository, mon
             os.killpg(0, signal.SIGTERM)
         return loss(self, batch, position)
 
-    def work():
+    if distributed.is_main():
         os.setpgrp()
-        monkeypatch.setattr(Phase, "loss", interrupted)
-        run("train", **{"runtime.workers": 2, "runtime.checkpoint_images": 192})
+    monkeypatch.setattr(Phase, "loss", interrupted)
+    run("train", **changes)
 
-    (error,) = together(work, 1)
+
+def test_sigterm_to_training_and_its_readers_leaves_a_checkpoint(repository, monkeypatch):
+    changes = {"runtime.workers": 2, "runtime.checkpoint_images": 192}
+    (error,) = together(lambda: stopped(monkeypatch, **changes), 1)
     assert str(error) == "train was stopped by SIGTERM after 112 images, with a checkpoint; run it again to resume."
     (saved,) = Path("work/train").glob("*/checkpoint-*.safetensors")
     assert read_description(saved)["images"] == 112

@@ -38,8 +38,9 @@ def trainer(*, micro=4, rate=lambda images: 1.0, target=0.0, **options) -> Train
         return error, {"twice": 2 * error.detach()}
 
     optimizer = adamw([Group(list(module.parameters()), 0.0)], learning_rate=0.05, beta1=0.9, beta2=0.95)
-    settings = {"ema_decays": {"average": 0.9}, "clip_norm": 1e6, "global_batch_size": 8, "micro_batch_size": micro}
-    return Trainer(module, optimizer=optimizer, loss=loss, rate=rate, **{**settings, **options})
+    settings = {"clip_norm": 1e6, "global_batch_size": 8, "micro_batch_size": micro}
+    averages = {"average": Average(module, 0.9)}
+    return Trainer(module, optimizer=optimizer, averages=averages, loss=loss, rate=rate, **{**settings, **options})
 
 
 def fit(t: Trainer, folder, total=400, **options):
@@ -198,11 +199,11 @@ def test_checkpoint_of_another_model_is_named(tmp_path):
 def test_average_warms_up_and_follows():
     assert [decay_at(step, 0.9) for step in (0, 8, 1000)] == [0.1, 0.5, 0.9]
     layer = nn.Linear(2, 2)
-    average = Average(layer)
+    average = Average(layer, 0.75)
     with torch.no_grad():
         layer.weight += 1.0
     before = average.module.weight.clone()
-    average.update(layer, 0.75)
+    average.update(layer, 1000)
     torch.testing.assert_close(average.module.weight, before + 0.25)
     assert not any(p.requires_grad for p in average.parameters())
 
