@@ -18,10 +18,10 @@ demo: setup  ## train on handwritten digits, raw images to metrics: 6 to 7 minut
 	dvc repro
 	@echo "look at data/samples/grid.png and data/evaluation/metrics.json"
 
-test: setup  ## run the default tests, on all cores
+test: $(BIN)/.test-ready  ## run the default tests, on all cores
 	$(TEST)
 
-test-slow: setup  ## run the tests marked slow: full-length pipelines, minutes each
+test-slow: $(BIN)/.test-ready  ## run the tests marked slow: full-length pipelines, minutes each
 	$(TEST) -m slow
 
 test-faults: setup  ## inject faults into the real pipeline, at most 10 minutes; FULL=1: all of docs/reliability.md, resumable
@@ -30,11 +30,11 @@ test-faults: setup  ## inject faults into the real pipeline, at most 10 minutes;
 test-gpu: setup  ## run the tests that need a CUDA device
 	python -m pytest -q -m gpu
 
-coverage: setup  ## run the default tests and report the covered lines of ear/ (at least 95%)
+coverage: $(BIN)/.test-ready  ## run the default tests and report the covered lines of ear/ (at least 95%)
 	rm -f .coverage .coverage.*
 	COVERAGE_PROCESS_START=$(CURDIR)/pyproject.toml COVERAGE_FILE=$(CURDIR)/.coverage $(TEST) --cov --cov-report=term:skip-covered
 
-lint: setup  ## check style, formatting, types, and which package may import which
+lint: $(BIN)/.test-ready  ## check style, formatting, types, and which package may import which
 	ruff check .
 	ruff format --check .
 	lint-imports
@@ -50,6 +50,12 @@ $(BIN)/.ready: pyproject.toml requirements.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv==0.13.9
 	$(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python --constraint requirements.txt --editable '.[dev]'
+	touch $@
+
+# Optional parts of ear that the tests use, and a browser for its pages; without one, tests of pages are skipped.
+$(BIN)/.test-ready: $(BIN)/.ready
+	$(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python --constraint requirements.txt --editable '.[dev,test]'
+	command -v chromium || { apt-get update -qq && apt-get install -qq --no-install-recommends chromium fonts-dejavu-core; } || true
 	touch $@
 
 clean:  ## delete scratch of unfinished stages and local Prefect state, never results or kept checkpoints

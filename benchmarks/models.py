@@ -67,7 +67,8 @@ class Training:
     def loss(self, batch: Batch, position: int) -> tuple[Tensor, dict[str, Tensor]]:
         """As ear.model.training.Phase.loss."""
         seed_dropout(0, position)
-        return self._loss(self.model, *batch, position, temperature=1.0), {}
+        loss = self._loss(self.model, *batch, position, temperature=1.0)
+        return loss.value, loss.parts
 
     def step(self) -> None:
         """One optimiser step on a global batch, with a row of the log now and then."""

@@ -109,7 +109,7 @@ def model_seconds(timer: Timer, model: AutoregressiveModel, parameters: Paramete
     settings = dataclasses.replace(SamplingSettings.of(options), steps=_STEPS, precision="float32")
 
     def train() -> None:
-        model.train().loss(latents, labels, temperature=1.0, source=randomness.stream(0, "loss")).backward()
+        model.train().loss(latents, labels, temperature=1.0, source=randomness.stream(0, "loss")).value.backward()
 
     def draw() -> None:
         sample(model.eval(), labels.tolist(), settings, source=randomness.stream(0))

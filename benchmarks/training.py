@@ -27,12 +27,11 @@ from ear.model.masked import MaskedModel
 from ear.model.masking import mask_first, masked_count, random_orders
 from ear.model.tokens import patchify
 from ear.model.training import parameter_groups
-from ear.runtime.device import precise
+from ear.runtime.device import data_sheet_peak, precise
 from ear.runtime.randomness import Stream, stream, uniform
 from ear.scores.sample_based import SampleBasedScore, pairwise_loss
 from ear.training.ema import Average
 
-_PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # bfloat16 without sparsity, from the data sheets
 _STEPS = {"cpu": 3, "cuda": 10}  # of one turn
 _COUNTED = 20  # steps over which operations are averaged, since the number of masked tokens varies
 
@@ -124,7 +123,7 @@ def measured(preset: str, device: torch.device, rounds: int) -> dict:
     rate = operations(training) / step_seconds
     figures |= {"operations_per_second": rate, "share_of_peak": rate / measure.matmul_peak(device, options.precision)}
     if cuda:
-        sheet = next((p for name, p in _PEAK_FLOPS.items() if name in torch.cuda.get_device_name()), None)
+        sheet = data_sheet_peak(device)
         figures["mfu"] = rate / sheet if sheet else None
     return figures
 

@@ -69,7 +69,7 @@ def trained_head(parameters: Parameters, m: int) -> tuple[EnergyScore, Tensor, T
         hidden = torch.randn(_BATCH, model.width, generator=source)
         target = hidden @ mapping + 0.5 * torch.randn(_BATCH, channels, generator=source)
         optimizer.zero_grad()
-        score.loss(hidden, target, temperature=1.0, source=noise).mean().backward()
+        score.loss(hidden, target, temperature=1.0, source=noise).value.mean().backward()
         optimizer.step()
     return score, hidden, target
 

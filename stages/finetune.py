@@ -66,7 +66,8 @@ def work(parameters: Parameters, run: Run) -> None:
         statistics=Statistics(**description["statistics"]),
     )
     phase.trainer.restore(state, images=progress["images"])
-    phase.run(run.scratch(program.plain(parameters), ["data/latents/stats.json", STATE]), run.kept)
+    scratch = run.scratch(program.plain(parameters), ["data/latents/stats.json", STATE])
+    phase.run(scratch, run.kept, program.live("finetune", parameters, scratch, phase.monitor.figures))
     phase.publish(run.output("data/finetuned"))
 
 

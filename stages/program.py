@@ -17,6 +17,8 @@ from typing import Any, TypeVar
 from pydantic import BaseModel
 
 from ear import config
+from ear.display.live import FOLDER, Live, archive
+from ear.display.trackers import opened
 from ear.errors import UserError
 from ear.lineage.declaration import locked
 from ear.lineage.run import Run
@@ -87,6 +89,20 @@ def perform(
     ) as run:
         work(view, run)
         run.publish()
+    if distributed.is_main():
+        archive(stage)
+
+
+def live(stage: str, parameters: Any, scratch: Path, more: Callable[[dict], dict] = lambda row: {}) -> Live:
+    """What shows a running training: rows in work/live/STAGE, and the trackers that runtime.trackers names.
+
+    parameters: those of the stage. more: further figures of a row.
+    """
+    if not distributed.is_main():
+        return Live(more=more)
+    run = f"{stage}-{scratch.name}"
+    trackers = opened(parameters.runtime.trackers, run=run, folder=scratch, parameters=plain(parameters))
+    return Live(FOLDER / stage, more=more, trackers=trackers)
 
 
 def run(

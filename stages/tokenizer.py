@@ -56,7 +56,8 @@ def work(parameters: Parameters, run: Run) -> None:
     if options.name == "kl":
         check_precision(options.precision, device.type == "cuda", key="tokenizer.precision")
         scratch = run.scratch(program.plain(parameters), ["data/prepared/index.json"])
-        tokenizer, history = train(images, held_out, options, device).run(scratch)
+        training = train(images, held_out, options, device)
+        tokenizer, history = training.run(scratch, program.live("tokenizer", parameters, scratch))
         source = None
     else:
         tokenizer, source = ready_made(options, size)

@@ -73,7 +73,7 @@ def work(parameters: Parameters, run: Run) -> None:
     inputs = ["data/latents/stats.json", *([options.weights] if options.weights else [])]
     scratch = run.scratch(program.plain(parameters), inputs)
     distributed.from_main(lambda: continue_shorter(options, run, scratch))
-    phase.run(scratch, run.kept)
+    phase.run(scratch, run.kept, program.live("train", parameters, scratch, phase.monitor.figures))
     phase.publish(run.output("data/model"), state_from=scratch)
 
 

@@ -10,8 +10,9 @@ import pytest
 import torch
 from perceptual_files import generated_files
 
-# A shell starts background jobs with SIGINT ignored, which the programs that tests stop by it would inherit.
+# A shell ignores SIGINT in background jobs, and nohup ignores SIGHUP, which programs that tests stop would inherit.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def _forget_prefect() -> None:

@@ -67,7 +67,7 @@ def fit(score: Score, *, steps: int = 600, temperature: float = 1.0, rate: float
     for _ in range(steps):
         condition = _conditions(256, source)
         target = mixture(condition, source)
-        loss = score.loss(hidden(condition), target, temperature=temperature, source=noise).mean()
+        loss = score.loss(hidden(condition), target, temperature=temperature, source=noise).value.mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -106,6 +106,30 @@ def verify(context: click.Context, repair: bool) -> None:
 
 
 @main.command(cls=_Command)
+@click.argument("stage", required=False, type=click.Choice(["tokenizer", "train", "finetune"]))
+@click.option("--every", type=click.FloatRange(min=0.1), default=5.0, show_default=True, help="seconds between looks")
+@click.option("--once", is_flag=True, help="show the present state and exit")
+@click.option(
+    "--samples",
+    type=click.IntRange(min=0),
+    default=0,
+    show_default=True,
+    help="images to draw from new checkpoints, on the CPU; with a quick FID if data/reference exists",
+)
+@click.option(
+    "--samples-every", type=click.FloatRange(min=0), default=600.0, show_default=True, help="seconds between samples"
+)
+def watch(stage: str | None, every: float, once: bool, samples: int, samples_every: float) -> None:
+    """Follow a running training from another terminal, until it ends.
+
+    Shows its newest figures and curves, also as pictures in work/watch. STAGE: default, the one that trains now.
+    """
+    from ear.commands import watch
+
+    watch.show(watch.run(stage, every=every, once=once, samples=samples, samples_every=samples_every))
+
+
+@main.command(cls=_Command)
 @click.argument("output", type=click.Path(path_type=Path))
 @click.option(
     "--checkpoint",

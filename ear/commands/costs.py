@@ -4,7 +4,6 @@ Torch counts them on the real model, with tensors that have shapes and types but
 takes seconds on a laptop. Floating-point operations are two per multiplication and addition.
 """
 
-import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,12 +11,11 @@ from pathlib import Path
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils.flop_counter import FlopCounterMode
 
 from ear import config
 from ear.model.autoregressive import AutoregressiveModel
 from ear.model.files import build_model
-from ear.model.masking import masked_count
+from ear.model.flops import at_depth, count, loss_without_data, training_flops, with_options
 from ear.model.shape import Shape
 from ear.runtime import randomness
 from ear.sampling.sampler import sample
@@ -32,7 +30,6 @@ _FLOAT = 4  # bytes
 _HALF = 2
 _LINK = 100  # of a linked image: path, place, digest
 _AVERAGES = 2  # EMAs of the weights
-_MASK_DRAWS = 4096  # for the mean number of masked tokens
 
 
 @dataclass(frozen=True)
@@ -124,7 +121,9 @@ def activation_bytes(shape: Shape, *, images: int, precision: str) -> tuple[int,
     Counted with all tokens predicted, the most expensive case that occurs in training. Attention keeps no matrix of
     weights, as in the fused kernels of CUDA. With checkpointing: the inputs of all blocks, and one block's activations.
     """
-    one, two = (_kept_for_backward(_with(shape, depth=depth), images=images, precision=precision) for depth in (1, 2))
+    one, two = (
+        _kept_for_backward(with_options(shape, depth=depth), images=images, precision=precision) for depth in (1, 2)
+    )
     outside, block = 2 * one - two, two - one
     options = shape.model
     positions = images * (options.buffer_size + shape.tokens)
@@ -134,19 +133,14 @@ def activation_bytes(shape: Shape, *, images: int, precision: str) -> tuple[int,
     return outside + options.depth * block, checkpointed
 
 
-def _with(shape: Shape, **changes) -> Shape:
-    """The shape with some model options changed."""
-    return dataclasses.replace(shape, model=shape.model.model_copy(update=changes))
-
-
 def _kept_for_backward(shape: Shape, *, images: int, precision: str) -> int:
     """Bytes of the tensors that autograd saves in a training forward pass without dropout, weights excluded."""
     half = torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16")
     with FakeTensorMode():
         # The CPU's fused attention, like CUDA's, keeps no matrix of weights, but only without dropout.
-        model = build_model(_with(shape, dropout=0.0)).train()
+        model = build_model(with_options(shape, dropout=0.0)).train()
         with half:
-            return _saved(lambda: _loss(model, images=images, predicted=model.tokens), model)
+            return _saved(lambda: loss_without_data(model, images=images, predicted=model.tokens), model)
 
 
 def _saved(forward: Callable[[], object], *modules: nn.Module) -> int:
@@ -189,59 +183,14 @@ def tokenizer_memory(tokenizer: KL, options: config.Tokenizer) -> dict[str, int]
     }
 
 
-def _loss(model: AutoregressiveModel, *, images: int, predicted: int) -> torch.Tensor:
-    """The training loss of `images` images with `predicted` positions each: tensors without data cannot draw it."""
-    tokens = torch.empty(model.score.targets, images, model.tokens, model.shape.token_channels)
-    labels, null = torch.empty(images, dtype=torch.long), torch.empty(images, dtype=torch.bool)
-    positions = torch.empty(images, predicted).long()
-    represented = torch.stack([model.score.represent(draw) for draw in tokens])
-    return model.loss_at(positions, represented, labels, null, temperature=1.0, source=randomness.stream(0))
-
-
-def mean_predicted(shape: Shape) -> int:
-    """Tokens predicted per training image, on average (all of them by a causal model)."""
-    if shape.model.attention == "causal":
-        return shape.tokens
-    source = randomness.stream(0, "masks")
-    draws = [masked_count(shape.tokens, shape.model.mask_ratio_min, source) for _ in range(_MASK_DRAWS)]
-    return round(sum(draws) / len(draws))
-
-
-def training_flops(shape: Shape) -> dict[str, int]:
-    """Operations per training image: forward pass of transformer and of head (with embeddings), both passes of all."""
-    predicted = mean_predicted(shape)
-
-    def count(model: AutoregressiveModel) -> dict[str, int]:
-        forward = _flops(lambda: _loss(model, images=1, predicted=predicted))
-        both = _flops(lambda: _loss(model, images=1, predicted=predicted).backward())
-        return {"forward, transformer": forward[0], "forward, head": forward[1], "forward and backward": sum(both)}
-
-    return _at_depth(shape, lambda model: count(model.train()))
-
-
 def sampling_flops(shape: Shape, settings: SamplingSettings) -> dict[str, int]:
     """Operations per generated image, by `ear.sampling.sampler.sample`: transformer, head."""
 
-    def count(model: AutoregressiveModel) -> dict[str, int]:
-        flops = _flops(lambda: sample(model, [0], settings, source=randomness.stream(0)))
+    def costs(model: AutoregressiveModel) -> dict[str, int]:
+        flops = count(lambda: sample(model, [0], settings, source=randomness.stream(0)))
         return dict(zip(("transformer", "head"), flops, strict=True))
 
-    return _at_depth(shape, lambda model: count(model.eval()))
-
-
-def _at_depth(shape: Shape, count: Callable[[AutoregressiveModel], dict[str, int]]) -> dict[str, int]:
-    """Counts of a model extrapolated from depths 1 and 2: all blocks cost the same."""
-    with FakeTensorMode():
-        one, two = (count(build_model(_with(shape, depth=depth))) for depth in (1, 2))
-    return {name: one[name] + (shape.model.depth - 1) * (two[name] - one[name]) for name in one}
-
-
-def _flops(work: Callable[[], object]) -> tuple[int, int]:
-    """Floating-point operations of `work`: in transformers, elsewhere."""
-    with FlopCounterMode(display=False) as counter:
-        work()
-    inside = sum(counter.get_flop_counts().get("Transformer", {}).values())
-    return inside, counter.get_total_flops() - inside
+    return at_depth(shape, lambda model: costs(model.eval()))
 
 
 def tokenizer_flops(tokenizer: Tokenizer) -> tuple[int, int]:
@@ -250,7 +199,7 @@ def tokenizer_flops(tokenizer: Tokenizer) -> tuple[int, int]:
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
         image = torch.empty(1, 3, tokenizer.image_size, tokenizer.image_size)
         latent = torch.empty(1, tokenizer.latent_channels, side, side)
-        return sum(_flops(lambda: tokenizer.encode(image))), sum(_flops(lambda: tokenizer.decode(latent)))
+        return sum(count(lambda: tokenizer.encode(image))), sum(count(lambda: tokenizer.decode(latent)))
 
 
 def disk_bytes(parameters: config.Parameters, shape: Shape, *, images: int, weights: int) -> dict[str, int]:

@@ -227,6 +227,9 @@ class Runtime(Section):
     other_code: Literal["refuse", "continue", "restart"] = Field(
         description="unfinished work begun before the code changed: refuse (stop and say so), continue or restart"
     )
+    trackers: list[Literal["tensorboard", "mlflow", "wandb"]] = Field(
+        description="get the figures of running trainings: tensorboard, mlflow, wandb (pip install -e '.[trackers]')"
+    )
     compile: bool = Field(description="torch.compile transformer and head in training and sampling, on CUDA only")
     sharded: bool = Field(
         description="divide weights, moments and EMAs among the processes (FSDP2), for models beyond one GPU's memory"

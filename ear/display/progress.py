@@ -42,6 +42,13 @@ class Progress:
         elif time.monotonic() - self._last_line > _SECONDS_BETWEEN_LINES:
             self._line()
 
+    def say(self, text: str) -> None:
+        """Print a line of its own."""
+        if self._bar is not None:
+            self._bar.write(text)
+        elif not self._silent:
+            print(text, flush=True)
+
     def _line(self) -> None:
         if self._silent:
             return

@@ -23,6 +23,7 @@ from ear.model.transformer import Transformer
 from ear.runtime import randomness
 from ear.runtime.device import compile_in_place
 from ear.runtime.randomness import Stream
+from ear.scores.score import Loss
 from ear.training.sharding import shard
 
 _INIT_SD = 0.02  # standard deviation of initial embeddings and position tables
@@ -128,8 +129,8 @@ class AutoregressiveModel(nn.Module, ABC):
             condition = torch.where(null[:, None], self.null_class.to(condition.dtype), condition)
         return condition[:, None].expand(-1, self.buffer, -1)
 
-    def loss(self, latents: Tensor, labels: Tensor, *, temperature: float, source: Stream) -> Tensor:
-        """Mean loss per predicted token; label dropout, positions and noise are drawn from `source`.
+    def loss(self, latents: Tensor, labels: Tensor, *, temperature: float, source: Stream) -> Loss:
+        """Mean loss per predicted token, with its parts; label dropout, positions and noise are drawn from `source`.
 
         latents: normalised, [B, C, h, w], or [k, B, C, h, w] for k posterior draws of the same images, if the score
         takes several targets: the transformer sees the first draw, all draws are targets (as in CALM, Shao et al.,
@@ -151,11 +152,13 @@ class AutoregressiveModel(nn.Module, ABC):
         *,
         temperature: float,
         source: Stream,  # of the head's noise
-    ) -> Tensor:
+    ) -> Loss:
         """The loss of `loss` for given positions and dropped labels."""
         hidden = self.predict(tokens[0], positions, labels, null)
         target = torch.stack([pick(draw, positions).flatten(0, 1) for draw in tokens]).squeeze(0)  # k = 1: [B n, D]
-        return self.score.loss(hidden.flatten(0, 1), target, temperature=temperature, source=source).mean()
+        per_token = self.score.loss(hidden.flatten(0, 1), target, temperature=temperature, source=source)
+        parts = {name: part.mean() for name, part in per_token.parts.items()}
+        return Loss(per_token.value.mean(), parts, positions.shape[1] / self.tokens)
 
     @abstractmethod
     def training_positions(self, images: int, source: Stream, device: torch.device | str = "cpu") -> Tensor:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ear import config
+from ear.display.live import Live
 from ear.files.atomic import link, whole_folder
 from ear.files.json_files import rounded, write_json
 from ear.files.tables import write_table
@@ -17,8 +18,10 @@ from ear.latents.statistics import Statistics, normalised
 from ear.latents.store import LatentStore
 from ear.model.autoregressive import AutoregressiveModel
 from ear.model.files import build_model, describe, save_model
+from ear.model.monitoring import Monitor
 from ear.model.tokens import patchify
 from ear.runtime import distributed, randomness
+from ear.scores.score import Loss
 from ear.training import checkpoint
 from ear.training.ema import Average
 from ear.training.optimizer import Group, adamw, schedule
@@ -27,6 +30,7 @@ from ear.training.trainer import History, Trainer
 
 _VALIDATION_IMAGES = 4096  # at most; held-out shards are stored shuffled
 _CODEBOOK_IMAGES = 4096  # training images, at most, that a codebook is fitted on
+_REFERENCE_IMAGES = 512  # training images, at most, behind the losses to compare with
 _STATE_BYTES = 24  # per parameter: weight, gradient, two moments, two EMAs in float32
 
 
@@ -61,7 +65,7 @@ class BatchLoss:
         *,
         temperature: float,
         purpose: str = "loss",  # with the position, names the random stream
-    ) -> Tensor:
+    ) -> Loss:
         """The mean loss per predicted token. Posterior draws, masks and noise depend on (seed, purpose, position)."""
         source = randomness.stream(self.seed, purpose, position)
         moments = moments.to(self.device, non_blocking=True)
@@ -97,16 +101,18 @@ class Phase:
         self.latents = {"statistics": self.statistics.as_dict(), "tokenizer": store.tokenizer}
         self.about = describe(model, self.latents)
         self.batch_loss = BatchLoss(self.statistics, self.seed, options.precision, device)
+        tokens = training_tokens(model, store, self.seed, self.statistics, _REFERENCE_IMAGES)
+        self.monitor = Monitor(model, tokens, device)
         self.sharded = runtime.sharded and distributed.size() > 1
         self.trainer = build_trainer(model, settings, options, self.loss, sharded=self.sharded)
         model.transformer.checkpointing = runtime.checkpointing
         if runtime.compile and device.type == "cuda":
             model.compile_parts()
 
-    def run(self, folder: Path, kept: Path) -> None:
+    def run(self, folder: Path, kept: Path, live: Live | None = None) -> None:
         """Train to the end, resuming from checkpoints in `folder`; with 0 images, only validate.
 
-        kept: folder in which a checkpoint stays every `runtime.keep_images` images.
+        kept: folder in which a checkpoint stays every `runtime.keep_images` images. live: shows the training.
         """
         if not self.settings.images:
             self.trainer.save(folder, about=self.about)
@@ -130,6 +136,7 @@ class Phase:
             validate=self.validate,
             validate_images=self.options.validate_images,
             title=self.settings.name,
+            live=live,
         )
 
     def introduction(self) -> list[str]:
@@ -163,11 +170,13 @@ class Phase:
         )
 
     def loss(self, batch, position: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss of one micro-batch (moments, labels, ...), for the trainer; no further figures."""
+        """The loss of one micro-batch (moments, labels, ...) and its parts, for the trainer."""
         randomness.seed_dropout(self.seed, position)
         moments, labels = batch[0], batch[1]
         temperature = self.settings.temperature
-        return self.batch_loss(self.trainer.module, moments, labels, position, temperature=temperature), {}
+        loss = self.batch_loss(self.trainer.module, moments, labels, position, temperature=temperature)
+        self.monitor.saw(loss)
+        return loss.value, loss.parts
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
@@ -191,7 +200,10 @@ class Phase:
     def _held_out_losses(self, models: Sequence[AutoregressiveModel], rows: Tensor) -> list[Tensor]:
         """The loss of each model on a micro-batch of held-out latents."""
         moments, labels, first = *self.held_out.rows(rows), int(rows[0])
-        return [self.batch_loss(model, moments, labels, first, temperature=1, purpose="validation") for model in models]
+        return [
+            self.batch_loss(model, moments, labels, first, temperature=1, purpose="validation").value
+            for model in models
+        ]
 
     def publish(self, target: str | Path, *, state_from: Path | None = None) -> None:
         """Write EMA weights, logs and metrics into the folder `target`, from rank 0; all ranks must call it together.
@@ -265,9 +277,14 @@ def fit_codebook(model: AutoregressiveModel, store: LatentStore, seed: int) -> N
     """Fit the score's codebook on training tokens, if it has one."""
     if not model.score.learns_tokens:
         return
-    rows = randomness.DataOrder(len(store), seed).indices(0, min(len(store), _CODEBOOK_IMAGES))
-    moments, _ = store.rows(rows)
+    model.score.learn(training_tokens(model, store, seed, store.statistics, _CODEBOOK_IMAGES), seed)
+
+
+def training_tokens(
+    model: AutoregressiveModel, store: LatentStore, seed: int, statistics: Statistics, images: int
+) -> Tensor:
+    """float32 [N, D]: the tokens of at most `images` training images, image by image, drawn from their posteriors."""
+    moments, _ = store.rows(randomness.DataOrder(len(store), seed).indices(0, min(len(store), images)))
     shape = (len(moments), moments.shape[1] // 2, *moments.shape[2:])
     noise = randomness.normal(shape, randomness.stream(seed, "tokens"))
-    tokens = patchify(normalised(moments, noise, store.statistics), model.patch)
-    model.score.learn(tokens.flatten(0, 1), seed)
+    return patchify(normalised(moments, noise, statistics), model.patch).flatten(0, 1)

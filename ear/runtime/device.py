@@ -10,6 +10,8 @@ from torch import nn
 from ear.errors import UserError
 from ear.runtime import distributed
 
+_PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
+
 
 def prepare_device(device: str, threads: int) -> torch.device:
     """Set CPU threads and deterministic kernels; return this rank's device for "auto", "cpu" or "cuda".
@@ -32,6 +34,16 @@ def prepare_device(device: str, threads: int) -> torch.device:
 def uses_cuda(device: str) -> bool:
     """Whether stages compute on CUDA devices, for "auto", "cpu" or "cuda"."""
     return device != "cpu" and torch.cuda.is_available()
+
+
+def device_name(device: torch.device) -> str:
+    """The GPU's name, or cpu."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+
+
+def data_sheet_peak(device: torch.device) -> float | None:
+    """Operations per second in bfloat16 without sparsity by the GPU's data sheet; None for other devices."""
+    return next((peak for name, peak in _PEAKS.items() if name in device_name(device)), None)
 
 
 def check_devices(device: str, processes: int) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ear.config.scores import Categorical
 from ear.errors import UserError
 from ear.runtime.randomness import Stream, choose
-from ear.scores.score import HeadSize, Score
+from ear.scores.score import HeadSize, Loss, Score
 
 _INIT_SD = 0.02
 
@@ -59,9 +59,9 @@ class CategoricalScore(Score):
         with torch.autocast(hidden.device.type, enabled=False):
             return self.projection(hidden.float())
 
-    def loss(self, hidden: Tensor, target: Tensor, *, temperature: float, source: Stream) -> Tensor:
+    def loss(self, hidden: Tensor, target: Tensor, *, temperature: float, source: Stream) -> Loss:
         """Hidden [N, W], target [N, D] => cross-entropy [N] in nats; the training temperature is ignored."""
-        return F.cross_entropy(self.logits(hidden), self.quantise(target), reduction="none")
+        return Loss(F.cross_entropy(self.logits(hidden), self.quantise(target), reduction="none"))
 
     def sample(
         self,

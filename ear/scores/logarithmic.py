@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ear.config.scores import Logarithmic
 from ear.runtime.randomness import Stream, choose, normal
-from ear.scores.score import HeadSize, Score
+from ear.scores.score import HeadSize, Loss, Score
 
 _CANDIDATES = 64  # draws that guidance selects from; at GIVT's scale of 1.4, 64 are enough to match the formula
 _INIT_SD = 0.02  # with zeros, all components would stay equal: they get equal gradients
@@ -93,9 +93,9 @@ class LogarithmicScore(Score):
         factors[..., rows, columns] = values
         return factors
 
-    def loss(self, hidden: Tensor, target: Tensor, *, temperature: float, source: Stream) -> Tensor:
+    def loss(self, hidden: Tensor, target: Tensor, *, temperature: float, source: Stream) -> Loss:
         """Hidden [N, W], target [N, D] => -log p(target) [N] in nats per token; the training temperature is ignored."""
-        return -self.mixture(hidden).log_density(target.float())
+        return Loss(-self.mixture(hidden).log_density(target.float()))
 
     def sample(
         self,

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ear.config.scores import SampleBased
 from ear.runtime.randomness import Stream, normal, uniform
 from ear.scores.modulated_mlp import ModulatedMLP
-from ear.scores.score import HeadSize, Score
+from ear.scores.score import HeadSize, Loss, Score
 
 Distance = Callable[[Tensor, Tensor], Tensor]  # [..., D], [..., D] => [...]
 
@@ -38,16 +38,26 @@ def pairwise_loss(
 ) -> Tensor:
     """Per-token loss [N]: an unbiased estimate of the negative score (with all pairs, a U-statistic).
 
-    2/(mk) sum_ij d(x_i, y_j) - temperature * mean over pairs of d(x_i, x_j). The first term attracts samples to
-    targets, the second repels samples from each other. More samples reduce the variance without changing the
-    expectation; all pairs reduce it more than disjoint ones. Distances are computed without autocast.
+    The attraction of samples to targets, minus `temperature` times the repulsion of samples from each other.
+    """
+    attraction, repulsion = attraction_and_repulsion(samples, targets, distance, pairs=pairs)
+    return attraction - temperature * repulsion
+
+
+def attraction_and_repulsion(
+    samples: Tensor, targets: Tensor, distance: Distance, *, pairs: str = "all"
+) -> tuple[Tensor, Tensor]:
+    """2/(mk) sum_ij d(x_i, y_j) and the mean over pairs of d(x_i, x_j), per token [N] each.
+
+    More samples reduce the variance without changing the expectation; all pairs reduce it more than disjoint ones.
+    Distances are computed without autocast.
     """
     m, k = len(samples), len(targets)
     repelled = list(itertools.combinations(samples, 2)) if pairs == "all" else samples.unflatten(0, (-1, 2))
     with torch.autocast(samples.device.type, enabled=False):
         attraction = _sum(distance(x, y) for x, y in itertools.product(samples, targets))
         repulsion = _sum(distance(a, b) for a, b in repelled)
-        return attraction * (2 / (m * k)) - repulsion * (temperature / len(repelled))
+        return attraction * (2 / (m * k)), repulsion / len(repelled)
 
 
 def _sum(terms: Iterable[Tensor]) -> Tensor:
@@ -91,12 +101,28 @@ class SampleBasedScore(Score):
         shape = (*shape, self.noise_channels)
         return normal(shape, source, device) if self.noise == "gaussian" else uniform(shape, source, device) - 0.5
 
-    def loss(self, hidden: Tensor, target: Tensor, *, temperature: float, source: Stream) -> Tensor:
-        """Hidden [N, W], target [N, D] or [k, N, D] => negative score per token [N], float32."""
+    def loss(self, hidden: Tensor, target: Tensor, *, temperature: float, source: Stream) -> Loss:
+        """Hidden [N, W], target [N, D] or [k, N, D] => negative score per token [N], float32.
+
+        Parts: attraction and repulsion, whose difference at temperature 1 is the loss.
+        """
         noise = self.draw_noise((self.samples, len(hidden)), source, hidden.device)
         targets = target if target.dim() == 3 else target[None]
         samples = self.generate(hidden, noise)
-        return pairwise_loss(samples, targets, self.distance, temperature=temperature, pairs=self.pairs)
+        attraction, repulsion = attraction_and_repulsion(samples, targets, self.distance, pairs=self.pairs)
+        parts = {"attraction": attraction.detach(), "repulsion": repulsion.detach()}
+        return Loss(attraction - temperature * repulsion, parts)
+
+    def references(self, tokens: Tensor) -> dict[str, float]:
+        """The loss of an untrained head, which outputs 0, and of the best prediction that ignores its context.
+
+        The latter is the distribution of all tokens, whose loss is E d(y, y') for independent tokens y and y'.
+        """
+        first, second = tokens[: len(tokens) // 2 * 2].float().chunk(2)  # of different images
+        return {
+            "untrained_loss": 2 * self.distance(tokens.float(), torch.zeros_like(tokens)).mean().item(),
+            "context_free_loss": self.distance(first, second).mean().item(),
+        }
 
     def sample(
         self,

@@ -5,6 +5,7 @@ Shapes: N tokens, D token channels, W hidden width.
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,14 @@ class HeadSize:
     token_channels: int  # D
     width: int  # of the head's residual blocks; a head that is one linear layer has none
     depth: int  # residual blocks
+
+
+class Loss(NamedTuple):
+    """A training loss, and parts of it that are worth watching."""
+
+    value: Tensor  # [N] per token, or their mean
+    parts: dict[str, Tensor] = {}  # by name, of the same shape, detached  # noqa: RUF012 - never changed
+    predicted: float = 1.0  # share of the tokens that were predicted
 
 
 class Score(nn.Module, ABC):
@@ -47,8 +56,8 @@ class Score(nn.Module, ABC):
         """Set the head's weights that are not Xavier-uniform matrices and zero biases."""
 
     @abstractmethod
-    def loss(self, hidden: Tensor, target: Tensor, *, temperature: float, source: Stream) -> Tensor:
-        """Hidden [N, W], target [N, D] => negative score per token [N], float32.
+    def loss(self, hidden: Tensor, target: Tensor, *, temperature: float, source: Stream) -> Loss:
+        """Hidden [N, W], target [N, D] => negative score per token [N], float32, with its parts if it has several.
 
         If `targets` is above 1, target may be [targets, N, D]: several draws for the same hidden state. `temperature`
         is the training temperature, the weight of the repulsion between samples; scores without such a term ignore it.
@@ -72,6 +81,10 @@ class Score(nn.Module, ABC):
 
     def learn(self, tokens: Tensor, seed: int) -> None:
         """Fit parameters to training tokens [N, D] once, before training; most scores have none."""
+
+    def references(self, tokens: Tensor) -> dict[str, float]:
+        """Losses to compare with, by name, from training tokens [N, D], image by image; most scores have none."""
+        return {}
 
     def represent(self, tokens: Tensor) -> Tensor:
         """Tokens [..., D] => the nearest tokens that the head can draw; a continuous head can draw all."""

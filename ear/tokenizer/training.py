@@ -9,6 +9,7 @@ import torch
 from ear import config
 from ear.data.images import to_signed
 from ear.data.prepared import PreparedImages
+from ear.display.live import Live
 from ear.runtime import distributed, randomness
 from ear.runtime.device import precise
 from ear.tokenizer.autoencoder import KL, Tokenizer
@@ -94,8 +95,8 @@ class AutoencoderTraining:
             micro_batch_size=options.micro_batch_size,
         )
 
-    def run(self, folder: Path) -> tuple[KL, History]:
-        """Train, resuming from the newest checkpoint in `folder` => (EMA weights, logs)."""
+    def run(self, folder: Path, live: Live | None = None) -> tuple[KL, History]:
+        """Train, resuming from the newest checkpoint in `folder` => (EMA weights, logs). live: shows the training."""
         part = max(self.options.images // _PARTS, 1)
         # TF32 is a state of the program, which backward passes read, too; autocast belongs around forward passes.
         everywhere = "tfloat32" if self.objective.precision == "tfloat32" else "float32"
@@ -110,6 +111,7 @@ class AutoencoderTraining:
                 ),
                 validate_images=part,
                 title="tokenizer",
+                live=live,
             )
         return self.trainer.average.module, self.trainer.history
 

@@ -18,16 +18,19 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor, nn
 
+from ear.display.live import Live
 from ear.display.progress import Progress
 from ear.errors import UserError
 from ear.files.tensors import read_tensors
 from ear.runtime import distributed
+from ear.runtime.device import device_name
 from ear.training import checkpoint
 from ear.training.ema import Average
 from ear.training.gradients import SharedGradients
 from ear.training.means import Means
 from ear.training.optimizer import set_rate
 from ear.training.sharding import is_sharded, whole
+from ear.training.speed import Speed
 
 Network = TypeVar("Network", bound=nn.Module)
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # that ask a program to end
@@ -81,7 +84,9 @@ class Trainer(Generic[Network]):
         self._means = Means()
         self._gradients = SharedGradients(module.parameters())
         self._writer = checkpoint.Writer()
+        self._live = Live()
         device = next(module.parameters()).device
+        self._speed = Speed(device)
         # Set to 1 by the first non-finite gradient and never reset: the fused optimiser then skips all updates,
         # and the host need not wait. `_broken_at` is the image at which that step began, -1 without one.
         self._broken = torch.zeros((), device=device)
@@ -105,6 +110,7 @@ class Trainer(Generic[Network]):
         validate: Callable[[], dict[str, float]] | None = None,  # metrics, the same on every rank
         validate_images: int = 0,  # interval; 0: only at the end
         check: Callable[[], None] | None = None,  # called after each log row; raises to stop the run
+        live: Live | None = None,  # shows the training while it runs
         title: str = "training",
     ) -> None:
         """Train until `total_images` (rounded up to full steps) have been seen, starting from the newest checkpoint.
@@ -115,8 +121,12 @@ class Trainer(Generic[Network]):
         rank receives SIGTERM, SIGINT or SIGHUP, after writing a checkpoint.
         """
         self.resume(folder)
+        self._live = live or Live()
+        self._live.begin(self.images, self._facts(title, total_images))
+        self._speed.begin(self.images)
         with (
             _stop_signals() as asked,
+            contextlib.closing(self._live),
             Progress(title, total_images, start=self.images) as progress,
             contextlib.closing(self._stream(batches)) as stream,
             self._saved(),
@@ -130,7 +140,7 @@ class Trainer(Generic[Network]):
                     if check:
                         check()
                 if validate and _crossed(before, self.images, validate_images):
-                    self.history.validation.append({"images": self.images, **validate()})
+                    self._validated(validate(), progress)
                 stop, keep = asked(), _crossed(before, self.images, keep_images)
                 self._writer.check()
                 if last or stop or keep or _crossed(before, self.images, checkpoint_images):
@@ -143,7 +153,7 @@ class Trainer(Generic[Network]):
                         f"{title} was stopped by {stop} after {self.images} images, with a checkpoint; run it again to "
                         "resume."
                     )
-        self._close(validate)
+            self._finish(validate, progress)
 
     @contextlib.contextmanager
     def _saved(self) -> Iterator[None]:
@@ -153,12 +163,29 @@ class Trainer(Generic[Network]):
         finally:
             self.finish_saving()
 
-    def _close(self, validate: Callable[[], dict[str, float]] | None) -> None:
+    def _finish(self, validate: Callable[[], dict[str, float]] | None, progress: Progress) -> None:
         """Add the last rows to the history, after a shorter interval than the others."""
         if self._means.steps:
             self.log()
         if validate and not (self.history.validation and self.history.validation[-1]["images"] == self.images):
-            self.history.validation.append({"images": self.images, **validate()})
+            self._validated(validate(), progress)
+
+    def _validated(self, figures: dict[str, float], progress: Progress) -> None:
+        row = {"images": self.images, **figures}
+        self.history.validation.append(row)
+        self._live.validation(row)
+        progress.say(f"held out, after {self.images} images: {', '.join(f'{n} {v:.4g}' for n, v in figures.items())}")
+
+    def _facts(self, title: str, total_images: int) -> dict:
+        """What a reader of the live rows wants to know of this training."""
+        return {
+            "title": title,
+            "total_images": total_images,
+            "global_batch_size": self.global_batch_size,
+            "parameters": sum(p.numel() for p in self.module.parameters()),
+            "world_size": distributed.size(),
+            "device": device_name(self._broken.device),
+        }
 
     def _own(self, start: int) -> Sequence[int]:
         """Positions of this rank's micro-batches in the step that begins at image `start`."""
@@ -183,9 +210,10 @@ class Trainer(Generic[Network]):
         set_rate(self.optimizer, self.rate(self.images))
         *earlier, last = self._own(self.images)
         for position in earlier:
-            self._backward(next(micro_batches), position)
+            self._backward(self._next(micro_batches), position)
+        micro_batch = self._next(micro_batches)
         with self._gradients.summed():  # over ranks, once per step, while the last backward pass still runs
-            self._backward(next(micro_batches), last)
+            self._backward(micro_batch, last)
         norm = whole(nn.utils.clip_grad_norm_(self.module.parameters(), self.clip_norm, foreach=True))
         # Before clipping. Every rank has the norm of the summed gradients already, and `Means` sums over ranks.
         self._means.add({"gradient_norm": norm}, 1.0 / distributed.size())
@@ -196,6 +224,10 @@ class Trainer(Generic[Network]):
         for average in self.averages.values():
             average.update(self.module, steps)
         self.images += self.global_batch_size
+
+    def _next(self, micro_batches: Iterator):
+        with self._speed.waiting():
+            return next(micro_batches)
 
     def _backward(self, micro_batch, position: int) -> None:
         """Forward and backward pass; the gradient is weighted by the micro-batch's share of the global batch."""
@@ -230,7 +262,9 @@ class Trainer(Generic[Network]):
         """Append a row with the means since the last row; raises UserError if an update was not finite."""
         self._check_finite()
         rate = self.optimizer.param_groups[0]["lr"]
-        self.history.training.append({"images": self.images, **self._means.read(), "rate": rate})
+        row = {"images": self.images, **self._means.read(), "rate": rate}
+        self.history.training.append(row)
+        self._live.training(row | self._speed.read(self.images))
 
     def _note(self) -> str:
         return f"loss {self.history.training[-1]['loss']:.4f}" if self.history.training else ""

@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ear.commands import costs
 from ear.config.compose import compose
+from ear.model import flops
 from ear.model.files import build_model
 from ear.runtime.randomness import stream
 from ear.sampling.sampler import sample
@@ -36,7 +37,7 @@ def loss(model, images):
     generator = torch.Generator().manual_seed(0)
     shape = (model.score.targets, images, *model.shape.latent)
     latents, labels = torch.randn(shape, generator=generator).squeeze(0), torch.zeros(images).long()
-    return model.loss(latents, labels, temperature=1.0, source=stream(0))
+    return model.loss(latents, labels, temperature=1.0, source=stream(0)).value
 
 
 def saved(model, images):
@@ -70,8 +71,8 @@ def test_compute_of_the_published_base_model():
     preset = compose(["preset=imagenet256_base", *PATHS])
     shape = costs.model_shape(preset, costs.build_tokenizer(preset), classes=1000)
     assert shape.latent == (16, 16, 16)
-    assert costs.mean_predicted(shape) == pytest.approx(222.46, abs=1)  # of 256
-    training, sampling = costs.training_flops(shape), costs.sampling_flops(shape, SamplingSettings.of(preset.sample))
+    assert flops.mean_predicted(shape) == pytest.approx(222.46, abs=1)  # of 256
+    training, sampling = flops.training_flops(shape), costs.sampling_flops(shape, SamplingSettings.of(preset.sample))
     # 116.3e9 with all positions in the last block, of which training needs 222 of 320, sampling those it reveals.
     assert training["forward, transformer"] == pytest.approx(115.0e9, rel=1e-3)
     assert training["forward, head"] == pytest.approx(4 * 222 * 68.8e6, rel=0.02)  # four samples per token
@@ -82,7 +83,7 @@ def test_compute_of_the_published_base_model():
 @pytest.mark.parametrize("options", KINDS)
 def test_operations_are_those_of_the_real_model(options, one_thread):
     model, shape = deeper(**options)
-    found = costs.training_flops(shape)
+    found = flops.training_flops(shape)
     with FlopCounterMode(display=False) as forward:
         result = loss(model, 1)
     with FlopCounterMode(display=False) as backward:

@@ -124,7 +124,7 @@ def test_every_score_trains_and_draws(name):
     model = causal_model(name=name)
     latents = torch.randn(32, 3, 4, 4, generator=generator(0))
     model.score.learn(patchify(latents, 1).flatten(0, 1), seed=0)
-    loss = model.train().loss(latents, torch.arange(32) % 3, temperature=1.0, source=stream(1))
+    loss = model.train().loss(latents, torch.arange(32) % 3, temperature=1.0, source=stream(1)).value
     loss.backward()
     assert loss.isfinite()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())

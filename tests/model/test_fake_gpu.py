@@ -46,7 +46,7 @@ def test_the_training_loss_stays_on_the_gpu(name, attention):
     channels, h, w = model.shape.latent
     loss = BatchLoss(Statistics(0.0, 1.0, (0.0,), (1.0,)), seed=1, precision="float32", device=GPU)
     moments = torch.zeros(4, 2 * channels, h, w, dtype=torch.float16)
-    assert loss(model, moments, torch.zeros(4, dtype=torch.long), 64, temperature=0.9).device.type == "cuda"
+    assert loss(model, moments, torch.zeros(4, dtype=torch.long), 64, temperature=0.9).value.device.type == "cuda"
 
 
 @pytest.mark.parametrize("attention", ["bidirectional", "causal"])

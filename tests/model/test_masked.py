@@ -58,9 +58,9 @@ def test_hidden_states_follow_the_batch_and_the_class():
 def test_loss_is_a_function_of_its_generator():
     model = tiny_model()
     latents, labels = inputs(model)
-    first = model.loss(latents, labels, temperature=1.0, source=stream(4))
-    assert torch.equal(first, model.loss(latents, labels, temperature=1.0, source=stream(4)))
-    assert not torch.equal(first, model.loss(latents, labels, temperature=1.0, source=stream(5)))
+    first = model.loss(latents, labels, temperature=1.0, source=stream(4)).value
+    assert torch.equal(first, model.loss(latents, labels, temperature=1.0, source=stream(4)).value)
+    assert not torch.equal(first, model.loss(latents, labels, temperature=1.0, source=stream(5)).value)
     first.backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters() if p is not model.null_class)
 
@@ -70,7 +70,7 @@ def test_several_draws_of_the_target_share_the_context_of_the_first(name):
     """The loss of two draws is the mean of each one's loss, given the context of the first."""
     model = tiny_model(name=name)
     (a, labels), (b, _) = inputs(model), inputs(model, seed=1)
-    loss = lambda latents: model.loss(latents, labels, temperature=1.0, source=stream(4))  # noqa: E731
+    loss = lambda latents: model.loss(latents, labels, temperature=1.0, source=stream(4)).value  # noqa: E731
     of_a, of_both = loss(a), loss(torch.stack([a, b]))
     context, predict = patchify(a, 1), model.predict
     model.predict = lambda _, *others: predict(context, *others)
@@ -86,7 +86,7 @@ def test_labels_are_dropped_in_training_only():
 
     def gradient(mode: bool):
         model.zero_grad()
-        model.train(mode).loss(latents, labels, temperature=1.0, source=stream(4)).backward()
+        model.train(mode).loss(latents, labels, temperature=1.0, source=stream(4)).value.backward()
         return model.null_class.grad
 
     assert gradient(True).abs().sum() > 0
@@ -146,13 +146,15 @@ def test_compiling_keeps_the_masks_of_dropout():
 
     def loss() -> torch.Tensor:
         seed_dropout(0, 5)
-        return model.loss(latents, labels, temperature=1.0, source=stream(4))
+        return model.loss(latents, labels, temperature=1.0, source=stream(4)).value
 
     expected = loss()
     compile_in_place(model.transformer)
     torch.testing.assert_close(loss(), expected)
     with pytest.raises(AssertionError):  # the tolerance is finer than what other masks change
-        torch.testing.assert_close(model.eval().loss(latents, labels, temperature=1.0, source=stream(4)), expected)
+        torch.testing.assert_close(
+            model.eval().loss(latents, labels, temperature=1.0, source=stream(4)).value, expected
+        )
 
 
 @pytest.mark.gpu
@@ -163,7 +165,7 @@ def test_loss_and_gradients_on_the_gpu_are_those_of_the_cpu(name):
         model = tiny_model(name=name)
         latents, labels = (part.to(device) for part in inputs(model))
         model.to(device)
-        loss = model.loss(latents, labels, temperature=1.0, source=stream(4))
+        loss = model.loss(latents, labels, temperature=1.0, source=stream(4)).value
         loss.backward()
         gradients[device] = [loss.cpu(), *(p.grad.cpu() for p in model.parameters() if p.grad is not None)]
     torch.testing.assert_close(gradients["cuda"], gradients["cpu"], rtol=1e-3, atol=1e-5)

@@ -75,7 +75,7 @@ def cross_entropy(forecast: torch.Tensor, truth: torch.Tensor) -> float:
         score.projection.weight.zero_()
         score.projection.bias.copy_(logs[0])
         score.codebook.copy_(codes)
-        losses = score.loss(torch.zeros(len(codes), 4), codes, temperature=1.0, source=stream(0))
+        losses = score.loss(torch.zeros(len(codes), 4), codes, temperature=1.0, source=stream(0)).value
     return float(logs[1].softmax(0) @ losses.double())
 
 
@@ -98,7 +98,7 @@ def denoising_loss(forecast: torch.Tensor, truth: torch.Tensor, count=8000, kind
     score = kind(score_options("hyvarinen", samples=1, sampling_steps=10, denoised_limit=0.0), size)
     score.covariance = forecast
     y = torch.randn(count, channels, generator=generator(0, "y"), dtype=DOUBLE) @ torch.linalg.cholesky(truth).T
-    return float(score.loss(torch.zeros(count, 4), y.float(), temperature=1.0, source=stream(1)).mean())
+    return float(score.loss(torch.zeros(count, 4), y.float(), temperature=1.0, source=stream(1)).value.mean())
 
 
 RULES = {

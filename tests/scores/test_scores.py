@@ -54,7 +54,7 @@ def test_every_score_serves_model_and_sampler(name):
     latents = torch.randn(64, 3, 4, 4, generator=generator(0))
     model.score.learn(latents.permute(0, 2, 3, 1).reshape(-1, 3), seed=0)
     labels = torch.arange(64) % 3
-    loss = model.loss(latents, labels, temperature=1.0, source=stream(1))
+    loss = model.loss(latents, labels, temperature=1.0, source=stream(1)).value
     loss.backward()
     assert loss.isfinite()
     assert sum(p.grad.abs().sum() for p in model.score.parameters() if p.grad is not None) > 0
@@ -174,7 +174,7 @@ def test_full_covariance_learns_a_negative_correlation(one_thread):
         x = torch.randn(256, 2, generator=source)
         target = torch.stack([x[:, 0], -0.8 * x[:, 0] + 0.6 * x[:, 1]], dim=-1)
         optimizer.zero_grad()
-        score.loss(state, target, temperature=1.0, source=noise).mean().backward()
+        score.loss(state, target, temperature=1.0, source=noise).value.mean().backward()
         optimizer.step()
     with torch.no_grad():
         drawn = score.sample(torch.ones(4000, toy.HIDDEN), source=noise)

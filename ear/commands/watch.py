@@ -1,0 +1,153 @@
+"""Follow a running training from another terminal (`ear watch`): curves, and samples of its newest checkpoint."""
+
+import contextlib
+import shutil
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from ear.display import curves
+from ear.display.live import ABOUT, FOLDER, TRAINING, VALIDATION, read_rows
+from ear.errors import UserError
+from ear.files.atomic import whole_file
+from ear.files.json_files import read_json
+
+PICTURES = Path("work/watch")
+STAGES = ("tokenizer", "train", "finetune")
+_SEED = 2_000_000  # of the samples: not those that the sample stage draws
+_HEIGHT, _WIDTH, _MARGIN = 15, 90, 20  # of the curve in the terminal, in characters
+
+
+def run(stage: str | None, *, every: float, once: bool, samples: int, samples_every: float) -> Iterator[str]:
+    """Yield texts to print until the training ends, one per interval with new rows; writes pictures in work/watch.
+
+    stage: default, the one that trains now. once: yield one text and stop. samples: images to draw from each new
+    checkpoint, at most every `samples_every` seconds; 0: none.
+    Raises UserError if nothing trains and `once` is set.
+    """
+    shown, sampled, next_samples = 0, None, 0.0
+    while True:
+        current = stage or newest()
+        rows = read_rows(FOLDER / current / TRAINING) if current else []
+        if current and rows and rows[-1]["images"] != shown:
+            shown = rows[-1]["images"]
+            yield text(current, rows)
+            draw(current, rows)
+        elif once:
+            raise UserError(f"{current or 'no stage'} has no running training; start `dvc repro`, and try again.")
+        checkpoint = newest_checkpoint(current) if current in ("train", "finetune") else None
+        if samples and checkpoint and checkpoint != sampled and time.monotonic() >= next_samples:
+            sampled, next_samples = checkpoint, time.monotonic() + samples_every
+            with contextlib.suppress(FileNotFoundError):  # replaced by a newer one meanwhile
+                yield draw_samples(checkpoint, samples)
+        if once:
+            return
+        if shown and current and not read_rows(FOLDER / current / TRAINING) and not newest():
+            yield f"{current} has ended; its rows are in {FOLDER / 'finished' / current}"
+            return
+        time.sleep(every)
+
+
+def newest() -> str | None:
+    """The stage with the newest row, or None."""
+    tables = {stage: FOLDER / stage / TRAINING for stage in STAGES}
+    running = {stage: path.stat().st_mtime for stage, path in tables.items() if read_rows(path)}
+    return max(running, key=running.__getitem__) if running else None
+
+
+def newest_checkpoint(stage: str | None) -> Path | None:
+    """The checkpoint of the most images in a stage's unfinished work, the newest of several; or None."""
+    found = Path("work", str(stage)).glob("*/checkpoint-*.safetensors")
+    return max(found, key=lambda path: (path.stat().st_mtime, path.name), default=None)
+
+
+def text(stage: str, rows: list[dict[str, Any]]) -> str:
+    """The newest row in words, and the curve of the loss."""
+    about, row = read_json(FOLDER / stage / ABOUT), rows[-1]
+    speed, left = row.get("images_per_second") or 0.0, about["total_images"] - row["images"]
+    lines = [
+        f"{stage}: {row['images']:,} of {about['total_images']:,} images, {speed:,.1f} img/s, "
+        f"{_time(left, speed)} left, {about['parameters']:,} parameters on {about['device']}",
+        ", ".join(f"{name} {value:.4g}" for name, value in row.items() if value is not None and name != "images"),
+    ]
+    if validation := read_rows(FOLDER / stage / VALIDATION):
+        held_out = ", ".join(f"{name} {value:.4g}" for name, value in validation[-1].items() if name != "images")
+        lines.append(f"held out, after {validation[-1]['images']:,} images: {held_out}")
+    return "\n".join([*lines, plot(rows), f"pictures: {PICTURES}"])
+
+
+def _time(images: int, speed: float) -> str:
+    if speed <= 0:
+        return "?"
+    minutes, seconds = divmod(round(images / speed), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {seconds} s"
+
+
+def plot(rows: list[dict[str, Any]]) -> str:
+    """The loss over images, as characters as wide as the terminal."""
+    from uniplot import plot_to_string
+
+    images, losses = [row["images"] for row in rows], [row["loss"] for row in rows]
+    width = min(shutil.get_terminal_size().columns - _MARGIN, _WIDTH)
+    drawn = plot_to_string(losses, images, width=width, height=_HEIGHT, lines=True, title="loss over images")
+    return drawn if isinstance(drawn, str) else "\n".join(drawn)
+
+
+def draw(stage: str, rows: list[dict[str, Any]]) -> None:
+    """Write work/watch/STAGE.png: all curves so far."""
+    picture = curves.figure(rows, read_rows(FOLDER / stage / VALIDATION), title=f"{stage}, running")
+    with whole_file(PICTURES / f"{stage}.png") as partial:
+        picture.savefig(partial, format="png", dpi=100)
+
+
+def draw_samples(checkpoint: Path, count: int) -> str:
+    """Draw images from a checkpoint with the sampling of params.yaml, write work/watch/samples.png => a line to print.
+
+    If data/reference exists, the line has a quick FID: of few images, so it compares moments of this training only.
+    """
+    from ear import config
+    from ear.data.pictures import grid, save_png
+    from ear.sampling.generation import TOKENIZER, ImageSampler, balanced_labels
+    from ear.sampling.settings import SamplingSettings
+
+    options = config.load().sample
+    sampler = ImageSampler.open(checkpoint, Path("data") / TOKENIZER)
+    labels = balanced_labels(count, len(sampler.model.shape.classes))
+    settings = SamplingSettings.of(options.model_copy(update={"seed": _SEED}))
+    images = sampler.images(labels, settings, first=0)
+    save_png(PICTURES / "samples.png", grid(images[:100], min(len(sampler.model.shape.classes), 10)))
+    line = f"{PICTURES / 'samples.png'}: {count} images of {checkpoint.name}"
+    figures = quick_figures(images, labels)
+    return line + "".join(f", {name} {value:.4g}" for name, value in figures.items())
+
+
+def quick_figures(images: Any, labels: list[int]) -> Mapping[str, float]:
+    """FID of some images against the training images, and class accuracy by a classifier; {} without a reference."""
+    import torch
+
+    from ear.evaluation.extractors import CLASSIFIER, open_extractor
+    from ear.evaluation.metrics import frechet_distance
+    from ear.evaluation.reference import Reference
+    from ear.evaluation.statistics import Moments, class_accuracy
+
+    reference, extractor = (Path("data/reference") / name for name in ("features.safetensors", "extractor.safetensors"))
+    if not reference.is_file() or not extractor.is_file():
+        return {}
+    opened, moments = open_extractor(extractor, torch.device("cpu")), Moments()
+    features, logits = opened(images)
+    moments.add(features)
+    figures = {f"FID-{len(images)}": frechet_distance(moments.gaussian(), Reference.load(reference).gaussian)}
+    if opened.name == CLASSIFIER:
+        figures["class accuracy"] = class_accuracy(logits, torch.tensor(labels))
+    return figures
+
+
+def show(texts: Iterator[str]) -> None:
+    """Print texts; on a terminal, each replaces the one before."""
+    for shown in texts:
+        if sys.stdout.isatty():
+            print("\033[2J\033[H", end="")
+        print(shown, flush=True)

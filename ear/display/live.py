@@ -1,0 +1,102 @@
+"""The figures of a training while it runs: rows on disk for `ear watch` and `dvc plots show`, and for trackers.
+
+work/live/STAGE/training.tsv and validation.tsv grow by a line at a time; about.json says what is trained. They are no
+outputs of a stage, since rates and memory differ from run to run, and nothing reads them back into a result.
+"""
+
+import csv
+import datetime
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ear.display.trackers import Tracker
+from ear.files.atomic import remove, replace, whole_file
+from ear.files.json_files import rounded, write_json
+
+FOLDER = Path("work/live")
+TRAINING, VALIDATION, ABOUT = "training.tsv", "validation.tsv", "about.json"
+Row = dict[str, Any]
+
+
+class Live:
+    """Shows a training to whoever looks; a Live without a folder, as on ranks other than 0, shows nothing."""
+
+    def __init__(
+        self,
+        folder: Path | None = None,
+        *,
+        more: Callable[[Row], Row] = lambda row: {},  # further figures of a row of training
+        trackers: Sequence[Tracker] = (),
+    ):
+        self.folder, self._more, self._trackers = folder, more, trackers
+
+    def begin(self, images: int, about: Mapping[str, Any]) -> None:
+        """Start after `images` images: rows of later ones, from before a kill, are removed."""
+        if self.folder is None:
+            return
+        for name in (TRAINING, VALIDATION):
+            rows = [row for row in read_rows(self.folder / name) if row["images"] <= images] if images else []
+            _write(self.folder / name, rows)
+        now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        write_json(self.folder / ABOUT, {**about, "started": now, "started_at_image": images})
+
+    def training(self, row: Row) -> None:
+        """Add a row of means since the row before."""
+        more = self._more(row)  # also on ranks that show nothing: it starts to count again
+        self._add(TRAINING, row | more)
+
+    def validation(self, row: Row) -> None:
+        """Add a row of losses on held-out data."""
+        self._add(VALIDATION, row)
+
+    def _add(self, name: str, row: Row) -> None:
+        if self.folder is None:
+            return
+        path = self.folder / name
+        header = path.read_text().partition("\n")[0].split("\t") if path.is_file() else []
+        if header != list(row):  # the first row, or one of other code than the rows before
+            _write(path, [*read_rows(path), row])
+        else:
+            with path.open("a") as file:
+                file.write(_line(row.values()))  # one call: a reader sees the whole line, or none of it
+        for tracker in self._trackers:
+            tracker.log(name.removesuffix(".tsv"), row)
+
+    def close(self) -> None:
+        """Close the trackers."""
+        for tracker in self._trackers:
+            tracker.close()
+
+
+def archive(stage: str) -> None:
+    """After the stage's results are published: keep its rows in work/live/finished, in place of those before.
+
+    Empty tables stay, since `dvc plots show` warns of a file that is missing.
+    """
+    folder, kept = FOLDER / stage, FOLDER / "finished" / stage
+    if (folder / ABOUT).is_file():
+        remove(kept)
+        replace(folder, kept)
+        for name in (TRAINING, VALIDATION):
+            _write(folder / name, [])
+
+
+def read_rows(path: Path) -> list[Row]:
+    """The rows of a table that may be growing; a line that is not complete yet is left out. [] without a file."""
+    if not path.is_file():
+        return []
+    lines = path.read_text().split("\n")[:-1]
+    table = csv.DictReader(lines, delimiter="\t")
+    rows = [{name: float(value) if value else None for name, value in row.items()} for row in table]
+    return [row | {"images": int(row["images"] or 0)} for row in rows]
+
+
+def _write(path: Path, rows: Sequence[Row]) -> None:
+    columns = list(rows[-1]) if rows else ["images"]
+    with whole_file(path) as partial:
+        partial.write_text(_line(columns) + "".join(_line(row.get(name) for name in columns) for row in rows))
+
+
+def _line(values) -> str:
+    return "\t".join("" if value is None else str(rounded(value)) for value in values) + "\n"

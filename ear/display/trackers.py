@@ -1,0 +1,140 @@
+"""TensorBoard, MLflow and Weights & Biases: what `runtime.trackers` names gets every row of a running training.
+
+A tracker never ends a training: if it cannot start or fails, one line says so, and the training continues without it.
+Their packages are the extra `trackers`; all of them store locally unless their own settings say otherwise.
+"""
+
+import contextlib
+import functools
+import os
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from ear.files.json_files import read_json, write_json
+
+Row = Mapping[str, Any]
+
+
+class Tracker(Protocol):
+    """Takes rows of figures."""
+
+    def log(self, table: str, row: Row) -> None:
+        """A row of the table "training" or "validation"; row["images"] is its position."""
+
+    def close(self) -> None:
+        """Write what is left."""
+
+
+def opened(names: Iterable[str], *, run: str, folder: Path, parameters: Mapping[str, Any]) -> list[Tracker]:
+    """The named trackers, each with a run of that name; a resumed training continues its run.
+
+    folder: of the unfinished training, where the runs' ids are kept. parameters: plain values, by section.
+    """
+    return [_Careful(name, functools.partial(_START[name], run, folder, parameters)) for name in names]
+
+
+class _Careful:
+    """A tracker whose failures are told once and then ignored."""
+
+    def __init__(self, name: str, start: Callable[[], Tracker]):
+        self._name, self._tracker = name, None
+        with self._forgiving():
+            self._tracker = start()
+
+    def log(self, table: str, row: Row) -> None:
+        with self._forgiving():
+            if self._tracker:
+                self._tracker.log(table, {name: value for name, value in row.items() if value is not None})
+
+    def close(self) -> None:
+        with self._forgiving():
+            if self._tracker:
+                self._tracker.close()
+
+    @contextlib.contextmanager
+    def _forgiving(self):
+        try:
+            yield
+        except Exception as error:  # a tracker can fail in any way
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            print(f"note: {self._name} shows no more of this training ({reason})", flush=True)
+            self._tracker = None
+
+
+class _TensorBoard:
+    """Event files in work/tensorboard/RUN."""
+
+    def __init__(self, run: str, folder: Path, parameters: Mapping[str, Any]):
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(f"work/tensorboard/{run}")
+        self._writer.add_text("parameters", f"```\n{parameters}\n```")
+
+    def log(self, table: str, row: Row) -> None:
+        for name, value in row.items():
+            self._writer.add_scalar(f"{table}/{name}", value, row["images"])
+        self._writer.flush()
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class _MLflow:
+    """A run in the store that MLFLOW_TRACKING_URI names; default: work/mlflow.db."""
+
+    def __init__(self, run: str, folder: Path, parameters: Mapping[str, Any]):
+        import mlflow
+
+        os.environ.setdefault("MLFLOW_TRACKING_URI", "sqlite:///work/mlflow.db")
+        mlflow.set_experiment("ear")
+        known = _read_id(folder, "mlflow")
+        self._mlflow, active = mlflow, mlflow.start_run(run_id=known, run_name=None if known else run)
+        _write_id(folder, "mlflow", active.info.run_id)
+        if not known:
+            mlflow.log_params({f"{s}.{k}": v for s, keys in parameters.items() for k, v in _items(keys)})
+
+    def log(self, table: str, row: Row) -> None:
+        self._mlflow.log_metrics({f"{table}/{name}": value for name, value in row.items()}, step=row["images"])
+
+    def close(self) -> None:
+        self._mlflow.end_run()
+
+
+class _Wandb:
+    """A run of the project `ear`; WANDB_MODE=offline stores it in work/wandb only."""
+
+    def __init__(self, run: str, folder: Path, parameters: Mapping[str, Any]):
+        import wandb
+
+        known = _read_id(folder, "wandb")
+        self._run = wandb.init(
+            project="ear", name=run, id=known, resume="allow", dir="work", config=dict(parameters), reinit=True
+        )
+        _write_id(folder, "wandb", self._run.id)
+
+    def log(self, table: str, row: Row) -> None:
+        self._run.log({f"{table}/{name}": value for name, value in row.items()})
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+_START: dict[str, Callable[[str, Path, Mapping[str, Any]], Tracker]] = {
+    "tensorboard": _TensorBoard,
+    "mlflow": _MLflow,
+    "wandb": _Wandb,
+}
+
+
+def _items(keys: Any) -> Iterable[tuple[str, Any]]:
+    return keys.items() if isinstance(keys, Mapping) else [("", keys)]
+
+
+def _read_id(folder: Path, name: str) -> str | None:
+    path = folder / f"{name}.json"
+    return read_json(path)["run"] if path.is_file() else None
+
+
+def _write_id(folder: Path, name: str, run: str) -> None:
+    write_json(folder / f"{name}.json", {"run": run})

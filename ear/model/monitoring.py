@@ -1,0 +1,72 @@
+"""Figures of a training that help to judge it while it runs, beyond those of its log."""
+
+import collections
+import itertools
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from ear.model.autoregressive import AutoregressiveModel
+from ear.runtime import distributed
+from ear.runtime.device import data_sheet_peak
+from ear.scores.score import Loss
+
+_PARTS = 4  # of the range of shares of predicted tokens
+_KEPT = 4096  # micro-batches, at most, between two rows
+
+
+class Monitor:
+    """Watches the losses of this rank's micro-batches.
+
+    tokens: [N, D], training tokens, for losses to compare with. device: of the training.
+    """
+
+    def __init__(self, model: AutoregressiveModel, tokens: Tensor, device: torch.device):
+        self._seen: collections.deque[tuple[float, Tensor]] = collections.deque(maxlen=_KEPT)
+        self._references = model.score.references(tokens)
+        shares = model.shape.model.mask_ratio_min, model.shape.model.attention == "bidirectional"
+        self._edges = _edges(shares[0]) if shares[1] and shares[0] < 1 else []
+        peak = data_sheet_peak(device)
+        self._share_of_peak = _training_flops(model) / peak if peak else 0.0
+
+    def saw(self, loss: Loss) -> None:
+        """Note the loss of a micro-batch; does not wait for the device."""
+        self._seen.append((loss.predicted, loss.value.detach()))
+
+    def figures(self, row: Mapping[str, float]) -> dict[str, float | None]:
+        """Further figures for a row of the log, of the micro-batches since the last call.
+
+        The loss by the share of tokens that were predicted (None if no micro-batch had such a share), the losses that
+        `Score.references` gives, and on known GPUs the model FLOPs utilisation (MFU): the operations that the model
+        needs, by the peak of all GPUs in bfloat16.
+        """
+        seen, figures = [*self._seen], {}
+        self._seen.clear()
+        if self._edges:
+            losses = torch.stack([loss for _, loss in seen]).tolist() if seen else []
+            figures = by_share([share for share, _ in seen], losses, self._edges)
+        if self._share_of_peak:
+            figures["mfu"] = row["images_per_second"] * self._share_of_peak / distributed.size()
+        return figures | self._references
+
+
+def _training_flops(model: AutoregressiveModel) -> int:
+    from ear.model.flops import training_flops  # counts with tensors without data, which takes seconds to import
+
+    return training_flops(model.shape)["forward and backward"]
+
+
+def _edges(least: float) -> list[float]:
+    return [least + (1 - least) * part / _PARTS for part in range(_PARTS + 1)]
+
+
+def by_share(shares: Sequence[float], losses: Sequence[float], edges: Sequence[float]) -> dict[str, float | None]:
+    """Mean loss of the micro-batches whose share of predicted tokens lies between neighbouring edges; None of none."""
+    figures: dict[str, float | None] = {}
+    for low, high in itertools.pairwise(edges):
+        last = high == edges[-1]
+        found = zip(shares, losses, strict=True)
+        inside = [loss for share, loss in found if low <= share and (share < high or last)]
+        figures[f"loss_masked_{low:.0%}_{high:.0%}".replace("%", "")] = sum(inside) / len(inside) if inside else None
+    return figures

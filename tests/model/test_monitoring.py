@@ -1,0 +1,45 @@
+"""Figures beyond the log that show how a training goes."""
+
+import pytest
+import torch
+import toy
+from factories import tiny_model
+
+from ear.model.monitoring import Monitor, by_share
+from ear.runtime.randomness import generator, stream
+from ear.scores.score import Loss
+
+
+def test_losses_by_share_of_predicted_tokens():
+    found = by_share([0.2, 0.3, 0.4, 1.0], [1.0, 2.0, 4.0, 8.0], [0.2, 0.4, 0.8, 1.0])
+    assert found == {"loss_masked_20_40": 1.5, "loss_masked_40_80": 4.0, "loss_masked_80_100": 8.0}
+    assert by_share([0.5], [3.0], [0.2, 0.4, 1.0]) == {"loss_masked_20_40": None, "loss_masked_40_100": 3.0}
+
+
+def test_a_monitor_counts_from_row_to_row_and_names_losses_to_compare_with():
+    model = tiny_model()
+    tokens = torch.randn(4000, model.shape.token_channels, generator=generator(0, "tokens"))
+    monitor = Monitor(model, tokens, torch.device("cpu"))
+    row = {"images_per_second": 10.0}
+    for value in (1.0, 3.0):
+        monitor.saw(Loss(torch.tensor(value), {}, 1.0))
+    figures = monitor.figures(row)
+    *others, last = [name for name in figures if name.startswith("loss_masked")]
+    assert (figures[last], {figures[name] for name in others}) == (2.0, {None})
+    assert monitor.figures(row)[last] is None
+    # E|y| and E|y - y'| of a standard normal distribution, the latter sqrt(2) times the former.
+    expected = tokens.norm(dim=1).mean().item()
+    assert figures["untrained_loss"] == pytest.approx(2 * expected, rel=1e-4)
+    assert figures["context_free_loss"] == pytest.approx(2**0.5 * expected, rel=0.03)
+
+
+def test_a_trained_head_repels_half_as_much_as_it_attracts():
+    """At the optimum E d(x, y) = E d(x, x') = E d(y, y'): attraction counts it twice."""
+    score = toy.fit(toy.head("energy"))
+    conditions = torch.ones(4096)
+    loss = score.loss(
+        toy.hidden(conditions), toy.mixture(conditions, generator(1, "y")), temperature=1.0, source=stream(2)
+    )
+    attraction, repulsion = loss.parts["attraction"].mean(), loss.parts["repulsion"].mean()
+    torch.testing.assert_close(loss.value.mean(), attraction - repulsion)
+    assert (repulsion / attraction).item() == pytest.approx(0.5, rel=0.05)
