@@ -1,8 +1,9 @@
 """Compute FID, Inception score, KID, precision and recall of the generated images, and the protocol behind them.
 
 Reads data/reference, data/samples/samples.h5 and data/reconstructions, the distance that the tokenizer alone causes.
-Writes data/evaluation/metrics.json. If the extractor is a classifier, the metrics include class accuracy: the share of
-images that it assigns to the class they were drawn for. A killed run resumes from the images whose features are saved.
+Writes data/evaluation: metrics.json, and protocol.json with everything that the metrics depend on. If the extractor is
+a classifier, the metrics include class accuracy: the share of images that it assigns to the class they were drawn for.
+A killed run resumes from the images whose features are saved.
 """
 
 from collections.abc import Iterator
@@ -26,7 +27,8 @@ from stages import program
 
 EXTRACTOR, REFERENCE = "data/reference/extractor.safetensors", "data/reference/features.safetensors"
 REAL, RECONSTRUCTIONS = "data/reference/metrics.json", "data/reconstructions/metrics.json"
-SAMPLES, TARGET = "data/samples/samples.h5", "data/evaluation/metrics.json"
+SAMPLES = "data/samples/samples.h5"
+TARGET, PROTOCOL = "data/evaluation/metrics.json", "data/evaluation/protocol.json"
 
 
 @dataclass(frozen=True)
@@ -77,8 +79,8 @@ def work(parameters: Parameters, run: Run) -> None:
         evaluation=options.model_dump(exclude={"repeats"}),
     )
     why = protocol.incomparable(described, extractor=extractor, reference=reference)
-    verdict = {"comparable_with_published": not why, "why": why, "protocol": described}
-    write_json(run.output(TARGET), rounded(figures | verdict))
+    write_json(run.output(TARGET), rounded(figures))
+    write_json(run.output(PROTOCOL), rounded({"comparable_with_published": not why, "why": why, **described}))
     print("\n".join(protocol.readable(rounded(figures | {"protocol": described}))))
     if why:
         print(f"Do not compare with published figures: {'; '.join(why)}.")

@@ -8,6 +8,7 @@ import argparse
 import dataclasses
 import os
 import sys
+import time
 import traceback
 import typing
 from collections.abc import Callable, Mapping
@@ -20,11 +21,13 @@ from ear import config
 from ear.display.live import FOLDER, Live, archive
 from ear.display.trackers import opened
 from ear.errors import UserError
+from ear.files.json_files import write_json
 from ear.lineage.declaration import locked
 from ear.lineage.run import Run
 from ear.runtime import distributed
 
 LOGS = Path("work/logs")
+TIMES = Path("work/times")  # how long each stage took when it last ran here
 View = TypeVar("View")
 
 
@@ -80,6 +83,7 @@ def perform(
     """Run the work of a stage and publish its outputs."""
     now = parameters()
     view = visible(now, kind)
+    began = time.monotonic()
     with Run(
         stage,
         lambda: tracked(parameters(), kind),
@@ -91,6 +95,7 @@ def perform(
         run.publish()
     if distributed.is_main():
         archive(stage)
+        write_json(TIMES / f"{stage}.json", {"seconds": time.monotonic() - began})
 
 
 def live(stage: str, parameters: Any, scratch: Path, more: Callable[[dict], dict] = lambda row: {}) -> Live:

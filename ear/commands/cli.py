@@ -130,6 +130,25 @@ def watch(stage: str | None, every: float, once: bool, samples: int, samples_eve
 
 
 @main.command(cls=_Command)
+@click.option(
+    "--output",
+    type=click.Path(path_type=Path),
+    default=Path("data/report.html"),
+    show_default=True,
+    help="file to write",
+)
+def report(output: Path) -> None:
+    """Write one HTML file that shows what the pipeline made.
+
+    Metrics and what they depend on, real beside generated images, nearest training images, reconstructions, curves,
+    latents, parameters, code. Parts whose stage has not run say so.
+    """
+    from ear.commands import report
+
+    print(report.run(output))
+
+
+@main.command(cls=_Command)
 @click.argument("output", type=click.Path(path_type=Path))
 @click.option(
     "--checkpoint",

@@ -36,7 +36,8 @@ def run(stage: str | None, *, every: float, once: bool, samples: int, samples_ev
             yield text(current, rows)
             draw(current, rows)
         elif once:
-            raise UserError(f"{current or 'no stage'} has no running training; start `dvc repro`, and try again.")
+            what = f"{current} does not train" if current else "no stage trains"
+            raise UserError(f"{what} now; start `dvc repro`, and try again.")
         checkpoint = newest_checkpoint(current) if current in ("train", "finetune") else None
         if samples and checkpoint and checkpoint != sampled and time.monotonic() >= next_samples:
             sampled, next_samples = checkpoint, time.monotonic() + samples_every

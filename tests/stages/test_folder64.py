@@ -90,7 +90,7 @@ def test_all_stages_on_real_pictures(repository, tmp_path, one_thread):
     assert latents["shape"] == [16, 2, 2]
     assert sum(latents["rows"].values()) == 48
     metrics = read("data/evaluation/metrics.json")
-    assert metrics["protocol"]["images_per_class"] == {"least": 4, "most": 4}
+    assert read("data/evaluation/protocol.json")["images_per_class"] == {"least": 4, "most": 4}
     assert np.isfinite([metrics[name] for name in ("fid", "kid", "precision", "recall", "class_accuracy")]).all()
     counted = costs.pipeline_costs(parameters, classes=3, images=48)
     assert read("data/model/metrics.json")["parameters"] == counted.parameters["all"]

@@ -68,15 +68,16 @@ def test_published_statistics_replace_the_training_images(tmp_path, monkeypatch,
     samples.write("data/samples/samples.h5", 0, images)
     run("evaluate")
     figures = json.loads(Path("data/evaluation/metrics.json").read_text())
-    assert figures["protocol"]["reference"] == {
+    protocol = json.loads(Path("data/evaluation/protocol.json").read_text())
+    assert protocol["reference"] == {
         "name": "adm.npz",
         "images": None,
         "sha256": sha256("adm.npz"),
         "rows": 6,
     }
-    assert figures["protocol"]["extractor"]["features"] == 2048
-    assert len(figures["why"]) == 5  # few images, unbalanced, not ImageNet's classes, other weights, not ADM's file
-    assert figures["why"][-1] == "no figures of images of 8 pixels are known to be published"
+    assert protocol["extractor"]["features"] == 2048
+    assert len(protocol["why"]) == 5  # few images, unbalanced, not ImageNet's classes, other weights, not ADM's file
+    assert protocol["why"][-1] == "no figures of images of 8 pixels are known to be published"
     assert "class_accuracy" not in figures
     cost = figures["reconstruction"]
     assert abs(cost["rfid"]) < 1e-3 * cost["rfid_train"]  # of equal images, whose few features leave sigma singular

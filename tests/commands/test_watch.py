@@ -1,0 +1,71 @@
+"""`ear watch` beside a training that writes rows."""
+
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+from PIL import Image
+
+from ear.commands import watch
+from ear.commands.cli import main
+from ear.display import live
+from ear.display.live import FOLDER, Live
+
+
+def rows(count: int, stage: str = "train") -> Live:
+    shown = Live(FOLDER / stage)
+    shown.begin(0, {"total_images": 6400, "parameters": 1000, "device": "cpu"})
+    for number in range(1, count + 1):
+        shown.training({"images": 64 * number, "loss": 2.0 / number, "images_per_second": 32.0})
+    return shown
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_one_look_shows_figures_time_left_and_pictures():
+    rows(4).validation({"images": 256, "loss": 1.25})
+    result = CliRunner().invoke(main, ["watch", "--once"])
+    assert result.exit_code == 0
+    first, second, third, *_ = result.output.splitlines()
+    assert first == "train: 256 of 6,400 images, 32.0 img/s, 3 min 12 s left, 1,000 parameters on cpu"
+    assert second == "loss 0.5, images_per_second 32"
+    assert third == "held out, after 256 images: loss 1.25"
+    assert Image.open("work/watch/train.png").size[0] == 1200
+
+
+def test_without_a_training_one_look_says_so():
+    result = CliRunner().invoke(main, ["watch", "--once"])
+    assert result.exit_code == 1
+    assert result.output == "watch: no stage trains now; start `dvc repro`, and try again.\n"
+
+
+def test_the_stage_that_trains_now_is_followed_to_its_end():
+    rows(2, "tokenizer")
+    texts = watch.run(None, every=0.01, once=False, samples=0, samples_every=0)
+    assert next(texts).startswith("tokenizer: 128 of 6,400 images")
+    live.archive("tokenizer")
+    rows(3)
+    assert next(texts).startswith("train: 192 of 6,400 images")
+    live.archive("train")
+    assert next(texts) == "train has ended; its rows are in work/live/finished/train"
+    assert list(texts) == []
+
+
+def test_the_newest_checkpoint_is_drawn_once(monkeypatch):
+    rows(2)
+    drawn = []
+    monkeypatch.setattr(watch, "draw_samples", lambda path, count: drawn.append((path.name, count)) or "drawn")
+    for name in ("checkpoint-000000000064.safetensors", "checkpoint-000000000128.safetensors"):
+        path = Path("work/train/0123456789abcdef") / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    texts = watch.run("train", every=0.01, once=False, samples=20, samples_every=0)
+    next(texts)
+    assert next(texts) == "drawn"
+    live.archive("train")
+    assert "has ended" in next(texts)
+    assert drawn == [("checkpoint-000000000128.safetensors", 20)]
