@@ -4,6 +4,7 @@
     model = ear.load("data/finetuned")
     images = ear.generate("data", labels=[3, 7], steps=16, guidance=2.0, temperature=0.9, seed=0)
     edited = ear.inpaint(images, mask, labels=[3, 7])  # redraws the pixels where mask is true
+    images = ear.load_pipeline("digits.safetensors").generate(labels=[3, 7])  # what `ear export` wrote
 
 `ear.interop` reads and writes published checkpoints. `ear.UserError` is raised for mistakes that the caller can fix.
 """
@@ -16,12 +17,14 @@ if TYPE_CHECKING:
     from ear.model import interop
     from ear.sampling.editing import inpaint
     from ear.sampling.generation import generate, load
+    from ear.sampling.portable import load_pipeline
 
 _MODULES = {
     "UserError": "ear.errors",
     "generate": "ear.sampling.generation",
     "inpaint": "ear.sampling.editing",
     "load": "ear.sampling.generation",
+    "load_pipeline": "ear.sampling.portable",
 }
 
 
@@ -34,4 +37,4 @@ def __getattr__(name: str) -> Any:
     return getattr(importlib.import_module(_MODULES[name]), name)
 
 
-__all__ = ["UserError", "generate", "inpaint", "interop", "load"]
+__all__ = ["UserError", "generate", "inpaint", "interop", "load", "load_pipeline"]

@@ -153,18 +153,20 @@ def report(output: Path) -> None:
 @click.option(
     "--checkpoint",
     type=click.Path(path_type=Path),
-    required=True,
-    help="of the train or finetune stage, such as one in work/kept",
+    help="of the train or finetune stage, such as one in work/kept: write only a model file with its weights",
 )
 @click.option(
     "--weights",
     type=click.Choice(["averaged", "averaged_long", "weights"]),
-    default="averaged",
-    show_default=True,
-    help="an EMA, or the weights that are trained",
+    help="of the checkpoint: an EMA (default: averaged), or the weights that are trained",
 )
-def export(output: Path, checkpoint: Path, weights: str) -> None:
-    """Write a model file that `ear.load` and `ear.generate` take, from a checkpoint of a training."""
+def export(output: Path, checkpoint: Path | None, weights: str | None) -> None:
+    """Write the trained pipeline to one file, for `ear.load_pipeline`: model, tokenizer, classes, sampling, metrics.
+
+    With --checkpoint, write only a model file, for `ear.load` and `ear.generate`.
+    """
     from ear.commands import export
 
-    print(export.run(checkpoint, output, weights=weights))
+    if weights and not checkpoint:
+        raise click.UsageError("--weights selects from a checkpoint; give --checkpoint, too")
+    print(export.run(output, checkpoint=checkpoint, weights=weights))

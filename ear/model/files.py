@@ -50,8 +50,16 @@ def load_model(path: str | Path, weights: str | None = None) -> tuple[Autoregres
             f"{path} has format {description.get('format')!r}, but must have {FORMAT!r}; give a model file of ear, or "
             "a checkpoint of the train or finetune stage."
         )
-    with reading(path, "description of a model", "train it again"):
-        shape = Shape.from_dict(description["shape"])
-        tensors, stored = read_part(path, part), description["shape"]
-        model = built_with(lambda: build_model(shape), tensors, str(path), layers=shape.model.depth, description=stored)
-    return model.eval(), description
+    return model_of(read_part(path, part), description, path), description
+
+
+def model_of(tensors: dict, description: dict, origin: str | Path) -> AutoregressiveModel:
+    """The model with these tensors, in eval mode; `description` is that of `describe`, `origin` the file of both.
+
+    Raises UserError if the description or a tensor is not what a model needs.
+    """
+    with reading(origin, "description of a model", "train it again"):
+        shape, stored = Shape.from_dict(description["shape"]), description["shape"]
+        layers = shape.model.depth
+        model = built_with(lambda: build_model(shape), tensors, str(origin), layers=layers, description=stored)
+    return model.eval()

@@ -40,10 +40,24 @@ def inpaint(
     each other or the model, a mask is empty, `steps` is less than 1, or the model is causal.
     """
     sampler = ImageSampler.open(Path(data) / MODEL, Path(data) / TOKENIZER, device)
+    settings = SamplingSettings(steps=steps, guidance=guidance, schedule=schedule, temperature=temperature, seed=seed)
+    return inpaint_with(sampler, images, mask, labels, settings, paste=paste, batch_size=batch_size)
+
+
+def inpaint_with(
+    sampler: ImageSampler,
+    images: np.ndarray,
+    mask: np.ndarray,
+    labels: Sequence[int | str],
+    settings: SamplingSettings,
+    *,
+    paste: bool = True,
+    batch_size: int = 64,
+) -> np.ndarray:
+    """As `inpaint`, by a model that is loaded already."""
     _check(sampler, images, mask, labels)
     drawn = masked_tokens(mask, sampler.tokenizer.downsample * sampler.model.patch)
     classes = np.asarray(sampler.labels(labels))
-    settings = SamplingSettings(steps=steps, guidance=guidance, schedule=schedule, temperature=temperature, seed=seed)
     result = np.empty_like(images)
     for group in _equal_counts(drawn, batch_size):
         result[group] = _redrawn(sampler, images[group], drawn[group], classes[group], group.tolist(), settings)

@@ -79,6 +79,18 @@ class ImageSampler:
                 )
         return [numbers[label] if isinstance(label, str) else int(label) for label in wanted]
 
+    def generate(
+        self, labels: Sequence[int | str], settings: SamplingSettings, *, batch_size: int, first: int = 0
+    ) -> np.ndarray:
+        """uint8 [N, H, W, 3] for class numbers or names; the first image is number `first` of its seed.
+
+        Raises UserError for an empty or unknown label.
+        """
+        if not len(labels):
+            raise UserError("labels is empty; give one class per image.")
+        parts = batches(self.labels(labels), batch_size)
+        return np.concatenate([self.images(part, settings, first=first + start) for start, part in parts])
+
     @torch.inference_mode()
     def images(self, labels: Sequence[int], settings: SamplingSettings, *, first: int) -> np.ndarray:
         """uint8 [N, H, W, 3] for one batch of class numbers.
@@ -137,9 +149,6 @@ def generate(
 
     Raises MissingFileError if a stage has not run; UserError for an empty or unknown label, or less than one step.
     """
-    if not len(labels):
-        raise UserError("labels is empty; give one class per image.")
     sampler = ImageSampler.open(model or Path(data) / MODEL, Path(data) / TOKENIZER, device)
     settings = SamplingSettings(steps=steps, guidance=guidance, schedule=schedule, temperature=temperature, seed=seed)
-    parts = batches(sampler.labels(labels), batch_size)
-    return np.concatenate([sampler.images(part, settings, first=first) for first, part in parts])
+    return sampler.generate(labels, settings, batch_size=batch_size)

@@ -153,14 +153,18 @@ def save_tokenizer(path: str | Path, tokenizer: Tokenizer, source: Mapping | Non
 
     `source` says where imported weights come from; see ear.tokenizer.importing.
     """
-    description = {
+    write_tensors(path, tokenizer.state_dict(), describe_tokenizer(tokenizer, source))
+
+
+def describe_tokenizer(tokenizer: Tokenizer, source: Mapping | None = None) -> dict:
+    """What a file with its weights says of a tokenizer."""
+    return {
         "format": FORMAT,
         "kind": tokenizer.kind,
         "image_size": tokenizer.image_size,
         "config": tokenizer.config(),
         "source": source,
     }
-    write_tensors(path, tokenizer.state_dict(), description)
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
@@ -169,6 +173,11 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     Raises MissingFileError; UserError if the file is not a tokenizer or its tensors do not fit its structure.
     """
     tensors, description = read_tensors(path)
+    return tokenizer_of(tensors, description, path)
+
+
+def tokenizer_of(tensors: dict, description: Mapping, path: str | Path) -> Tokenizer:
+    """The tokenizer with these tensors, in eval mode; `description` is that of its file, `path`. Raises UserError."""
     if description.get("format") != FORMAT:
         raise UserError(
             f"{path} has format {description.get('format')!r}, not {FORMAT!r}; run the tokenizer stage again."

@@ -168,13 +168,13 @@ def test_a_kept_checkpoint_is_a_model(repository):
     drawn = ear.generate("data", [0, 1], steps=4, model=early)
     assert drawn.shape == (2, 8, 8, 3)
     assert not np.array_equal(drawn, ear.generate("data", [0, 1], steps=4, model=last))
-    export.run(early, Path("early/model.safetensors"))
+    export.run(Path("early/model.safetensors"), checkpoint=early)
     assert np.array_equal(drawn, ear.generate("data", [0, 1], steps=4, model="early/model.safetensors"))
     with pytest.raises(ear.UserError, match="weights is 'long', but must be averaged, averaged_long or weights"):
         ear.load(last, "long")
     assert ear.load(last, "averaged_long").shape == ear.load(last).shape
     with pytest.raises(ear.UserError, match="is no checkpoint of a training"):
-        export.run(Path("data/model/model.safetensors"), Path("other"), weights="averaged")
+        export.run(Path("other"), checkpoint=Path("data/model/model.safetensors"), weights="averaged")
     tokenizer_checkpoint = Path("foreign.safetensors")
     write_tensors(tokenizer_checkpoint, {"weights.a": torch.zeros(1)}, {"images": 1, "about": {}})
     with pytest.raises(ear.UserError, match="give a model file of ear, or a checkpoint of the train or finetune stage"):

@@ -1,0 +1,170 @@
+"""A whole trained pipeline in one safetensors file, to give to somebody: `ear export` writes it.
+
+Its tensors are `model.*` and `tokenizer.*`; its description holds the model's and the tokenizer's, the sampling behind
+the metrics, and the metrics. On a hub (huggingface_hub) or in a folder it lies beside a model card.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from huggingface_hub import ModelHubMixin, hf_hub_download
+
+from ear.errors import UserError
+from ear.files.atomic import whole_file
+from ear.files.reading import reading
+from ear.files.tensors import read_tensors, write_tensors
+from ear.latents.statistics import Statistics
+from ear.model.files import describe, model_of
+from ear.sampling.editing import inpaint_with
+from ear.sampling.generation import ImageSampler
+from ear.sampling.settings import SamplingSettings
+from ear.tokenizer.autoencoder import describe_tokenizer, tokenizer_of
+
+FORMAT = "ear-pipeline-1"
+FILE, CARD = "pipeline.safetensors", "README.md"
+_MODEL, _TOKENIZER = "model.", "tokenizer."
+_SAMPLING = ("steps", "guidance", "schedule", "temperature")  # what `generate` takes as defaults
+
+
+class Pipeline(ModelHubMixin):
+    """A trained generator. `push_to_hub(NAME)` and `from_pretrained(NAME or folder)` are huggingface_hub's.
+
+    sampling: steps, guidance, schedule and temperature behind the metrics. metrics: plain values by name.
+    """
+
+    def __init__(self, sampler: ImageSampler, *, tokenizer_sha256: str, sampling: Mapping, metrics: Mapping):
+        self.sampler, self.tokenizer_sha256 = sampler, tokenizer_sha256
+        self.sampling, self.metrics = {name: sampling[name] for name in _SAMPLING}, dict(metrics)
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Class names by number."""
+        return self.sampler.model.shape.classes
+
+    def settings(self, seed: int = 0, **changes: Any) -> SamplingSettings:
+        """The sampling behind the metrics, with the changes that are not None."""
+        given = {name: value for name, value in changes.items() if value is not None}
+        return SamplingSettings(**{**self.sampling, **given}, seed=seed)
+
+    def generate(
+        self,
+        labels: Sequence[int | str],  # class numbers or names, one per image
+        *,
+        steps: int | None = None,  # None here and below: as for the metrics
+        guidance: float | None = None,
+        schedule: str | None = None,
+        temperature: float | None = None,
+        seed: int = 0,
+        batch_size: int = 64,
+    ) -> np.ndarray:
+        """Generate uint8 images [N, H, W, 3]; image k depends on (seed, k) and its label. Raises as `ear.generate`."""
+        settings = self.settings(seed, steps=steps, guidance=guidance, schedule=schedule, temperature=temperature)
+        return self.sampler.generate(labels, settings, batch_size=batch_size)
+
+    def inpaint(
+        self,
+        images: np.ndarray,  # uint8 [N, H, W, 3]
+        mask: np.ndarray,  # bool [N, H, W], true where pixels are redrawn
+        labels: Sequence[int | str],
+        *,
+        steps: int | None = None,
+        guidance: float | None = None,
+        schedule: str | None = None,
+        temperature: float | None = None,
+        seed: int = 0,
+        paste: bool = True,
+        batch_size: int = 64,
+    ) -> np.ndarray:
+        """Redraw every token that the mask touches => uint8 [N, H, W, 3]. Raises as `ear.inpaint`."""
+        settings = self.settings(seed, steps=steps, guidance=guidance, schedule=schedule, temperature=temperature)
+        return inpaint_with(self.sampler, images, mask, labels, settings, paste=paste, batch_size=batch_size)
+
+    def save(self, path: str | Path) -> None:
+        """Write everything to one file, byte-reproducibly."""
+        model, tokenizer = self.sampler.model, self.sampler.tokenizer
+        tensors = {f"{_MODEL}{name}": tensor for name, tensor in model.state_dict().items()}
+        tensors |= {f"{_TOKENIZER}{name}": tensor for name, tensor in tokenizer.state_dict().items()}
+        latents = {"statistics": self.sampler.statistics.as_dict(), "tokenizer": self.tokenizer_sha256}
+        description = {
+            "format": FORMAT,
+            "model": describe(model, latents),
+            "tokenizer": describe_tokenizer(tokenizer),
+            "sampling": self.sampling,
+            "metrics": self.metrics,
+        }
+        write_tensors(path, tensors, description)
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        self.save(save_directory / FILE)
+        with whole_file(save_directory / CARD) as partial:
+            partial.write_text(self.card())
+
+    @classmethod
+    def _from_pretrained(cls, *, model_id: str, **options: Any) -> "Pipeline":
+        if (folder := Path(model_id)).is_dir():
+            return load_pipeline(folder / FILE)
+        names = ("revision", "cache_dir", "token", "local_files_only", "force_download")
+        given = {name: options[name] for name in names if options.get(name) is not None}
+        return load_pipeline(hf_hub_download(model_id, FILE, **given))
+
+    def card(self) -> str:
+        """The model card: Markdown with a header that hubs read."""
+        shape = self.sampler.model.shape
+        side = self.sampler.image_shape[0]
+        rows = "\n".join(f"| {name} | {value} |" for name, value in self.metrics.items())
+        sampling = ", ".join(f"{name} {value}" for name, value in self.sampling.items())
+        return f"""---
+library_name: ear
+tags: [image-generation, class-conditional, autoregressive, {shape.score.name}-score]
+pipeline_tag: unconditional-image-generation
+---
+
+# An autoregressive image generator with continuous tokens
+
+Class-conditional images of {side} x {side} pixels in {len(shape.classes)} classes, trained by maximising the
+{shape.score.name} score with `ear` (EAR, ICML 2025).
+
+```python
+import ear
+
+pipeline = ear.load_pipeline("{FILE}")
+images = pipeline.generate(labels=[0, 1], seed=0)  # uint8 [2, {side}, {side}, 3]
+```
+
+| metric | value |
+|---|---|
+{rows}
+
+Sampling behind the metrics: {sampling}. FID depends on its features and on the number of images: compare it only with
+figures that were measured in the same way.
+"""
+
+
+def load_pipeline(path: str | Path, device: torch.device | str = "cpu") -> Pipeline:
+    """Load what `ear export` or `Pipeline.save` wrote.
+
+    Raises MissingFileError; UserError if the file is damaged or holds something else.
+    """
+    tensors, description = read_tensors(path)
+    if description.get("format") != FORMAT:
+        raise UserError(
+            f"{path} has format {description.get('format')!r}, but must have {FORMAT!r}; `ear export FILE` writes it."
+        )
+    with reading(path, "description of a pipeline", "export it again"):
+        parts = {
+            prefix: {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+            for prefix in (_MODEL, _TOKENIZER)
+        }
+        about = description["model"]
+        model = model_of(parts[_MODEL], about, path)
+        tokenizer = tokenizer_of(parts[_TOKENIZER], description["tokenizer"], path)
+        sampler = ImageSampler(model, tokenizer, Statistics(**about["statistics"]), device)
+        return Pipeline(
+            sampler,
+            tokenizer_sha256=about["tokenizer"],
+            sampling=description["sampling"],
+            metrics=description["metrics"],
+        )
