@@ -149,6 +149,20 @@ def report(output: Path) -> None:
 
 
 @main.command(cls=_Command)
+@click.argument("file", required=False, type=click.Path(path_type=Path))
+@click.option("--port", type=click.IntRange(1, 65535), default=7860, show_default=True)
+@click.option("--host", default="127.0.0.1", show_default=True, help="0.0.0.0 lets other machines in")
+def playground(file: Path | None, port: int, host: str) -> None:
+    """Serve a page to play with a trained generator: classes, guidance, steps, inpainting with a brush.
+
+    FILE: what `ear export FILE` wrote; default: the networks in data/.
+    """
+    from ear.commands import playground
+
+    playground.run(file, host=host, port=port)
+
+
+@main.command(cls=_Command)
 @click.argument("output", type=click.Path(path_type=Path))
 @click.option(
     "--checkpoint",

@@ -104,6 +104,18 @@ class ImageSampler:
         return self.pixels(latents, numbers, settings)
 
     @torch.inference_mode()
+    def step_by_step(self, labels: Sequence[int], settings: SamplingSettings, *, first: int) -> list[np.ndarray]:
+        """The images of `images` before each step and at the end, uint8 [N, H, W, 3] each.
+
+        Tokens that are not drawn yet are shown as mean latents.
+        """
+        numbers, latents = range(first, first + len(labels)), []
+        source = image_streams(settings.seed, numbers)
+        with precise(settings.precision, self.device):
+            drawn = sample(self.model, labels, settings, source=source, seen=lambda now: latents.append(now.clone()))
+        return [self.pixels(state, numbers, settings) for state in (*latents, drawn)]
+
+    @torch.inference_mode()
     def pixels(self, latents: torch.Tensor, numbers: Sequence[int], settings: SamplingSettings) -> np.ndarray:
         """Normalised latents [N, C, h, w] => uint8 [N, H, W, 3].
 

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from huggingface_hub import ModelHubMixin, hf_hub_download
 
-from ear.errors import UserError
+from ear.errors import MissingFileError, UserError
 from ear.files.atomic import whole_file
 from ear.files.reading import reading
 from ear.files.tensors import read_tensors, write_tensors
@@ -148,6 +148,8 @@ def load_pipeline(path: str | Path, device: torch.device | str = "cpu") -> Pipel
 
     Raises MissingFileError; UserError if the file is damaged or holds something else.
     """
+    if not Path(path).is_file():
+        raise MissingFileError(f"{path} does not exist; `ear export FILE` writes a pipeline.")
     tensors, description = read_tensors(path)
     if description.get("format") != FORMAT:
         raise UserError(

@@ -3,7 +3,7 @@
 Shapes: B images, L tokens of D channels, W hidden width, n tokens drawn in a step.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -25,6 +25,7 @@ def sample(
     orders: Tensor | None = None,  # int64 [B, L]; default: drawn from `source`
     known: Tensor | None = None,  # normalised latents [B, C, h, w]; tokens outside `mask` are kept
     mask: Tensor | None = None,  # bool [B, L], true where tokens are drawn; required with `known`
+    seen: Callable[[Tensor], None] | None = None,  # gets the latents before each step; 0 where none is drawn yet
 ) -> Tensor:
     """Normalised latents [B, C, h, w] in float32.
 
@@ -39,6 +40,8 @@ def sample(
 
     def draw_tokens(hidden: Tensor, masked: int) -> Tensor:
         """Hidden states [R, n, W] => tokens [B, n, D]; `masked` tokens are left afterwards."""
+        if seen:
+            seen(unpatchify(tokens, model.patch, model.shape.latent))
         conditional, *unconditional = (half.flatten(0, 1) for half in hidden.split(len(labels)))
         guidance = scale(masked)
         drawn = model.score.sample(

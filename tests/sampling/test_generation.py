@@ -6,30 +6,18 @@ import numpy as np
 import pytest
 import torch
 from factories import tiny_model
+from trained import CLASSES, publish
 
 import ear
-from ear.files.digests import sha256
 from ear.latents.statistics import Statistics
-from ear.model.files import save_model
 from ear.sampling import generation
 from ear.sampling.generation import ImageSampler
 from ear.sampling.settings import SamplingSettings
-from ear.tokenizer.autoencoder import Identity, save_tokenizer
+from ear.tokenizer.autoencoder import Identity
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-CLASSES = tuple("0123456789")
 DRAW = {"steps": 16, "guidance": 2.0, "temperature": 0.9, "seed": 0}
-
-
-def publish(data: Path, *, classes=CLASSES, **changes) -> Path:
-    """The files that the stages tokenizer and finetune leave: images of 8 pixels, tokens of 2 x 2 pixels."""
-    tokenizer = data / "tokenizer/tokenizer.safetensors"
-    save_tokenizer(tokenizer, Identity(image_size=8, downsample=2))
-    statistics = Statistics(0.1, 0.5, (0.1,) * 12, (0.5,) * 12)
-    description = {"statistics": statistics.as_dict(), "tokenizer": sha256(tokenizer), **changes}
-    save_model(data / "finetuned/model.safetensors", tiny_model(latent=(12, 4, 4), classes=classes), description)
-    return data
 
 
 @pytest.fixture
