@@ -24,12 +24,12 @@ import argparse
 import sys
 import time
 from collections.abc import Collection, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from prefect import State, flow, get_run_logger, task
-from prefect.artifacts import create_markdown_artifact, create_table_artifact
 from prefect.cache_policies import NO_CACHE
+from prefect.runtime import flow_run
 from prefect.states import Completed, Failed
 
 from ear import config
@@ -39,7 +39,7 @@ from ear.errors import UserError
 from ear.lineage.declaration import declarations
 from ear.lineage.run import clear_finished
 from flows import readiness, repository
-from flows.artifacts import GRID, metric_rows, picture
+from flows.artifacts import Shown, show_made, show_outcomes, write_report
 from flows.devices import devices, environment, hold
 from flows.inputs import changed_images
 from flows.program import report
@@ -47,6 +47,7 @@ from flows.repository import RepositoryError
 from flows.turns import turn
 
 CACHED = "Cached"  # Prefect's name for a result that was there already
+_LONGEST_NAME = 120
 UNCHANGED = "none of its dependencies changed"
 
 
@@ -80,7 +81,8 @@ def run_stage(name: str, why: str, upstream_ran: bool, force: bool, variables: d
             log.info("%s is up to date", name)
             return Completed(name=CACHED, data="up to date", message=UNCHANGED)
         log.info("%s is out of date: %s", name, why)
-        how = repository.reproduce(name, force=force, line=log.info, variables=variables)
+        with Shown(name) as shown:
+            how = repository.reproduce(name, force=force, line=shown.line, variables=variables)
         return Completed(name="Completed" if how == "ran" else CACHED, data=how, message=why)
     except RepositoryError as error:
         restore(name)
@@ -101,7 +103,16 @@ def Cached(**options: Any) -> State:
     return Completed(name="Cached", **options)
 
 
-@flow(name="pipeline")
+def run_name() -> str:
+    """What a run was asked for: its stages and overrides."""
+    asked = flow_run.parameters or {}
+    stages = ", ".join(asked.get("stages") or ["all stages"])
+    changes = ", ".join(f"{key}={value}" for key, value in (asked.get("overrides") or {}).items())
+    forced = "forced" if asked.get("force") else ""
+    return "; ".join(filter(None, [stages, changes, forced]))[:_LONGEST_NAME]
+
+
+@flow(name="pipeline", flow_run_name=run_name)
 def pipeline(
     stages: tuple[str, ...] = (),
     overrides: dict[str, Any] | None = None,
@@ -132,7 +143,7 @@ def pipeline(
 def bring_up_to_date(
     graph: dict[str, set[str]], order: list[str], forced: list[str], variables: dict[str, str]
 ) -> State:
-    """Check what changed, run the stages, publish the artifacts => the flow's final state.
+    """Check what changed, run the stages, write the report => the flow's final state.
 
     Raises UserError if a stage that would run cannot: nothing has been touched then.
     """
@@ -149,7 +160,8 @@ def bring_up_to_date(
     readiness.check(parameters, readiness.read_by(running))
     outcomes = walk(graph, order, forced, changed, unseen, variables)
     clear_finished(declarations().values())  # of the last stage, which has no stage after it that would
-    publish(outcomes)
+    show_outcomes(outcomes)
+    write_report()
     return summary(outcomes)
 
 
@@ -164,6 +176,7 @@ def walk(
     """Run the stages one after another, up to the first that fails."""
     outcomes: list[Outcome] = []
     fresh: set[str] = set()  # stages with new outputs
+    states: dict[str, State] = {}
     for name in order:
         if any(outcome.result == "failed" for outcome in outcomes):
             outcomes.append(Outcome(name, "not run", "an earlier stage failed", 0.0))
@@ -171,12 +184,22 @@ def walk(
         why = "; ".join(filter(None, ["forced" if name in forced else "", changed.get(name, "")]))
         force = name in forced or name in unseen
         start = time.monotonic()
-        state = run_stage(name, why, bool(fresh & graph[name]), force, variables, return_state=True)
+        upstream = [states[stage] for stage in sorted(graph[name]) if stage in states]
+        # A copy of the reason: Prefect would take the original as a result of the check, and draw the stage below it.
+        state = states[name] = run_stage(
+            name, _copied(why), bool(fresh & graph[name]), force, variables, return_state=True, wait_for=upstream
+        )
         result: Any = state.result() if state.is_completed() else "failed"
         outcomes.append(Outcome(name, result, state.message or "", round(time.monotonic() - start, 1)))
         if result in ("ran", "restored"):
             fresh.add(name)
+            show_made(name)
     return outcomes
+
+
+def _copied(text: str) -> str:
+    """An equal string that is another object."""
+    return text.encode().decode()
 
 
 def summary(outcomes: Iterable[Outcome]) -> State:
@@ -187,24 +210,6 @@ def summary(outcomes: Iterable[Outcome]) -> State:
             return Failed(message=f"stage '{outcome.stage}' failed: {outcome.why}")
         stages.setdefault(outcome.result, []).append(outcome.stage)
     return Completed(message="; ".join(f"{result}: {', '.join(names)}" for result, names in stages.items()))
-
-
-def publish(outcomes: list[Outcome]) -> None:
-    """Artifacts for Prefect's pages: what ran and why; if nothing failed, also the metrics and the sample grid."""
-    create_table_artifact(
-        key="stages", table=[asdict(outcome) for outcome in outcomes], description="What ran, and why"
-    )
-    if any(outcome.result == "failed" for outcome in outcomes):
-        return
-    try:
-        rows = metric_rows(repository.metrics())
-    except RepositoryError as error:
-        get_run_logger().warning("no table of metrics: %s", error)
-        rows = []
-    if rows:
-        create_table_artifact(key="metrics", table=rows, description="`dvc metrics show`")
-    if GRID.is_file():
-        create_markdown_artifact(key="sample-grid", markdown=picture(GRID), description="Generated images")
 
 
 def main() -> int:

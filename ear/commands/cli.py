@@ -149,6 +149,18 @@ def report(output: Path) -> None:
 
 
 @main.command(cls=_Command)
+@click.option("--port", type=click.IntRange(1, 65535), default=4200, show_default=True)
+def serve(port: int) -> None:
+    """Serve Prefect's page and all flows on this machine: start, watch and cancel runs in a browser.
+
+    One program instead of server, worker and deployments; runs take turns.
+    """
+    import subprocess
+
+    sys.exit(subprocess.call([sys.executable, "-m", "flows.serve", "--port", str(port)]))
+
+
+@main.command(cls=_Command)
 @click.argument("file", required=False, type=click.Path(path_type=Path))
 @click.option("--port", type=click.IntRange(1, 65535), default=7860, show_default=True)
 @click.option("--host", default="127.0.0.1", show_default=True, help="0.0.0.0 lets other machines in")

@@ -1,0 +1,112 @@
+"""Prefect's server and all deployments in one program, on this machine's loopback address (`ear serve`).
+
+    python -m flows.serve
+
+It prints the address of the page, on which runs are started, watched and cancelled. One run at a time: runs that are
+started meanwhile wait. Ctrl-C ends it, with the stage that runs. If PREFECT_API_URL names a server that answers, that
+one is used.
+"""
+
+# isort: off
+import flows.settings  # noqa: F401 - first: Prefect reads its settings when it is imported
+
+# isort: on
+import argparse
+import contextlib
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from typing import Any
+
+HOST = "127.0.0.1"
+_PATIENCE = 600.0  # seconds for the server's first start, which migrates a database
+
+
+def main() -> int:
+    """The command line; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m flows.serve", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--port", type=int, default=4200, help="of the page (default: 4200)")
+    arguments = parser.parse_args()
+    if taken(arguments.port) and "PREFECT_API_URL" not in os.environ:
+        print(f"serve: port {arguments.port} of {HOST} is taken; give another --port", file=sys.stderr)
+        return 1
+    with server(arguments.port) as address:
+        os.environ["PREFECT_API_URL"] = f"{address}/api"
+        print(f"open {address} (Ctrl-C ends it)", flush=True)
+        # In a process of its own: this one imported Prefect before it knew the server.
+        return subprocess.call([sys.executable, "-c", "from flows.serve import serve_all; serve_all()"])
+
+
+def serve_all() -> None:
+    """Serve the deployments pipeline/local, sweep/local and compare/local until interrupted."""
+    from prefect import serve
+
+    from benchmarks.comparison.compare import compare
+    from flows.pipeline import pipeline
+    from flows.sweep import sweep
+
+    guidance = {"sample.guidance": [1.0, 1.5, 2.0], "sample.temperature": [0.7, 1.0]}
+    deployments: list[Any] = [
+        pipeline.to_deployment("local", description="Bring the stages of dvc.yaml up to date", tags=["pipeline"]),
+        sweep.to_deployment(
+            "local",
+            description="Compare parameters as DVC experiments",
+            tags=["sweep"],
+            parameters={"parameters": guidance},
+        ),
+        compare.to_deployment(
+            "local", description="Train every score at one budget and write docs/scores.md", tags=["comparison"]
+        ),
+    ]
+    serve(*deployments, limit=1, print_starting_message=False)
+
+
+@contextlib.contextmanager
+def server(port: int) -> Iterator[str]:
+    """The address of a Prefect server that answers: the one of PREFECT_API_URL, or a new one, ended afterwards."""
+    if url := os.environ.get("PREFECT_API_URL"):
+        yield url.removesuffix("/").removesuffix("/api")
+        return
+    address = f"http://{HOST}:{port}"
+    environment = os.environ | {"PREFECT_UI_API_URL": f"{address}/api", "PREFECT_API_URL": f"{address}/api"}
+    command = [sys.executable, "-m", "prefect", "server", "start", "--host", HOST, "--port", str(port)]
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        _await(address, process)
+        yield address
+    finally:
+        process.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(20)
+        process.kill()
+
+
+def _await(address: str, process: subprocess.Popen) -> None:
+    """Wait until the server answers; raises RuntimeError if it ends, or takes ten minutes."""
+    deadline = time.monotonic() + _PATIENCE
+    while time.monotonic() < deadline:
+        if process.poll() is not None:
+            raise RuntimeError(
+                f"Prefect's server ended with code {process.returncode}; `prefect server start` says why"
+            )
+        with contextlib.suppress(OSError), urllib.request.urlopen(f"{address}/api/health", timeout=5) as answer:
+            if answer.status == 200:
+                return
+        time.sleep(0.3)
+    raise RuntimeError(f"Prefect's server did not answer within {_PATIENCE:.0f} s")
+
+
+def taken(port: int) -> bool:
+    """Whether something listens on the port."""
+    with socket.socket() as probe:
+        return probe.connect_ex((HOST, port)) == 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
