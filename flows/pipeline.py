@@ -31,6 +31,7 @@ from prefect import State, flow, get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 from prefect.runtime import flow_run
 from prefect.states import Completed, Failed
+from prefect.utilities.annotations import quote
 
 from ear import config
 from ear.config import edit
@@ -184,10 +185,13 @@ def walk(
         why = "; ".join(filter(None, ["forced" if name in forced else "", changed.get(name, "")]))
         force = name in forced or name in unseen
         start = time.monotonic()
-        upstream = [states[stage] for stage in sorted(graph[name]) if stage in states]
-        # A copy of the reason: Prefect would take the original as a result of the check, and draw the stage below it.
+        # Prefect takes a text that it has seen in a result for that result: quoted and without message, so that its
+        # page draws no edges but those of the pipeline.
+        bare = {"message": None, "data": True}
+        upstream = [states[stage].model_copy(update=bare) for stage in sorted(graph[name]) if stage in states]
+        ran = bool(fresh & graph[name])
         state = states[name] = run_stage(
-            name, _copied(why), bool(fresh & graph[name]), force, variables, return_state=True, wait_for=upstream
+            quote(name), quote(why), ran, force, quote(variables), return_state=True, wait_for=upstream
         )
         result: Any = state.result() if state.is_completed() else "failed"
         outcomes.append(Outcome(name, result, state.message or "", round(time.monotonic() - start, 1)))
@@ -195,11 +199,6 @@ def walk(
             fresh.add(name)
             show_made(name)
     return outcomes
-
-
-def _copied(text: str) -> str:
-    """An equal string that is another object."""
-    return text.encode().decode()
 
 
 def summary(outcomes: Iterable[Outcome]) -> State:

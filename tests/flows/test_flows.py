@@ -373,6 +373,30 @@ def test_an_unchanged_pipeline_runs_nothing(repo, client):
     ]
 
 
+def test_the_page_draws_the_pipelines_own_graph(repo, client):
+    """Each task's inputs are its upstream stages, and nothing else; the run's name says what was asked for."""
+    from prefect.client.orchestration import get_client
+    from prefect.client.schemas.filters import FlowRunFilter
+
+    state = pipeline(("last",), {"sample.temperature": 0.25}, return_state=True)
+    assert state.message == "up to date: first; ran: middle, last"
+    with get_client(sync_client=True) as api:
+        identifier = state.state_details.flow_run_id
+        assert api.read_flow_run(identifier).name == "last; sample.temperature=0.25"
+        tasks = api.read_task_runs(flow_run_filter=FlowRunFilter(id={"any_": [identifier]}))
+    names = {task.id: task.name for task in tasks}
+    inputs = {
+        task.name: {names[found.id] for part in task.task_inputs.values() for found in part if hasattr(found, "id")}
+        for task in tasks
+    }
+    assert inputs == {
+        "check what changed": set(),
+        "stage-first": set(),
+        "stage-middle": {"stage-first"},
+        "stage-last": {"stage-middle"},
+    }
+
+
 def test_a_half_written_upstream_is_repaired_first(repo, client):
     Path("out/first").unlink()  # as a stage that was killed leaves its output
     Path("out/first").write_text("sou")
