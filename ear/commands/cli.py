@@ -42,7 +42,10 @@ def main() -> None:
     "--output", type=click.Path(path_type=Path), default=Path("params.yaml"), show_default=True, help="file to write"
 )
 @click.option("--force", is_flag=True, help="let a preset replace a file that was edited")
-def configure(overrides: tuple[str, ...], output: Path, force: bool) -> None:
+@click.option(
+    "--upgrade", is_flag=True, help="bring a file of an earlier version to the present keys, keeping its values"
+)
+def configure(overrides: tuple[str, ...], output: Path, force: bool, upgrade: bool) -> None:
     """Write params.yaml from a preset and overrides, or change the given keys of an existing one.
 
     Every key is checked first. NAME_smoke is the laptop-size form of preset NAME: the complete pipeline in a minute or
@@ -50,7 +53,25 @@ def configure(overrides: tuple[str, ...], output: Path, force: bool) -> None:
     """
     from ear.commands import configure
 
-    print("\n".join(configure.run(list(overrides), output, force=force)))
+    if upgrade:
+        print("\n".join(configure.upgrade(list(overrides), output)))
+    else:
+        print("\n".join(configure.run(list(overrides), output, force=force)))
+
+
+@main.command(cls=_Command)
+@click.pass_context
+def doctor(context: click.Context) -> None:
+    """Check machine and repository: Python, GPUs, memory, disk, locking, DVC, parameters, Prefect, versions.
+
+    Every finding comes with what to do about it. Exits with 1 if the pipeline cannot run like that.
+    """
+    from ear.commands import doctor
+
+    lines, well = doctor.run()
+    print("\n".join(lines))
+    if not well:
+        context.exit(1)
 
 
 @main.command(cls=_Command)

@@ -8,6 +8,7 @@ before a file is touched, and files are replaced atomically.
 import re
 import shlex
 from pathlib import Path
+from typing import Any
 
 from ear import config
 from ear.config import edit
@@ -16,6 +17,8 @@ from ear.config.document import SCHEMA_FILE, descriptions, json_schema, to_yaml
 from ear.errors import UserError
 from ear.files.atomic import whole_file
 from ear.lineage.record import difference
+
+_WRITTEN = r"^# Written by `ear configure (.*)`; edit freely"
 
 
 def run(overrides: list[str], output: Path, *, force: bool = False) -> list[str]:
@@ -40,13 +43,46 @@ def run(overrides: list[str], output: Path, *, force: bool = False) -> list[str]
     return [done, *(f"note: {sentence}" for sentence in notes)]
 
 
+def upgrade(overrides: list[str], output: Path) -> list[str]:
+    """Bring an edited file of an earlier version to the present keys => lines that say what was added and removed.
+
+    Values of keys that still exist are kept; new keys get those of the preset that the file or `overrides` name.
+    Raises UserError, and leaves the file alone, if the file is no YAML or a kept value is not allowed any more.
+    """
+    old = config.read(output)
+    if not isinstance(old, dict):
+        raise UserError(f"{output} holds no sections; write it with `ear configure preset=digits --force`.")
+    written = re.search(_WRITTEN, output.read_text(), re.M)
+    asked = overrides or (shlex.split(written[1]) if written else ["preset=digits"])
+    merged, added, removed = _merged(compose(asked).model_dump(mode="json"), old)
+    parameters = config.parse(merged, origin=str(output))
+    with whole_file(output) as partial:
+        partial.write_text(to_yaml(parameters, _command(asked)))
+    with whole_file(output.parent / SCHEMA_FILE) as partial:
+        partial.write_text(json_schema())
+    lines = [f"added {key}: {value}" for key, value in added.items()] + [f"removed {key}" for key in removed]
+    return lines or [f"{output} has the present keys already"]
+
+
+def _merged(fresh: dict, old: dict) -> tuple[dict, dict[str, Any], list[str]]:
+    """(fresh sections with the old values, new keys with their values, old keys that exist no more)."""
+    merged = {
+        section: {key: (old.get(section) or {}).get(key, value) for key, value in keys.items()}
+        for section, keys in fresh.items()
+    }
+    known = {f"{section}.{key}" for section, keys in fresh.items() for key in keys}
+    had = {f"{section}.{key}" for section, keys in old.items() if isinstance(keys, dict) for key in keys}
+    added = {key: merged[key.partition(".")[0]][key.partition(".")[2]] for key in sorted(known - had)}
+    return merged, added, sorted(had - known)
+
+
 def _command(overrides: list[str]) -> str:
     return f"ear configure {shlex.join(overrides or ['preset=digits'])}"
 
 
 def _check_unedited(path: Path) -> None:
     """Raise UserError if the file does not hold what the command that it names would write."""
-    written = re.search(r"^# Written by `ear configure (.*)`; edit freely", path.read_text(errors="replace"), re.M)
+    written = re.search(_WRITTEN, path.read_text(errors="replace"), re.M)
     try:
         before = compose(shlex.split(written[1])).model_dump(mode="json") if written else {}
         edits = difference(before, config.load(path).model_dump(mode="json")) if written else "it names no preset"

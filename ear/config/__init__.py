@@ -4,7 +4,7 @@ Values and checks only, so that `import ear.config` needs no torch. DVC tracks t
 code.
 """
 
-from ear.config.parameters import Parameters, check_files, load, missing_files, named_files, named_paths, parse
+from ear.config.parameters import Parameters, check_files, load, missing_files, named_files, named_paths, parse, read
 from ear.config.scores import Score
 from ear.config.sections import (
     Cache,
@@ -44,4 +44,5 @@ __all__ = [
     "named_files",
     "named_paths",
     "parse",
+    "read",
 ]

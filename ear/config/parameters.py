@@ -73,8 +73,13 @@ def parse(content: object, *, origin: str = "parameters") -> Parameters:
 def load(path: str | Path = "params.yaml") -> Parameters:
     """Read and check a parameter file.
 
-    Raises MissingFileError if it does not exist, UserError if it is not YAML or as `parse` does.
+    Raises as `read` and `parse` do.
     """
+    return parse(read(path), origin=str(path))
+
+
+def read(path: str | Path) -> Any:
+    """The content of a parameter file, unchecked; raises MissingFileError if there is none, UserError if no YAML."""
     # OmegaConf reads numbers as DVC does; PyYAML would read 1e-4 as a string.
     from omegaconf import OmegaConf
 
@@ -82,8 +87,7 @@ def load(path: str | Path = "params.yaml") -> Parameters:
     if not path.is_file():
         raise MissingFileError(f"{path} does not exist; write it with `ear configure preset=digits`.")
     with reading(path, "YAML file", "correct it, or write it with `ear configure preset=digits --force`"):
-        content: Any = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
-    return parse(content, origin=str(path))
+        return OmegaConf.to_container(OmegaConf.load(path), resolve=True)
 
 
 @dataclass(frozen=True)

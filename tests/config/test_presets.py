@@ -2,8 +2,11 @@
 
 import pytest
 
-from ear.config import missing_files
+from ear import config
+from ear.commands import configure
+from ear.config import edit, missing_files
 from ear.config.compose import compose, describe_preset, presets
+from ear.errors import UserError
 
 PUBLISHED = {  # depth, width, heads, head depth, head width
     "imagenet256_base": (24, 768, 12, 6, 1024),
@@ -97,3 +100,27 @@ def test_presets_describe_themselves():
     for name in presets():
         assert 20 < len(describe_preset(name)) < 90, name
     assert describe_preset("imagenet256_huge") == "EAR-H, 937,314,576 parameters; otherwise imagenet256_base"
+
+
+def test_an_upgrade_keeps_values_adds_new_keys_and_says_so(tmp_path):
+    """As a file of an earlier version: a key is missing, another exists no more."""
+    path = tmp_path / "params.yaml"
+    configure.run(["preset=folder64", "data.path=/images"], path)
+    edit.apply(path, {"train.learning_rate": 0.5})
+    text = path.read_text().replace("  trackers: []", "  printers: 3 #")
+    path.write_text(text)
+    assert configure.upgrade([], path) == ["added runtime.trackers: []", "removed runtime.printers"]
+    parameters = config.load(path)
+    assert (parameters.train.learning_rate, parameters.data.path) == (0.5, "/images")
+    assert parameters.model == composed("folder64").model
+    assert configure.upgrade([], path) == [f"{path} has the present keys already"]
+
+
+def test_an_upgrade_leaves_a_file_alone_whose_values_are_not_allowed(tmp_path):
+    path = tmp_path / "params.yaml"
+    configure.run(["preset=digits"], path)
+    before = path.read_text().replace("  clip_norm: 3.0", "  clip_norm: -3.0")
+    path.write_text(before)
+    with pytest.raises(UserError, match=r"train\.clip_norm is -3"):
+        configure.upgrade([], path)
+    assert path.read_text() == before
