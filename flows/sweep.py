@@ -6,6 +6,14 @@ Experiments run in a copy of the workspace, which itself is not changed; edits m
 `dvc exp apply NAME` brings one of them into the workspace. With several GPUs, `-j N` runs N at a time, one per GPU. The
 table is rewritten after each run, so a stopped sweep keeps its results so far; started again, it restores what ran
 before and continues inside the stage that was stopped.
+
+Seeds are repetitions: with `train.seed=0,1,2` among the keys, the best point is that of the best mean, and the table
+has means and standard deviations. The images on which a point is chosen are not those that are reported: unless
+sample.seed is among the keys, runs sample from another seed than params.yaml does. After it,
+
+    python -m flows.sweep --apply
+
+writes the best point into params.yaml (not the seeds), and `dvc repro` measures it on images that had no say in it.
 """
 
 # isort: off
@@ -15,6 +23,7 @@ import flows.settings  # noqa: F401 - first: Prefect reads its settings when it 
 import argparse
 import csv
 import itertools
+import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -40,6 +49,8 @@ from flows.repository import RepositoryError
 from flows.turns import turn
 
 _POLL_SECONDS = 0.5
+_APART = 1_000_000  # added to sample.seed, so that a point is chosen on other images than those reported
+_STATISTICS = {"mean": None, "sd": None}  # columns of the table, over seeds
 EVALUATION = "data/evaluation/metrics.json"  # a metric without a file is looked up here first
 
 
@@ -75,6 +86,9 @@ def sweep(
         checked = [edit.check(PARAMETERS, values) for values in runs.values()]
         for each in checked:
             readiness.check(each, parameters)
+        if "sample.seed" not in parameters:
+            apart = config.load(PARAMETERS).sample.seed + _APART
+            runs = {name: {**values, "sample.seed": apart} for name, values in runs.items()}
         if known := repository.metrics():
             find(metric, known)
         rows = compare(runs, metric, maximize, jobs, lambda rows: write(rows, list(parameters), metric, Path(output)))
@@ -107,7 +121,7 @@ def compare(
     for name, state in run_all(runs, jobs):
         found = find(metric, experiments.metrics(name)) if state.is_completed() else None
         error = "" if state.is_completed() else state.message
-        rows[name] = {"experiment": name, **runs[name], metric: found, "best": False, "error": error}
+        rows[name] = {"experiment": name, **runs[name], metric: found, **_STATISTICS, "best": False, "error": error}
         ordered = [rows[each] for each in runs if each in rows]
         mark_best(ordered, metric, maximize)
         save(ordered)
@@ -158,11 +172,54 @@ def find(metric: str, files: dict[str, dict]) -> float:
 
 
 def mark_best(rows: list[dict], metric: str, maximize: bool) -> None:
-    """Set `best` in the row with the best metric; the first one if several have it."""
-    measured = [row for row in rows if row[metric] is not None]
-    best = (max if maximize else min)(measured, key=lambda row: row[metric], default=None)
+    """Set `mean`, `sd` and `best`: of rows that differ in seeds alone; the first ones if several are best.
+
+    A point is best only if all of its runs so far have succeeded. `sd` is None for a single run.
+    """
+    points: dict[str, list[dict]] = {}
     for row in rows:
-        row["best"] = row is best
+        points.setdefault(repr([(k, v) for k, v in row.items() if is_point(k)]), []).append(row)
+    means: dict[str, float] = {}
+    for name, group in points.items():
+        values = [row[metric] for row in group if row[metric] is not None]
+        spread = statistics.stdev(values) if len(values) > 1 else None
+        mean = statistics.fmean(values) if values else None
+        for row in group:
+            row.update(mean=mean, sd=spread, best=False)
+        if mean is not None and len(values) == len(group):
+            means[name] = mean
+    if means:
+        for row in points[(max if maximize else min)(means, key=means.__getitem__)]:
+            row["best"] = True
+
+
+def is_seed(key: str) -> bool:
+    """Whether a key of params.yaml is a seed, whose values are repetitions."""
+    return key.endswith(".seed")
+
+
+def is_point(column: str) -> bool:
+    """Whether a column of the table is a key of params.yaml other than a seed."""
+    section, _, key = column.partition(".")
+    field = config.Parameters.model_fields.get(section)
+    return field is not None and key in getattr(field.annotation, "model_fields", {}) and not is_seed(column)
+
+
+def write_back(output: str) -> dict[str, Any]:
+    """Write the best point of the table in `output` into params.yaml, seeds excepted => the values.
+
+    Raises UserError if there is no table, or no run succeeded.
+    """
+    path = Path(output) / "table.csv"
+    if not path.is_file():
+        raise UserError(f"{path} does not exist; run a sweep first.")
+    with path.open(newline="") as file:
+        best = next((row for row in csv.DictReader(file) if row["best"] == "True"), None)
+    if best is None:
+        raise UserError(f"{path} has no best point, since no run succeeded; run the sweep again.")
+    values = edit.values_of(f"{key}={value}" for key, value in best.items() if is_point(key))
+    edit.apply(PARAMETERS, values)
+    return values
 
 
 def write(rows: list[dict], keys: list[str], metric: str, folder: Path) -> None:
@@ -181,8 +238,16 @@ def draw(rows: list[dict], keys: list[str], metric: str):
 
     figure = Figure(figsize=(6.4, 4.8), layout="constrained")
     axes = figure.add_subplot()
+    if any(row["sd"] is not None for row in rows):  # one row per point
+        keys = [key for key in keys if not is_seed(key)]
+        points = {repr([row[key] for key in keys]): {**row, metric: row["mean"]} for row in rows}
+        rows = [*points.values()]
     values = [float("nan") if row[metric] is None else row[metric] for row in rows]
-    if len(keys) == 1:
+    if len(keys) == 1 and any(row["sd"] is not None for row in rows):
+        spread = [row["sd"] or 0.0 for row in rows]
+        axes.errorbar([str(row[keys[0]]) for row in rows], values, spread, marker="o", capsize=4)
+        axes.set(xlabel=keys[0], ylabel=f"{metric}, mean and standard deviation")
+    elif len(keys) == 1:
         axes.plot([str(row[keys[0]]) for row in rows], values, marker="o")
         axes.set(xlabel=keys[0], ylabel=metric)
     elif len(keys) == 2:
@@ -214,11 +279,18 @@ def heat_map(axes, rows: list[dict], keys: list[str], values: list[float]) -> No
 
 def summary(rows: list[dict], metric: str, output: str) -> State:
     """The flow's final state: the best run, or how many failed, in one line."""
-    best = "".join(f"best {metric} {row[metric]:.6g}: {row['experiment']}" for row in rows if row["best"])
+    best = next((_named_best(row, metric) for row in rows if row["best"]), "")
     errors = [f"{row['experiment']}: {row['error']}" for row in rows if row["error"]]
     if errors:
         return Failed(message=f"{len(errors)} of {len(rows)} runs failed ({errors[0]}); {best or 'none is left'}")
     return Completed(message=f"{best}; see {output}/table.csv and {output}/plot.png")
+
+
+def _named_best(row: dict, metric: str) -> str:
+    if row["sd"] is None:
+        return f"best {metric} {row[metric]:.6g}: {row['experiment']}"
+    point = ", ".join(f"{key}={value}" for key, value in row.items() if is_point(key))
+    return f"best mean {metric} {row['mean']:.6g} (sd {row['sd']:.2g}): {point or 'all seeds'}"
 
 
 def main() -> int:
@@ -226,13 +298,18 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         prog="python -m flows.sweep", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--set", nargs="+", action="extend", required=True, metavar="KEY=VALUE,VALUE,...")
+    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE,VALUE,...")
+    parser.add_argument("--apply", action="store_true", help="write the best point of --output into params.yaml")
     parser.add_argument("--metric", default="fid", help="NAME in the evaluation, or FILE:NAME (default: fid)")
     parser.add_argument("--maximize", action="store_true", help="a higher metric is better")
     parser.add_argument("-j", "--jobs", type=int, default=1, help="experiments at a time, one per GPU (default: 1)")
     parser.add_argument("--output", default="work/sweep", help="folder for table.csv and plot.png")
     arguments = parser.parse_args()
     try:
+        if arguments.apply:
+            values = write_back(arguments.output)
+            print(f"sweep: set {', '.join(f'{k}={v}' for k, v in values.items())} in params.yaml; run `dvc repro`")
+            return 0
         parameters = edit.values_of([text.replace("=", "=[", 1) + "]" for text in arguments.set])
     except UserError as error:
         print(f"sweep: {error}", file=sys.stderr)

@@ -20,7 +20,7 @@ from ear.config import edit
 from ear.errors import UserError
 from flows import command, devices, experiments, repository
 from flows.pipeline import main, pipeline
-from flows.sweep import find, grid, sweep
+from flows.sweep import find, grid, mark_best, sweep, write, write_back
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -669,6 +669,39 @@ def test_a_sweep_marks_the_best_and_leaves_the_workspace(repo, client):
     ]
     assert Path("work/sweep/plot.png").read_bytes().startswith(b"\x89PNG")
     assert table("sweep")[1]["best"] is True
+
+
+def rows_of(*fids: float | None) -> list[dict]:
+    """Two guidance scales x two training seeds."""
+    points = [(scale, seed) for scale in (1.0, 2.0) for seed in (0, 1)]
+    return [
+        {"experiment": f"e{k}", "sample.guidance": scale, "train.seed": seed, "fid": fid, "best": False, "error": ""}
+        for k, ((scale, seed), fid) in enumerate(zip(points, fids, strict=False))
+    ]
+
+
+def test_seeds_are_repetitions_and_the_best_mean_wins():
+    rows = rows_of(0.2, 0.6, 0.35, 0.37)  # the best single run is not of the best point
+    mark_best(rows, "fid", maximize=False)
+    assert [row["best"] for row in rows] == [False, False, True, True]
+    assert rows[2]["mean"] == pytest.approx(0.36)
+    assert rows[2]["sd"] == pytest.approx(0.02 / 2**0.5)
+    mark_best(rows, "fid", maximize=True)
+    assert [row["best"] for row in rows] == [True, True, False, False]
+    rows = rows_of(0.2, 0.6, 0.1, None)  # one of its runs failed
+    mark_best(rows, "fid", maximize=False)
+    assert [row["best"] for row in rows] == [True, True, False, False]
+
+
+def test_the_best_point_is_written_back_without_its_seeds(repo):
+    rows = rows_of(0.5, 0.6, 0.35, 0.37)
+    mark_best(rows, "fid", maximize=False)
+    before = Path("params.yaml").read_text()
+    write(rows, ["sample.guidance", "train.seed"], "fid", Path("work/sweep"))
+    assert write_back("work/sweep") == {"sample.guidance": 2.0}
+    assert Path("params.yaml").read_text() == before.replace("guidance: 1.5", "guidance: 2.0")
+    with pytest.raises(UserError, match="run a sweep first"):
+        write_back("work/other")
 
 
 def test_experiments_run_on_several_devices_at_once(repo, client, monkeypatch):
