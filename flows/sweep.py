@@ -49,7 +49,7 @@ from flows.repository import RepositoryError
 from flows.turns import turn
 
 _POLL_SECONDS = 0.5
-_APART = 1_000_000  # added to sample.seed, so that a point is chosen on other images than those reported
+APART = 1_000_000  # added to sample.seed, so that a point is chosen on other images than those reported
 _STATISTICS = {"mean": None, "sd": None}  # columns of the table, over seeds
 EVALUATION = "data/evaluation/metrics.json"  # a metric without a file is looked up here first
 
@@ -87,7 +87,7 @@ def sweep(
         for each in checked:
             readiness.check(each, parameters)
         if "sample.seed" not in parameters:
-            apart = config.load(PARAMETERS).sample.seed + _APART
+            apart = config.load(PARAMETERS).sample.seed + APART
             runs = {name: {**values, "sample.seed": apart} for name, values in runs.items()}
         if known := repository.metrics():
             find(metric, known)

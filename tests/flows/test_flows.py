@@ -20,6 +20,7 @@ from ear.config import edit
 from ear.errors import UserError
 from flows import command, devices, experiments, repository
 from flows.pipeline import main, pipeline
+from flows.search import Range, search, space_of
 from flows.sweep import find, grid, mark_best, sweep, write, write_back
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -721,3 +722,36 @@ def test_a_sweep_refuses_what_it_cannot_do_before_it_runs(repo, client):
         "jobs is 2, but one device runs one experiment, and there are 1; lower it."
     )
     assert not experiments.COPIES.exists()
+
+
+# --- search
+
+
+def test_a_search_space_is_read_and_refused():
+    assert space_of(["train.learning_rate=1e-4..1e-2:log", "score.samples=2,4", "sample.steps=4..16"]) == {
+        "train.learning_rate": Range(1e-4, 1e-2, logarithmic=True),
+        "score.samples": [2, 4],
+        "sample.steps": Range(4, 16),
+    }
+    for text, said in (
+        ("sample.steps", "names no range"),
+        ("sample.steps=8..4", "two numbers in this order"),
+        ("sample.guidance=0..2:log", "start above 0"),
+    ):
+        with pytest.raises(UserError, match=said):
+            space_of([text])
+
+
+def test_a_search_finds_the_best_and_goes_on_where_it_stopped(repo, client):
+    space = {"sample.temperature": "0.1..1.5"}
+    state = search(space, trials=2, return_state=True)
+    assert state.is_completed(), state.message
+    state = search(space, trials=3, return_state=True)
+    assert len(table("search")) == 3
+    best = min(row["fid"] for row in table("search"))
+    assert state.message.startswith(f"best fid {best:.6g}: search-sample.temperature=")
+    assert all(row["fid"] == pytest.approx(row["sample.temperature"] ** 2, rel=1e-2) for row in table("search"))
+    assert "temperature: 1.0" in Path("params.yaml").read_text()
+    assert search({"sample.temprature": "0.1..1"}, return_state=True).message.startswith(
+        "overrides: sample.temprature is not a known key"
+    )
