@@ -14,6 +14,7 @@ from ear.files.digests import sha256
 ROOT = Path(__file__).resolve().parent.parent
 BEFORE_TRAINING = ["fetch", "prepare", "reference", "tokenizer", "reconstruct", "cache"]
 STAGES = [*BEFORE_TRAINING, "train", "finetune", "sample", "evaluate"]
+IDENTITY = ("-c", "user.name=tests", "-c", "user.email=tests@localhost")  # git's options for a commit
 TINY = {
     "compute.threads": 1,
     "tokenizer.block_channels": [8, 16],
@@ -60,8 +61,7 @@ def fresh(folder: Path) -> Path:
     run("git", "init", "-q", cwd=folder)
     run("dvc", "config", "core.site_cache_dir", str(folder / ".dvc/tmp/site"), cwd=folder)
     run("git", "add", "-A", cwd=folder)
-    identity = ("-c", "user.name=tests", "-c", "user.email=tests@localhost")
-    run("git", *identity, "commit", "-q", "-m", "tiny", cwd=folder)
+    run("git", *IDENTITY, "commit", "-q", "-m", "tiny", cwd=folder)
     return folder
 
 

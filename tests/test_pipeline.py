@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import h5py
@@ -13,9 +14,10 @@ import numpy as np
 import pytest
 from photographs import write_class_folders
 from PIL import Image
-from repositories import STAGES, change, digests, environment, fresh, run, stale
+from repositories import IDENTITY, STAGES, change, digests, environment, fresh, run, stale
 
 import ear
+from ear.display.live import read_rows
 from ear.files.digests import sha256
 from ear.training import checkpoint
 
@@ -72,11 +74,75 @@ def test_metrics_plots_and_pictures_are_shown(finished, tmp_path):
     assert shown["data/model/metrics.json"]["data"]["images"] == 640
     run("dvc", "plots", "show", "-o", str(tmp_path), cwd=finished)
     page = (tmp_path / "index.html").read_text()
+    assert '"filename": "work/live' not in page  # only a running training is drawn from there
     for title in ("Training loss", "Validation loss", "Learning rate", "Tokenizer"):
         assert title in page
     assert {"data_samples_grid.png", "data_tokenizer_reconstructions.png"} <= {
         path.name.split("workspace_")[-1] for path in (tmp_path / "static").iterdir()
     }
+
+
+@pytest.fixture(params=["folder", "s3"])
+def remote(request, tmp_path, monkeypatch) -> Iterator[list[list[str]]]:
+    """Commands that name a remote of DVC: a folder, or a bucket of a server on this machine."""
+    if request.param == "folder":
+        yield [["remote", "add", "-d", "storage", str(tmp_path / "storage")]]
+        return
+    boto3 = pytest.importorskip("boto3")
+    from moto.server import ThreadedMotoServer
+
+    account = {"AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "x", "AWS_DEFAULT_REGION": "us-east-1"}
+    for name, value in account.items():
+        monkeypatch.setenv(name, value)
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    address = "http://{}:{}".format(*server.get_host_and_port())
+    boto3.client("s3", endpoint_url=address).create_bucket(Bucket="results")
+    yield [
+        ["remote", "add", "-d", "storage", "s3://results/digits"],
+        ["remote", "modify", "storage", "endpointurl", address],
+    ]
+    server.stop()
+
+
+def test_a_colleague_samples_without_raw_images_and_without_training(repository, remote, tmp_path):
+    """Push, clone, pull what sampling needs, change the guidance: only sample and evaluate run."""
+    for command in remote:
+        run("dvc", *command, cwd=repository)
+    run("dvc", "push", "-q", cwd=repository)
+    run("git", "add", "-A", cwd=repository)
+    run("git", *IDENTITY, "commit", "-q", "-m", "results", cwd=repository)
+    colleague = tmp_path / "colleague"
+    run("git", "clone", "-q", str(repository), str(colleague), cwd=tmp_path)
+    run("dvc", "pull", "-q", "tokenizer", "finetune", "reference", "reconstruct", "--allow-missing", cwd=colleague)
+    assert not (colleague / "data/raw").exists()
+    assert not (colleague / "data/latents").exists()
+    images = ear.generate(colleague / "data", labels=[3], steps=4)
+    assert np.array_equal(images, ear.generate(repository / "data", labels=[3], steps=4))
+    change(colleague, {"sample.guidance": 3.0})
+    shown = run("dvc", "repro", "--pull", "--allow-missing", cwd=colleague)
+    assert [name for name in STAGES if f"Running stage '{name}'" in shown] == ["sample", "evaluate"]
+
+
+def test_a_report_of_everything(finished):
+    said = run(sys.executable, "-m", "ear", "report", cwd=finished)
+    assert said.startswith("wrote data/report.html")
+    assert "missing" not in said
+    page = (finished / "data/report.html").read_text()
+    for word in ("FID / floor", "train", "Do not compare with published figures", "ear-classifier"):
+        assert word in page
+
+
+def test_the_rows_of_a_finished_training_are_kept_beside_the_pipeline(finished):
+    rows = read_rows(finished / "work/live/finished/train/training.tsv")
+    assert rows[-1]["images"] == 640
+    assert rows[-1]["images_per_second"] > 0
+    assert rows[-1]["attraction"] - rows[-1]["repulsion"] == pytest.approx(rows[-1]["loss"], rel=1e-3)
+    assert 0 < rows[-1]["context_free_loss"] < rows[-1]["untrained_loss"]
+    published = read_rows(finished / "data/model/training.tsv")
+    assert [row["loss"] for row in published] == [row["loss"] for row in rows]
+    assert (finished / "work/live/train/training.tsv").read_text() == "images\n"
+    assert json.loads((finished / "work/times/train.json").read_text())["seconds"] > 0
 
 
 @pytest.mark.parametrize(

@@ -147,7 +147,7 @@ def curves() -> Part:
     drawn = []
     for stage, folder in (("tokenizer", "tokenizer"), ("train", "model"), ("finetune", "finetuned")):
         places = (FOLDER / stage, FOLDER / "finished" / stage, DATA / folder)
-        found = next((place for place in places if len(read_rows(place / TRAINING)) > 1), None)
+        found = next((place for place in places if read_rows(place / TRAINING)), None)
         if found:
             rows, held_out = read_rows(found / TRAINING), read_rows(found / VALIDATION)
             note = " (running or stopped)" if found == places[0] else ""
