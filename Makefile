@@ -34,11 +34,12 @@ coverage: $(BIN)/.test-ready  ## run the default tests and report the covered li
 	rm -f .coverage .coverage.*
 	COVERAGE_PROCESS_START=$(CURDIR)/pyproject.toml COVERAGE_FILE=$(CURDIR)/.coverage $(TEST) --cov --cov-report=term:skip-covered
 
-lint: $(BIN)/.test-ready  ## check style, formatting, types, and which package may import which
+lint: $(BIN)/.test-ready  ## check style, formatting, types, imports between packages, the Dockerfile
 	ruff check .
 	ruff format --check .
 	lint-imports
 	mypy
+	hadolint Dockerfile
 
 format: setup  ## format the code and sort its imports
 	ruff check --fix .

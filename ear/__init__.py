@@ -17,9 +17,10 @@ if TYPE_CHECKING:
     from ear.model import interop
     from ear.sampling.editing import inpaint
     from ear.sampling.generation import generate, load
-    from ear.sampling.portable import load_pipeline
+    from ear.sampling.portable import Pipeline, load_pipeline
 
 _MODULES = {
+    "Pipeline": "ear.sampling.portable",
     "UserError": "ear.errors",
     "generate": "ear.sampling.generation",
     "inpaint": "ear.sampling.editing",
@@ -37,4 +38,4 @@ def __getattr__(name: str) -> Any:
     return getattr(importlib.import_module(_MODULES[name]), name)
 
 
-__all__ = ["UserError", "generate", "inpaint", "interop", "load", "load_pipeline"]
+__all__ = ["Pipeline", "UserError", "generate", "inpaint", "interop", "load", "load_pipeline"]
