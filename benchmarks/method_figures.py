@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ear.config.compose import compose
+from ear.config.scores import Energy
 from ear.files.atomic import whole_file
 from ear.runtime.randomness import generator, stream
 from ear.scores.energy import EnergyScore
@@ -57,6 +58,7 @@ def landscapes() -> "Figure":
 def trained(alpha: float) -> Tensor:
     """Samples [2000, 2] of a head trained on `truth` with the energy score of that exponent."""
     options = compose(["preset=digits"]).score.chosen
+    assert isinstance(options, Energy)
     changes = {"samples": 2, "noise": "gaussian", "noise_channels": 8, "alpha": alpha}
     head = EnergyScore(
         options.model_copy(update=changes), HeadSize(hidden_width=4, token_channels=2, width=_WIDTH, depth=2)
@@ -91,7 +93,7 @@ def distributions() -> "Figure":
     picture = Figure(figsize=(9, 3.2), layout="constrained")
     for number, (title, points) in enumerate(drawn.items()):
         axes = picture.add_subplot(1, 3, number + 1)
-        axes.scatter(*points.T.tolist(), s=3, alpha=0.4, linewidths=0)
+        axes.scatter(points[:, 0].numpy(), points[:, 1].numpy(), s=3, alpha=0.4, linewidths=0)
         axes.set(title=title, xlim=(-2.2, 2.2), ylim=(-1.7, 1.7), aspect="equal")
     return picture
 
