@@ -8,7 +8,7 @@ export DO_NOT_TRACK := 1
 WORKERS ?= auto
 TEST := OMP_NUM_THREADS=1 python -m pytest -q --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 
-.PHONY: help demo test test-slow test-faults test-gpu coverage lint format setup clean
+.PHONY: help demo playground test test-slow test-faults test-gpu coverage site lint format setup clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -17,6 +17,10 @@ help:  ## list the targets
 demo: setup  ## train on handwritten digits, raw images to metrics: 6 to 7 minutes on 2 CPU cores
 	dvc repro
 	@echo "look at data/samples/grid.png and data/evaluation/metrics.json"
+
+playground: setup  ## serve a page to play with the digits model that ships with this repository
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint requirements.txt --editable '.[dev,playground]'
+	ear playground models/digits.safetensors
 
 test: $(BIN)/.test-ready  ## run the default tests, on all cores
 	$(TEST)
@@ -33,6 +37,9 @@ test-gpu: setup  ## run the tests that need a CUDA device
 coverage: $(BIN)/.test-ready  ## run the default tests and report the covered lines of ear/ (at least 95%)
 	rm -f .coverage .coverage.*
 	COVERAGE_PROCESS_START=$(CURDIR)/pyproject.toml COVERAGE_FILE=$(CURDIR)/.coverage $(TEST) --cov --cov-report=term:skip-covered
+
+site: $(BIN)/.test-ready  ## build the pages of docs/ as a site: site/index.html
+	mkdocs build --strict
 
 lint: $(BIN)/.test-ready  ## check style, formatting, types, imports between packages, the Dockerfile
 	ruff check .

@@ -5,7 +5,9 @@
 A range LOW..HIGH is searched evenly, or with :log in its logarithm; values with commas are choices. Trials run in a
 copy of the workspace, one after the other. They sample from another seed than params.yaml does, so the images that
 choose are not those that are reported. Started again, a search continues until the study has that many trials.
-`dvc exp apply NAME` brings a trial into the workspace. Optuna is the extra `search`: pip install -e '.[search]'.
+`dvc exp apply NAME` brings a trial into the workspace. Optuna is an extra:
+
+    pip install -c requirements.txt -e '.[search]'
 """
 
 # isort: off
@@ -87,7 +89,7 @@ def search(
     try:
         import optuna
     except ImportError:
-        return Failed(message="a search needs Optuna; pip install -e '.[search]'.")
+        return Failed(message="a search needs Optuna; pip install -c requirements.txt -e '.[search]'.")
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     Path(output).mkdir(parents=True, exist_ok=True)
     try:

@@ -34,7 +34,7 @@ def run(path: Path | None, *, host: str, port: int) -> None:
     try:
         page(pipeline).launch(server_name=host, server_port=port, share=False, quiet=True, prevent_thread_lock=True)
     except ImportError as error:
-        raise UserError("the playground needs Gradio; pip install -e '.[playground]'.") from error
+        raise UserError("the playground needs Gradio; pip install -c requirements.txt -e '.[playground]'.") from error
     except OSError as error:
         raise UserError(f"port {port} of {host} is taken ({error}); give another --port.") from error
     print(f"open http://{host}:{port} (Ctrl-C ends it)", flush=True)

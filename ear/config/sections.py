@@ -228,7 +228,7 @@ class Runtime(Section):
         description="unfinished work begun before the code changed: refuse (stop and say so), continue or restart"
     )
     trackers: list[Literal["tensorboard", "mlflow", "wandb"]] = Field(
-        description="get the figures of running trainings: tensorboard, mlflow, wandb (pip install -e '.[trackers]')"
+        description="get the figures of running trainings: tensorboard, mlflow, wandb (docs/watching.md)"
     )
     compile: bool = Field(description="torch.compile transformer and head in training and sampling, on CUDA only")
     sharded: bool = Field(
