@@ -4,10 +4,10 @@
 # The repository is mounted, so results, DVC's cache and git stay on the host; the environment lies in the image.
 FROM astral/uv:0.13.9-python3.12-bookworm-slim
 
-# Debian keeps no old versions, so a pinned one would stop installing.
+# The compiler is for torch.compile (runtime.compile). Debian keeps no old versions, so a pinned one would stop installing.
 # hadolint ignore=DL3008
 RUN apt-get update \
-    && apt-get install -y --no-install-recommends git make \
+    && apt-get install -y --no-install-recommends gcc git libc6-dev make \
     && rm -rf /var/lib/apt/lists/*
 
 ENV UV_LINK_MODE=copy UV_COMPILE_BYTECODE=1 DVC_NO_ANALYTICS=1 DO_NOT_TRACK=1

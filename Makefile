@@ -66,6 +66,7 @@ $(BIN)/.test-ready: $(BIN)/.ready
 	command -v chromium || { apt-get update -qq && apt-get install -qq --no-install-recommends chromium fonts-dejavu-core; } || true
 	touch $@
 
-clean:  ## delete scratch of unfinished stages and local Prefect state, never results or kept checkpoints
-	find work -mindepth 1 -maxdepth 1 ! -name kept -exec rm -rf {} + 2>/dev/null || true
+KEPT := kept live search sweep tensorboard wandb mlflow.db
+clean:  ## delete scratch of unfinished stages and local Prefect state, never results, kept checkpoints or studies
+	find work -mindepth 1 -maxdepth 1 $(KEPT:%=! -name %) -exec rm -rf {} + 2>/dev/null || true
 	rm -rf .prefect .coverage .coverage.* .mypy_cache .pytest_cache .ruff_cache

@@ -1,10 +1,11 @@
 """What a flow shows on Prefect's pages: progress, what ran and why, metrics, the picture of the samples, the report."""
 
 import base64
+import contextlib
 import re
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +20,6 @@ from prefect.artifacts import (
 
 from ear.lineage.declaration import declarations
 from flows import command, repository
-from flows.repository import RepositoryError
 
 if TYPE_CHECKING:
     from flows.pipeline import Outcome
@@ -56,42 +56,42 @@ class Shown:
                 self._update(*self._now)
 
     def _update(self, percent: float, text: str) -> None:
-        if self._artifact is None:
-            key = f"progress-{self._stage}"
-            self._artifact = create_progress_artifact(progress=percent, key=key, description=text)
-        else:
-            update_progress_artifact(self._artifact, progress=percent, description=text)
+        with only_shown():
+            if self._artifact is None:
+                key = f"progress-{self._stage}"
+                self._artifact = create_progress_artifact(progress=percent, key=key, description=text)
+            else:
+                update_progress_artifact(self._artifact, progress=percent, description=text)
 
 
-def show_made(stage: str) -> None:
-    """Artifacts of what a stage has just made: metrics, and the picture of the samples."""
-    made = declarations()[stage].outputs
-    if any(path.name == "metrics.json" for path in made):
-        show_metrics()
-    if GRID in made and GRID.is_file():
-        create_markdown_artifact(key="sample-grid", markdown=picture(GRID), description="Generated images")
-
-
-def show_metrics() -> None:
-    """A table of all metrics that there are."""
+@contextlib.contextmanager
+def only_shown() -> Iterator[None]:
+    """Around what is only for the page: if it fails, as without a server, a warning is logged and the run goes on."""
     try:
-        rows = metric_rows(repository.metrics())
-    except RepositoryError as error:
-        get_run_logger().warning("no table of metrics: %s", error)
-        return
-    if rows:
-        create_table_artifact(key="metrics", table=rows, description="`dvc metrics show`")
+        yield
+    except Exception as error:  # of the network, the server, the client
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        get_run_logger().warning("not shown on Prefect's page: %s", reason)
+
+
+def show_made(stages: Iterable[str]) -> None:
+    """Artifacts of what stages have made: metrics, and the picture of the samples."""
+    declared = declarations()
+    made = {path for stage in stages for path in declared[stage].outputs}
+    with only_shown():
+        if any(path.name == "metrics.json" for path in made) and (rows := metric_rows(repository.metrics())):
+            create_table_artifact(key="metrics", table=rows, description="`dvc metrics show`")
+        if GRID in made and GRID.is_file():
+            create_markdown_artifact(key="sample-grid", markdown=picture(GRID), description="Generated images")
 
 
 def show_outcomes(outcomes: "Sequence[Outcome]") -> None:
-    """Artifacts of a whole run: what ran and why, and metrics and picture if no stage of this run has shown them."""
-    create_table_artifact(
-        key="stages", table=[asdict(outcome) for outcome in outcomes], description="What ran, and why"
-    )
-    if not any(outcome.result in ("ran", "restored") for outcome in outcomes):
-        show_metrics()
-        if GRID.is_file():
-            create_markdown_artifact(key="sample-grid", markdown=picture(GRID), description="Generated images")
+    """Artifacts of a whole run: what ran and why; and what stages had made before it."""
+    with only_shown():
+        create_table_artifact(
+            key="stages", table=[asdict(outcome) for outcome in outcomes], description="What ran, and why"
+        )
+    show_made(outcome.stage for outcome in outcomes if outcome.result == "up to date")
 
 
 def write_report() -> None:
@@ -103,7 +103,8 @@ def write_report() -> None:
     if code:
         get_run_logger().warning("no report: %s", said)
         return
-    create_markdown_artifact(key="report", markdown=f"{said}; open it in a browser.", description="`ear report`")
+    with only_shown():
+        create_markdown_artifact(key="report", markdown=f"{said}; open it in a browser.", description="`ear report`")
 
 
 def metric_rows(files: Mapping[str, Mapping]) -> list[dict]:

@@ -197,7 +197,7 @@ def walk(
         outcomes.append(Outcome(name, result, state.message or "", round(time.monotonic() - start, 1)))
         if result in ("ran", "restored"):
             fresh.add(name)
-            show_made(name)
+            show_made([name])
     return outcomes
 
 

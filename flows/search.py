@@ -5,7 +5,9 @@
 A range LOW..HIGH is searched evenly, or with :log in its logarithm; values with commas are choices. Trials run in a
 copy of the workspace, one after the other. They sample from another seed than params.yaml does, so the images that
 choose are not those that are reported. Started again, a search continues until the study has that many trials.
-`dvc exp apply NAME` brings a trial into the workspace. Optuna is an extra:
+`--apply` writes the best trial's values into params.yaml, and `dvc repro` measures them on fresh samples.
+
+Optuna is an extra:
 
     pip install -c requirements.txt -e '.[search]'
 """
@@ -21,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from prefect import State, flow
+from prefect import State, flow, get_run_logger
 from prefect.artifacts import create_table_artifact
 from prefect.states import Completed, Failed
 
@@ -29,7 +31,7 @@ from ear import config
 from ear.config import edit
 from ear.config.edit import PARAMETERS
 from ear.errors import UserError
-from flows import experiments, readiness
+from flows import experiments, readiness, repository
 from flows.experiments import experiment_name
 from flows.program import report
 from flows.repository import RepositoryError
@@ -95,47 +97,59 @@ def search(
     try:
         wanted = space_of([f"{key}={value}" for key, value in space.items()])
         edit.check(PARAMETERS, {key: _first(choice) for key, choice in wanted.items()})
+        if known := repository.metrics():
+            find(metric, known)
         study = optuna.create_study(
             storage=f"sqlite:///{output}/study.db",
             study_name=_STUDY,
             load_if_exists=True,
             direction="maximize" if maximize else "minimize",
-            sampler=optuna.samplers.TPESampler(seed=seed),
         )
-        while len(_done(study)) < trials:
-            attempt(study, wanted, metric)
+        asked = {"metric": metric, "maximize": maximize, "space": dict(space)}
+        if study.user_attrs.get("asked", asked) != asked:
+            return Failed(message=f"the study in {output} is of another metric or space; give another --output.")
+        study.set_user_attr("asked", asked)
+        # Other random draws after every start, or the first trials would be proposed again.
+        study.sampler = optuna.samplers.TPESampler(seed=seed + len(study.trials))
+        for trial in study.trials:
+            if not trial.state.is_finished():  # of a search that was killed: its experiment continues where it was
+                study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
+                study.enqueue_trial(trial.params)
+        failures = 0
+        while len(_done(study)) < trials and failures < trials:
+            failures += not attempt(study, wanted, metric)
     except (UserError, RepositoryError) as error:
         return Failed(message=str(error))
-    rows = [
-        {"experiment": trial.user_attrs["experiment"], **trial.params, metric: trial.value} for trial in _done(study)
-    ]
+    rows = [{"experiment": t.user_attrs["experiment"], **t.user_attrs["values"], metric: t.value} for t in _done(study)]
     create_table_artifact(key="search", table=rows, description=f"{metric} of every trial")
-    measured = [trial for trial in _done(study) if trial.value is not None]
-    if not measured:
-        return Failed(message=f"none of {len(rows)} trials succeeded; see the log of the first")
+    if not rows:
+        return Failed(message=f"none of {failures} trials succeeded; the log above says why")
     best = study.best_trial
     return Completed(message=f"best {metric} {best.value:.6g}: {best.user_attrs['experiment']}; study in {output}")
 
 
-def attempt(study: Any, space: Mapping[str, Range | list[Any]], metric: str) -> None:
-    """One trial: ask Optuna for values, run the experiment, tell the metric; a trial that fails is told, too."""
+def attempt(study: Any, space: Mapping[str, Range | list[Any]], metric: str) -> bool:
+    """One trial: ask Optuna for values, run the experiment, tell the metric => whether it succeeded."""
     import optuna
 
     trial = study.ask()
     values = {key: _suggested(trial, key, choice) for key, choice in space.items()}
     name = experiment_name(values, prefix="search")
     trial.set_user_attr("experiment", name)
+    trial.set_user_attr("values", values)
     apart = {"sample.seed": config.load(PARAMETERS).sample.seed + APART}
     try:
         readiness.check(edit.check(PARAMETERS, values), values)
         ((_, state),) = run_all({name: {**apart, **values}})
-    except UserError:  # values that contradict each other
+    except UserError as error:  # values that contradict each other
+        get_run_logger().warning("%s: %s", name, error)
         study.tell(trial, state=optuna.trial.TrialState.FAIL)
-        return
-    if state.is_completed():
-        study.tell(trial, find(metric, experiments.metrics(name)))
-    else:
+        return False
+    if not state.is_completed():
         study.tell(trial, state=optuna.trial.TrialState.FAIL)
+        return False
+    study.tell(trial, find(metric, experiments.metrics(name)))
+    return True
 
 
 def _suggested(trial: Any, key: str, choice: Range | list[Any]) -> Any:
@@ -151,8 +165,22 @@ def _first(choice: Range | list[Any]) -> Any:
 
 
 def _done(study: Any) -> list[Any]:
-    """Trials that have succeeded or failed, but not those that a kill left running."""
-    return [trial for trial in study.trials if trial.state.is_finished()]
+    """Trials that have succeeded."""
+    return [trial for trial in study.trials if trial.value is not None]
+
+
+def write_back(output: str) -> dict[str, Any]:
+    """Write the values of the best trial of the study in `output` into params.yaml => them. Raises UserError."""
+    import optuna
+
+    if not (Path(output) / "study.db").is_file():
+        raise UserError(f"{output} holds no study; run a search first.")
+    study = optuna.load_study(study_name=_STUDY, storage=f"sqlite:///{output}/study.db")
+    if not _done(study):
+        raise UserError(f"no trial of the study in {output} has succeeded; run the search again.")
+    values = study.best_trial.user_attrs["values"]
+    edit.apply(PARAMETERS, values)
+    return values
 
 
 def main() -> int:
@@ -160,13 +188,22 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         prog="python -m flows.search", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--set", nargs="+", action="extend", required=True, metavar="KEY=LOW..HIGH")
+    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=LOW..HIGH")
+    parser.add_argument("--apply", action="store_true", help="write the best trial of --output into params.yaml")
     parser.add_argument("--trials", type=int, default=20, help="of the study, earlier ones included (default: 20)")
     parser.add_argument("--metric", default="fid", help="NAME in the evaluation, or FILE:NAME (default: fid)")
     parser.add_argument("--maximize", action="store_true", help="a higher metric is better")
     parser.add_argument("--seed", type=int, default=0, help="of Optuna's sampler (default: 0)")
     parser.add_argument("--output", default="work/search", help="folder of the study")
     arguments = vars(parser.parse_args())
+    if arguments.pop("apply"):
+        try:
+            values = write_back(arguments["output"])
+        except UserError as error:
+            print(f"search: {error}", file=sys.stderr)
+            return 1
+        print(f"search: set {', '.join(f'{k}={v}' for k, v in values.items())} in params.yaml; run `dvc repro`")
+        return 0
     space = dict(text.split("=", 1) if "=" in text else (text, "") for text in arguments.pop("set"))
     return report("search", lambda: search(space, **arguments, return_state=True))
 

@@ -2,9 +2,9 @@
 
     python -m flows.serve
 
-It prints the address of the page, on which runs are started, watched and cancelled. One run at a time: runs that are
-started meanwhile wait. Ctrl-C ends it, with the stage that runs. If PREFECT_API_URL names a server that answers, that
-one is used.
+It prints the address of the page, on which the flows pipeline, sweep and compare are started, watched and cancelled.
+One run at a time: runs that are started meanwhile wait. Ctrl-C and SIGTERM end it, with the stage that runs. With
+PREFECT_API_URL set, that server is used instead of a new one.
 """
 
 # isort: off
@@ -14,15 +14,17 @@ import flows.settings  # noqa: F401 - first: Prefect reads its settings when it 
 import argparse
 import contextlib
 import os
+import signal
 import socket
 import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 HOST = "127.0.0.1"
+_FAREWELL = 90.0  # seconds for a running stage to save its work, and for Prefect to note it
 _PATIENCE = 600.0  # seconds for the server's first start, which migrates a database
 
 
@@ -36,11 +38,46 @@ def main() -> int:
     if taken(arguments.port) and "PREFECT_API_URL" not in os.environ:
         print(f"serve: port {arguments.port} of {HOST} is taken; give another --port", file=sys.stderr)
         return 1
-    with server(arguments.port) as address:
-        os.environ["PREFECT_API_URL"] = f"{address}/api"
-        print(f"open {address} (Ctrl-C ends it)", flush=True)
-        # In a process of its own: this one imported Prefect before it knew the server.
-        return subprocess.call([sys.executable, "-c", "from flows.serve import serve_all; serve_all()"])
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _stop)
+    try:
+        with server(arguments.port) as address:
+            # In a process of its own: this one imported Prefect before it knew the server.
+            program = [sys.executable, "-c", "from flows.serve import serve_all; serve_all()"]
+            with _child(program, os.environ | {"PREFECT_API_URL": f"{address}/api"}, _FAREWELL) as runner:
+                print(f"open {address} (Ctrl-C ends it)", flush=True)
+                return runner.wait()
+    except Stopped:
+        print("serve: stopped", file=sys.stderr)
+        return 130
+    except RuntimeError as error:
+        print(f"serve: {error}", file=sys.stderr)
+        return 1
+
+
+class Stopped(BaseException):
+    """A signal asked this program to end."""
+
+
+def _stop(*_: object) -> None:
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)  # the children are given time to end
+    raise Stopped
+
+
+@contextlib.contextmanager
+def _child(command: list[str], environment: Mapping[str, str], patience: float, **options: Any) -> Iterator[Any]:
+    """A program in a session of its own, so that Ctrl-C reaches it through `finally`: asked to end, then killed."""
+    process = subprocess.Popen(command, env=environment, start_new_session=True, **options)
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            process.send_signal(signal.SIGINT)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(patience)
+        process.kill()
+        process.wait()
 
 
 def serve_all() -> None:
@@ -76,15 +113,9 @@ def server(port: int) -> Iterator[str]:
     address = f"http://{HOST}:{port}"
     environment = os.environ | {"PREFECT_UI_API_URL": f"{address}/api", "PREFECT_API_URL": f"{address}/api"}
     command = [sys.executable, "-m", "prefect", "server", "start", "--host", HOST, "--port", str(port)]
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    try:
+    with _child(command, environment, 20.0, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
         _await(address, process)
         yield address
-    finally:
-        process.terminate()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(20)
-        process.kill()
 
 
 def _await(address: str, process: subprocess.Popen) -> None:

@@ -3,9 +3,9 @@
     python -m flows.sweep --set sample.guidance=1.0,1.5,2.0 sample.temperature=0.7,1.0
 
 Experiments run in a copy of the workspace, which itself is not changed; edits made meanwhile do not reach them.
-`dvc exp apply NAME` brings one of them into the workspace. With several GPUs, `-j N` runs N at a time, one per GPU. The
-table is rewritten after each run, so a stopped sweep keeps its results so far; started again, it restores what ran
-before and continues inside the stage that was stopped.
+`dvc exp apply NAME` brings one of them into the workspace, its sample.seed included. With several GPUs, `-j N` runs N
+at a time, one per GPU. The table is rewritten after each run, so a stopped sweep keeps its results so far. Started
+again, it restores what ran before and continues inside the stage that was stopped.
 
 Seeds are repetitions: with `train.seed=0,1,2` among the keys, the best point is that of the best mean, and the table
 has means and standard deviations. The images on which a point is chosen are not those that are reported: unless

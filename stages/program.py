@@ -19,7 +19,7 @@ from pydantic import BaseModel
 
 from ear import config
 from ear.display.live import FOLDER, Live, archive
-from ear.display.trackers import opened
+from ear.display.trackers import Start, opened
 from ear.errors import UserError
 from ear.files.json_files import write_json
 from ear.lineage.declaration import locked
@@ -83,7 +83,7 @@ def perform(
     """Run the work of a stage and publish its outputs."""
     now = parameters()
     view = visible(now, kind)
-    began = time.monotonic()
+    began, clock = time.time(), time.monotonic()
     with Run(
         stage,
         lambda: tracked(parameters(), kind),
@@ -94,8 +94,8 @@ def perform(
         work(view, run)
         run.publish()
     if distributed.is_main():
-        archive(stage)
-        write_json(TIMES / f"{stage}.json", {"seconds": time.monotonic() - began})
+        archive(stage, began)
+        write_json(TIMES / f"{stage}.json", {"seconds": time.monotonic() - clock})
 
 
 def live(stage: str, parameters: Any, scratch: Path, more: Callable[[dict], dict] = lambda row: {}) -> Live:
@@ -105,9 +105,9 @@ def live(stage: str, parameters: Any, scratch: Path, more: Callable[[dict], dict
     """
     if not distributed.is_main():
         return Live(more=more)
-    run = f"{stage}-{scratch.name}"
-    trackers = opened(parameters.runtime.trackers, run=run, folder=scratch, parameters=plain(parameters))
-    return Live(FOLDER / stage, more=more, trackers=trackers)
+    names, run, values = parameters.runtime.trackers, f"{stage}-{scratch.name}", plain(parameters)
+    trackers = lambda images: opened(names, Start(run, scratch, values, images))  # noqa: E731
+    return Live(FOLDER / stage, key=scratch.name, more=more, trackers=trackers)
 
 
 def run(

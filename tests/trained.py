@@ -33,7 +33,9 @@ def exported(name: str = "whole.safetensors") -> Path:
     Path("data/evaluation").mkdir()
     figures = {"fid": 0.25, "fid_equal": None, "class_accuracy": 0.975, "kid": 0.1}
     Path("data/evaluation/metrics.json").write_text(json.dumps(figures))
-    protocol = {"metric": "FID-1k", "extractor": {"name": "ear-classifier"}}
+    sampling = {"steps": 8, "guidance": 2.2, "schedule": "linear", "temperature": 1.0}
+    interval = {"guidance_from": 0.0, "guidance_to": 1.0, "model_sha256": sha256("data/finetuned/model.safetensors")}
+    protocol = {"metric": "FID-1k", "extractor": {"name": "ear-classifier"}, "sampling": {**sampling, **interval}}
     Path("data/evaluation/protocol.json").write_text(json.dumps(protocol))
     export.run(Path(name))
     return Path(name).resolve()

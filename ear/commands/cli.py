@@ -172,13 +172,13 @@ def report(output: Path) -> None:
 @main.command(cls=_Command)
 @click.option("--port", type=click.IntRange(1, 65535), default=4200, show_default=True)
 def serve(port: int) -> None:
-    """Serve Prefect's page and all flows on this machine: start, watch and cancel runs in a browser.
+    """Serve Prefect's page with the flows pipeline, sweep and compare: start, watch and cancel runs in a browser.
 
     One program instead of server, worker and deployments; runs take turns.
     """
-    import subprocess
+    import os
 
-    sys.exit(subprocess.call([sys.executable, "-m", "flows.serve", "--port", str(port)]))
+    os.execv(sys.executable, [sys.executable, "-m", "flows.serve", "--port", str(port)])
 
 
 @main.command(cls=_Command)

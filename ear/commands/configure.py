@@ -46,18 +46,26 @@ def run(overrides: list[str], output: Path, *, force: bool = False) -> list[str]
 def upgrade(overrides: list[str], output: Path) -> list[str]:
     """Bring an edited file of an earlier version to the present keys => lines that say what was added and removed.
 
-    Values of keys that still exist are kept; new keys get those of the preset that the file or `overrides` name.
-    Raises UserError, and leaves the file alone, if the file is no YAML or a kept value is not allowed any more.
+    Values of keys that still exist are kept, then `overrides` are applied; new keys get the values of the preset that
+    the file, or `overrides`, name. The user's own comments are lost.
+    Raises UserError, and leaves the file alone, if it has no sections, or a value is not allowed any more.
     """
     old = config.read(output)
-    if not isinstance(old, dict):
-        raise UserError(f"{output} holds no sections; write it with `ear configure preset=digits --force`.")
+    if not isinstance(old, dict) or not all(isinstance(keys, dict) for keys in old.values()):
+        raise UserError(f"{output} holds no sections of keys; write it with `ear configure preset=digits --force`.")
     written = re.search(_WRITTEN, output.read_text(), re.M)
-    asked = overrides or (shlex.split(written[1]) if written else ["preset=digits"])
-    merged, added, removed = _merged(compose(asked).model_dump(mode="json"), old)
+    named = re.findall(r"\bpreset=(\w+)", " ".join([written[1] if written else "", *overrides]))
+    preset = f"preset={named[-1] if named else 'digits'}"
+    paths = [f"data.path={old.get('data', {}).get('path') or '/'}"]  # presets of folders need one, which is kept
+    if weights := old.get("tokenizer", {}).get("weights"):
+        paths.append(f"tokenizer.weights={weights}")
+    merged, added, removed = _merged(compose([preset, *paths]).model_dump(mode="json"), old)
+    for key, value in edit.values_of(text for text in overrides if not text.startswith("preset=")).items():
+        section, _, name = key.partition(".")
+        merged.setdefault(section, {})[name] = value
     parameters = config.parse(merged, origin=str(output))
     with whole_file(output) as partial:
-        partial.write_text(to_yaml(parameters, _command(asked)))
+        partial.write_text(to_yaml(parameters, written[0].split("`")[1] if written else _command([preset])))
     with whole_file(output.parent / SCHEMA_FILE) as partial:
         partial.write_text(json_schema())
     lines = [f"added {key}: {value}" for key, value in added.items()] + [f"removed {key}" for key in removed]

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -123,14 +124,16 @@ def hdf5() -> Iterator[Finding]:
     import h5py
 
     folder = Path("data") if Path("data").is_dir() else Path()
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".doctor-") as scratch:
-        try:
-            with h5py.File(Path(scratch) / "file.h5", "w") as file:
-                file["x"] = [1]
-            yield Finding("HDF5", f"{h5py.version.hdf5_version}, writes and locks files in {folder}/")
-        except OSError as error:
-            fix = "the file system does not lock; export HDF5_USE_FILE_LOCKING=FALSE before every command"
-            yield Finding("HDF5", f"cannot write in {folder}/ ({error})", fix, serious=True)
+    try:
+        with (
+            tempfile.TemporaryDirectory(dir=folder, prefix=".doctor-") as scratch,
+            h5py.File(Path(scratch) / "file.h5", "w") as file,
+        ):
+            file["x"] = [1]
+        yield Finding("HDF5", f"{h5py.version.hdf5_version}, writes and locks files in {folder}/")
+    except OSError as error:
+        fix = "make it writable; if the file system does not lock, export HDF5_USE_FILE_LOCKING=FALSE"
+        yield Finding("HDF5", f"cannot write in {folder}/ ({error})", fix, serious=True)
 
 
 def dvc() -> Iterator[Finding]:
@@ -179,7 +182,7 @@ def parameters() -> Iterator[Finding]:
 
 
 def prefect() -> Iterator[Finding]:
-    """The server that PREFECT_API_URL or a profile names."""
+    """The server that PREFECT_API_URL names."""
     url = os.environ.get("PREFECT_API_URL")
     if not url:
         yield Finding("Prefect", f"{importlib.metadata.version('prefect')}; no PREFECT_API_URL: flows start a server")
@@ -187,6 +190,8 @@ def prefect() -> Iterator[Finding]:
     try:
         with urllib.request.urlopen(f"{url.removesuffix('/')}/health", timeout=3):
             yield Finding("Prefect", f"a server answers at {url}")
+    except urllib.error.HTTPError as error:  # it refuses, so it is there
+        yield Finding("Prefect", f"a server answers at {url} (with {error.code})")
     except OSError as error:
         fix = "start it (`ear serve`), or unset PREFECT_API_URL"
         yield Finding("Prefect", f"nothing answers at {url} ({error})", fix, serious=True)
@@ -199,7 +204,10 @@ def versions() -> Iterator[Finding]:
     pins = dict(re.findall(r"^([a-zA-Z0-9_.-]+)==(\S+)", _PINS.read_text(), re.M))
     others = []
     for name in _CRITICAL:
-        installed = importlib.metadata.version(name)
+        try:
+            installed = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            installed = "missing"
         if name in pins and installed.partition("+")[0] != pins[name].partition("+")[0]:
             others.append(f"{name} {installed}, pinned {pins[name]}")
     fix = (

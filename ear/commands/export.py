@@ -33,17 +33,23 @@ def whole(output: Path) -> str:
     from ear.sampling.portable import Pipeline
 
     sampler = ImageSampler.open(DATA / MODEL, DATA / TOKENIZER)
-    sampling = config.load().sample.model_dump()
-    pipeline = Pipeline(sampler, tokenizer_sha256=sha256(DATA / TOKENIZER), sampling=sampling, metrics=metrics())
+    figures, sampling = evaluation(DATA / MODEL)
+    pipeline = Pipeline(sampler, tokenizer_sha256=sha256(DATA / TOKENIZER), sampling=sampling, metrics=figures)
     pipeline.save(output)
-    return f"wrote {output} ({output.stat().st_size / 1e6:.1f} MB); `ear.load_pipeline({str(output)!r})` loads it"
+    note = "" if figures else ", without metrics: the evaluation of this model has not run"
+    return f"wrote {output} ({output.stat().st_size / 1e6:.1f} MB{note}); `ear.load_pipeline({str(output)!r})` loads it"
 
 
-def metrics() -> dict[str, Any]:
-    """The figures of the evaluation, with the name that the number of images gives FID; {} before it has run."""
+def evaluation(model: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(figures of the model's evaluation, the sampling behind them); without one, ({}, sampling of params.yaml).
+
+    FID has the name that its number of images gives it.
+    """
     try:
         figures, how = read_json(DATA / "evaluation/metrics.json"), read_json(DATA / "evaluation/protocol.json")
     except MissingFileError:
-        return {}
+        return {}, config.load().sample.model_dump()
+    if how["sampling"]["model_sha256"] != sha256(model):
+        return {}, config.load().sample.model_dump()
     found = {name: figures[name] for name in _METRICS if figures.get(name) is not None}
-    return {how["metric"]: found.pop("fid"), **found, "extractor": how["extractor"]["name"]}
+    return {how["metric"]: found.pop("fid"), **found, "extractor": how["extractor"]["name"]}, how["sampling"]

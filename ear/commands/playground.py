@@ -1,6 +1,6 @@
 """A page to play with a trained generator (`ear playground`): draw images token by token, and redraw parts of them.
 
-Gradio, the extra `playground`, serves it on loopback only; the page loads nothing from elsewhere.
+Gradio, the extra `playground`, serves it, on loopback unless told otherwise; the page loads nothing from elsewhere.
 """
 
 import functools
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 _SHOWN = 320  # pixels, about, of the side of a picture
 _MOST = 16  # images at once
 _STEPS = 64  # at most
+_STATES = 12  # moments of a drawing that are shown, at most
 _BUTTONS: list[Any] = ["download", "fullscreen"]  # and none to share the picture with Gradio's servers
 
 
@@ -47,12 +48,12 @@ def opened(path: Path | None) -> Pipeline:
     """The pipeline in a file, or that of the folder data/."""
     if path:
         return load_pipeline(path)
-    from ear import config
-    from ear.commands.export import DATA, metrics
+    from ear.commands.export import DATA, evaluation
     from ear.sampling.generation import MODEL, TOKENIZER, ImageSampler
 
     sampler = ImageSampler.open(DATA / MODEL, DATA / TOKENIZER)
-    return Pipeline(sampler, tokenizer_sha256="", sampling=config.load().sample.model_dump(), metrics=metrics())
+    figures, sampling = evaluation(DATA / MODEL)
+    return Pipeline(sampler, tokenizer_sha256="", sampling=sampling, metrics=figures)
 
 
 def page(pipeline: Pipeline) -> "gr.Blocks":
@@ -64,11 +65,11 @@ def page(pipeline: Pipeline) -> "gr.Blocks":
 
     def sliders(steps: bool) -> list[Any]:
         choices: list[Any] = [
-            gr.Slider(1.0, 6.0, defaults.guidance, step=0.1, label="guidance"),
-            gr.Slider(0.1, 1.5, defaults.temperature, step=0.05, label="temperature"),
+            gr.Slider(min(1.0, g := defaults.guidance), max(6.0, g), g, step=0.1, label="guidance"),
+            gr.Slider(min(0.1, t := defaults.temperature), max(1.5, t), t, step=0.05, label="temperature"),
         ]
         if steps:
-            choices.append(gr.Slider(1, _STEPS, defaults.steps, step=1, label="steps"))
+            choices.append(gr.Slider(1, max(_STEPS, defaults.steps), defaults.steps, step=1, label="steps"))
         else:
             choices.append(gr.State(defaults.steps))  # a causal model draws one token per step
         return [*choices, gr.Number(0, precision=0, minimum=0, label="seed")]
@@ -121,19 +122,22 @@ def describe(pipeline: Pipeline) -> str:
 
 
 def generated(
-    pipeline: Pipeline, label: str, count: float, guidance: float, temperature: float, steps: float, seed: float
-) -> Iterator[tuple[np.ndarray, str]]:
-    """Pictures of the images as their tokens appear, with a line of text."""
-    settings = pipeline.settings(int(seed), guidance=guidance, temperature=temperature, steps=int(steps))
+    pipeline: Pipeline, label: str, count: float, guidance: float, temperature: float, steps: float, seed: float | None
+) -> Iterator[tuple[np.ndarray | None, str]]:
+    """Pictures of the images in the order in which their tokens were drawn, with a line of text."""
+    seed = int(seed or 0)  # None: the field is empty
+    settings = pipeline.settings(seed, guidance=guidance, temperature=temperature, steps=int(steps))
     labels = pipeline.sampler.labels([label] * int(count))
-    states = pipeline.sampler.step_by_step(labels, settings, first=0)
+    try:
+        states = pipeline.sampler.step_by_step(labels, settings, first=0, most=_STATES)
+    except UserError as error:
+        yield None, str(error)
+        return
     columns = int(np.ceil(np.sqrt(len(labels))))
     scale = max(1, _SHOWN * 2 // (columns * pipeline.sampler.image_shape[0]))
     for number, images in enumerate(states):
         text = (
-            f"step {number} of {len(states) - 1}"
-            if number + 1 < len(states)
-            else f"{len(labels)} images, seed {seed:.0f}"
+            f"step {number} of {len(states) - 1}" if number + 1 < len(states) else f"{len(labels)} images, seed {seed}"
         )
         yield grid(images, columns, scale=scale), text
 
@@ -150,7 +154,7 @@ def inpainted(
     guidance: float,
     temperature: float,
     steps: float,
-    seed: float,
+    seed: float | None,
 ) -> tuple[np.ndarray | None, str]:
     """The picture with the painted part redrawn, and a line of text."""
     if not painted or painted.get("background") is None:
@@ -158,9 +162,11 @@ def inpainted(
     image, mask = small(pipeline, painted["background"], painted["layers"])
     if not mask.any():
         return None, "Nothing is painted over; paint over what is to be redrawn."
-    edited = pipeline.inpaint(
-        image[None], mask[None], [label], seed=int(seed), guidance=guidance, temperature=temperature, steps=int(steps)
-    )
+    how: dict[str, Any] = {"guidance": guidance, "temperature": temperature, "steps": int(steps)}
+    try:
+        edited = pipeline.inpaint(image[None], mask[None], [label], seed=int(seed or 0), **how)
+    except UserError as error:
+        return None, str(error)
     return _large(pipeline, edited[0]), f"{mask.mean():.0%} of the image are redrawn as {label}"
 
 
@@ -169,12 +175,17 @@ def small(pipeline: Pipeline, picture: np.ndarray, layers: list[np.ndarray]) -> 
     from PIL import Image
 
     height, width, _ = pipeline.sampler.image_shape
-    image = np.asarray(Image.fromarray(picture[..., :3]).resize((width, height), Image.Resampling.BOX))
+    scale = min(picture.shape[0] / height, picture.shape[1] / width)
+    top, left = (picture.shape[0] - scale * height) / 2, (picture.shape[1] - scale * width) / 2
+    part = (left, top, left + scale * width, top + scale * height)  # the largest centred part of the right shape
+
+    def shrunk(pixels: np.ndarray) -> np.ndarray:
+        return np.asarray(Image.fromarray(pixels).resize((width, height), Image.Resampling.BOX, part))
+
     mask = np.zeros((height, width), bool)
     for layer in layers:
-        alpha = Image.fromarray(layer[..., 3]).resize((width, height), Image.Resampling.BOX)
-        mask |= np.asarray(alpha) > 127  # more than half of a pixel
-    return image, mask
+        mask |= shrunk(layer[..., 3]) > 127  # more than half of a pixel
+    return shrunk(picture[..., :3]), mask
 
 
 def _large(pipeline: Pipeline, image: np.ndarray) -> np.ndarray:

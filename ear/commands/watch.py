@@ -13,6 +13,7 @@ from ear.display.live import ABOUT, FOLDER, TRAINING, VALIDATION, read_rows
 from ear.errors import UserError
 from ear.files.atomic import whole_file
 from ear.files.json_files import read_json
+from ear.lineage.run import unfinished
 
 PICTURES = Path("work/watch")
 STAGES = ("tokenizer", "train", "finetune")
@@ -21,47 +22,76 @@ _HEIGHT, _WIDTH, _MARGIN = 15, 90, 20  # of the curve in the terminal, in charac
 
 
 def run(stage: str | None, *, every: float, once: bool, samples: int, samples_every: float) -> Iterator[str]:
-    """Yield texts to print until the training ends, one per interval with new rows; writes pictures in work/watch.
+    """Yield texts to print until the training ends, one per look with something new; writes pictures in work/watch.
 
     stage: default, the one that trains now. once: yield one text and stop. samples: images to draw from each new
     checkpoint, at most every `samples_every` seconds; 0: none.
     Raises UserError if nothing trains and `once` is set.
     """
-    shown, sampled, next_samples = 0, None, 0.0
+    shown, seen, sampled, next_samples, drawn = "", -1, None, 0.0, ""
     while True:
         current = stage or newest()
-        rows = read_rows(FOLDER / current / TRAINING) if current else []
-        if current and rows and rows[-1]["images"] != shown:
-            shown = rows[-1]["images"]
-            yield text(current, rows)
-            draw(current, rows)
-        elif once:
+        if shown and current != shown and not rows_of(shown):
+            yield f"{shown} has ended; its rows are in {FOLDER / 'finished' / shown}"
+            shown, drawn = "", ""
+            if not current:
+                return
+        rows = rows_of(current) if current else []
+        if once and not rows:
             what = f"{current} does not train" if current else "no stage trains"
             raise UserError(f"{what} now; start `dvc repro`, and try again.")
+        if stage and shown and not rows:
+            yield f"{stage} has ended; its rows are in {FOLDER / 'finished' / stage}"
+            return
+        new = current is not None and bool(rows) and (current, rows[-1]["images"]) != (shown, seen)
         checkpoint = newest_checkpoint(current) if current in ("train", "finetune") else None
         if samples and checkpoint and checkpoint != sampled and time.monotonic() >= next_samples:
             sampled, next_samples = checkpoint, time.monotonic() + samples_every
-            with contextlib.suppress(FileNotFoundError):  # replaced by a newer one meanwhile
-                yield draw_samples(checkpoint, samples)
+            drawn, new = sampled_or_why(checkpoint, samples), True
+        if current and rows and new:
+            with contextlib.suppress(OSError, UserError):  # it has ended at this moment: the next look says so
+                yield "\n".join(filter(None, [text(current, rows), drawn]))
+                draw(current, rows)
+            shown, seen = current, rows[-1]["images"]
         if once:
-            return
-        if shown and current and not read_rows(FOLDER / current / TRAINING) and not newest():
-            yield f"{current} has ended; its rows are in {FOLDER / 'finished' / current}"
             return
         time.sleep(every)
 
 
+def rows_of(stage: str) -> list[dict[str, Any]]:
+    """The rows of a stage's training that runs, or was stopped; [] if it has ended."""
+    try:
+        return read_rows(FOLDER / stage / TRAINING)
+    except OSError:  # moved at this moment
+        return []
+
+
 def newest() -> str | None:
     """The stage with the newest row, or None."""
-    tables = {stage: FOLDER / stage / TRAINING for stage in STAGES}
-    running = {stage: path.stat().st_mtime for stage, path in tables.items() if read_rows(path)}
+    running = {stage: _changed(FOLDER / stage / TRAINING) for stage in STAGES if rows_of(stage)}
     return max(running, key=running.__getitem__) if running else None
 
 
 def newest_checkpoint(stage: str | None) -> Path | None:
     """The checkpoint of the most images in a stage's unfinished work, the newest of several; or None."""
-    found = Path("work", str(stage)).glob("*/checkpoint-*.safetensors")
-    return max(found, key=lambda path: (path.stat().st_mtime, path.name), default=None)
+    found = unfinished(str(stage)).glob("*/checkpoint-*.safetensors")
+    return max(found, key=lambda path: (_changed(path), path.name), default=None)
+
+
+def _changed(path: Path) -> float:
+    """When a file changed last; 0 if it is gone."""
+    try:
+        return path.stat().st_mtime
+    except OSError:
+        return 0.0
+
+
+def sampled_or_why(checkpoint: Path, count: int) -> str:
+    """What `draw_samples` says, or why it could not."""
+    try:
+        return draw_samples(checkpoint, count)
+    except (OSError, UserError) as error:  # replaced by a newer one meanwhile, or too early to draw anything
+        return f"no samples of {checkpoint.name}: {error}"
 
 
 def text(stage: str, rows: list[dict[str, Any]]) -> str:
@@ -117,7 +147,8 @@ def draw_samples(checkpoint: Path, count: int) -> str:
     options = config.load().sample
     sampler = ImageSampler.open(checkpoint, Path("data") / TOKENIZER)
     labels = balanced_labels(count, len(sampler.model.shape.classes))
-    settings = SamplingSettings.of(options.model_copy(update={"seed": _SEED}))
+    on_cpu = {"seed": _SEED, "precision": "float32", "decoder_precision": "float32"}
+    settings = SamplingSettings.of(options.model_copy(update=on_cpu))
     images = sampler.images(labels, settings, first=0)
     save_png(PICTURES / "samples.png", grid(images[:100], min(len(sampler.model.shape.classes), 10)))
     line = f"{PICTURES / 'samples.png'}: {count} images of {checkpoint.name}"
@@ -135,7 +166,7 @@ def quick_figures(images: Any, labels: list[int]) -> Mapping[str, float]:
     from ear.evaluation.statistics import Moments, class_accuracy
 
     reference, extractor = (Path("data/reference") / name for name in ("features.safetensors", "extractor.safetensors"))
-    if not reference.is_file() or not extractor.is_file():
+    if len(images) < 2 or not reference.is_file() or not extractor.is_file():
         return {}
     opened, moments = open_extractor(extractor, torch.device("cpu")), Moments()
     features, logits = opened(images)

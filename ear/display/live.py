@@ -12,7 +12,7 @@ from typing import Any
 
 from ear.display.trackers import Tracker
 from ear.files.atomic import remove, replace, whole_file
-from ear.files.json_files import rounded, write_json
+from ear.files.json_files import read_json, rounded, write_json
 
 FOLDER = Path("work/live")
 TRAINING, VALIDATION, ABOUT = "training.tsv", "validation.tsv", "about.json"
@@ -26,20 +26,29 @@ class Live:
         self,
         folder: Path | None = None,
         *,
+        key: str = "",  # of what is trained: rows of another key are not its own
         more: Callable[[Row], Row] = lambda row: {},  # further figures of a row of training
-        trackers: Sequence[Tracker] = (),
+        trackers: Callable[[int], Sequence[Tracker]] = lambda images: (),  # opened when it begins at that image
     ):
-        self.folder, self._more, self._trackers = folder, more, trackers
+        self.folder, self._key, self._more, self._open = folder, key, more, trackers
+        self._trackers: Sequence[Tracker] = ()
 
-    def begin(self, images: int, about: Mapping[str, Any]) -> None:
-        """Start after `images` images: rows of later ones, from before a kill, are removed."""
+    def begin(self, images: int, about: Mapping[str, Any], last: tuple[int, int] = (0, 0)) -> None:
+        """Start after `images` images.
+
+        last: images of the last rows of training and validation that the training remembers; later rows, from before a
+        kill, are removed, since they will be written again.
+        """
         if self.folder is None:
             return
-        for name in (TRAINING, VALIDATION):
-            rows = [row for row in read_rows(self.folder / name) if row["images"] <= images] if images else []
+        known = self.folder / ABOUT
+        own = known.is_file() and read_json(known).get("key") == self._key
+        for name, until in zip((TRAINING, VALIDATION), last, strict=True):
+            rows = [row for row in read_rows(self.folder / name) if row["images"] <= until] if own else []
             _write(self.folder / name, rows)
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-        write_json(self.folder / ABOUT, {**about, "started": now, "started_at_image": images})
+        write_json(known, {**about, "key": self._key, "started": now, "started_at_image": images})
+        self._trackers = self._open(images)
 
     def training(self, row: Row) -> None:
         """Add a row of means since the row before."""
@@ -69,17 +78,22 @@ class Live:
             tracker.close()
 
 
-def archive(stage: str) -> None:
+def archive(stage: str, began: float) -> None:
     """After the stage's results are published: keep its rows in work/live/finished, in place of those before.
 
-    Empty tables stay, since `dvc plots show` warns of a file that is missing.
+    began: time of the stage's start; older rows, of a training that was given up, are deleted. Empty tables stay, since
+    `dvc plots show` warns of a file that is missing.
     """
     folder, kept = FOLDER / stage, FOLDER / "finished" / stage
-    if (folder / ABOUT).is_file():
+    if not (folder / ABOUT).is_file():
+        return
+    if (folder / ABOUT).stat().st_mtime >= began:
         remove(kept)
         replace(folder, kept)
-        for name in (TRAINING, VALIDATION):
-            _write(folder / name, [])
+    else:
+        remove(folder)
+    for name in (TRAINING, VALIDATION):
+        _write(folder / name, [])
 
 
 def read_rows(path: Path) -> list[Row]:

@@ -1,13 +1,15 @@
 """TensorBoard, MLflow and Weights & Biases: what `runtime.trackers` names gets every row of a running training.
 
-A tracker never ends a training: if it cannot start or fails, one line says so, and the training continues without it.
-Their packages are the extra `trackers`; all of them store locally unless their own settings say otherwise.
+Nothing leaves the machine unless the environment says so (WANDB_MODE, MLFLOW_TRACKING_URI). A tracker never ends a
+training: if it cannot start or fails, one line says so, and the training continues without it. Their packages are the
+extra `trackers`.
 """
 
 import contextlib
 import functools
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -26,12 +28,19 @@ class Tracker(Protocol):
         """Write what is left."""
 
 
-def opened(names: Iterable[str], *, run: str, folder: Path, parameters: Mapping[str, Any]) -> list[Tracker]:
-    """The named trackers, each with a run of that name; a resumed training continues its run.
+@dataclass(frozen=True)
+class Start:
+    """What a tracker needs to know of a training to start its run, or to continue it."""
 
-    folder: of the unfinished training, where the runs' ids are kept. parameters: plain values, by section.
-    """
-    return [_Careful(name, functools.partial(_START[name], run, folder, parameters)) for name in names]
+    run: str  # name
+    folder: Path  # of the unfinished training, where the ids of runs are kept
+    parameters: Mapping[str, Any]  # plain values, by section
+    images: int  # after which this sitting begins
+
+
+def opened(names: Iterable[str], start: Start) -> list[Tracker]:
+    """The named trackers; a resumed training continues its run."""
+    return [_Careful(name, functools.partial(_START[name], start)) for name in names]
 
 
 class _Careful:
@@ -65,11 +74,11 @@ class _Careful:
 class _TensorBoard:
     """Event files in work/tensorboard/RUN."""
 
-    def __init__(self, run: str, folder: Path, parameters: Mapping[str, Any]):
+    def __init__(self, start: Start):
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = SummaryWriter(f"work/tensorboard/{run}")
-        self._writer.add_text("parameters", f"```\n{parameters}\n```")
+        self._writer = SummaryWriter(f"work/tensorboard/{start.run}", purge_step=start.images + 1)
+        self._writer.add_text("parameters", f"```\n{start.parameters}\n```")
 
     def log(self, table: str, row: Row) -> None:
         for name, value in row.items():
@@ -83,16 +92,16 @@ class _TensorBoard:
 class _MLflow:
     """A run in the store that MLFLOW_TRACKING_URI names; default: work/mlflow.db."""
 
-    def __init__(self, run: str, folder: Path, parameters: Mapping[str, Any]):
+    def __init__(self, start: Start):
         import mlflow
 
         os.environ.setdefault("MLFLOW_TRACKING_URI", "sqlite:///work/mlflow.db")
         mlflow.set_experiment("ear")
-        known = _read_id(folder, "mlflow")
-        self._mlflow, active = mlflow, mlflow.start_run(run_id=known, run_name=None if known else run)
-        _write_id(folder, "mlflow", active.info.run_id)
+        known = _read_id(start.folder, "mlflow")
+        self._mlflow, active = mlflow, mlflow.start_run(run_id=known, run_name=None if known else start.run)
+        _write_id(start.folder, "mlflow", active.info.run_id)
         if not known:
-            mlflow.log_params({f"{s}.{k}": v for s, keys in parameters.items() for k, v in _items(keys)})
+            mlflow.log_params(dict(_named(start.parameters)))
 
     def log(self, table: str, row: Row) -> None:
         self._mlflow.log_metrics({f"{table}/{name}": value for name, value in row.items()}, step=row["images"])
@@ -104,14 +113,23 @@ class _MLflow:
 class _Wandb:
     """A run of the project `ear`; WANDB_MODE=offline stores it in work/wandb only."""
 
-    def __init__(self, run: str, folder: Path, parameters: Mapping[str, Any]):
+    def __init__(self, start: Start):
         import wandb
 
-        known = _read_id(folder, "wandb")
+        os.environ.setdefault("WANDB_MODE", "offline")
+        known = _read_id(start.folder, "wandb")
         self._run = wandb.init(
-            project="ear", name=run, id=known, resume="allow", dir="work", config=dict(parameters), reinit=True
+            project="ear",
+            name=start.run,
+            id=known,
+            resume="allow",
+            dir="work",
+            config=dict(start.parameters),
+            reinit=True,
         )
-        _write_id(folder, "wandb", self._run.id)
+        _write_id(start.folder, "wandb", self._run.id)
+        for table in ("training", "validation"):
+            self._run.define_metric(f"{table}/*", step_metric=f"{table}/images")
 
     def log(self, table: str, row: Row) -> None:
         self._run.log({f"{table}/{name}": value for name, value in row.items()})
@@ -120,15 +138,20 @@ class _Wandb:
         self._run.finish()
 
 
-_START: dict[str, Callable[[str, Path, Mapping[str, Any]], Tracker]] = {
+_START: dict[str, Callable[[Start], Tracker]] = {
     "tensorboard": _TensorBoard,
     "mlflow": _MLflow,
     "wandb": _Wandb,
 }
 
 
-def _items(keys: Any) -> Iterable[tuple[str, Any]]:
-    return keys.items() if isinstance(keys, Mapping) else [("", keys)]
+def _named(parameters: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """(section.key, value), or (key, value) of a single value."""
+    for section, keys in parameters.items():
+        if isinstance(keys, Mapping):
+            yield from ((f"{section}.{key}", value) for key, value in keys.items())
+        else:
+            yield section, keys
 
 
 def _read_id(folder: Path, name: str) -> str | None:

@@ -118,9 +118,9 @@ class AutoregressiveModel(nn.Module, ABC):
         for network in self.score.networks():
             compile_in_place(network, dynamic=True)
 
-    def shard(self) -> None:
+    def shard(self, device: torch.device) -> None:
         """Divide the weights among the ranks, in place; afterwards, `loss` is the only method that computes."""
-        shard(self, [*self.transformer.blocks, *self.score.networks()], method="loss")
+        shard(self, [*self.transformer.blocks, *self.score.networks()], method="loss", device=device)
 
     def prefix(self, labels: Tensor, null: Tensor | None = None) -> Tensor:
         """Labels [B], null bool [B] (true: no class) => buffer tokens [B, P, W], without their positions."""

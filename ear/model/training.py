@@ -243,10 +243,12 @@ def build_trainer(
 ) -> Trainer[AutoregressiveModel]:
     """The trainer of a phase: AdamW over the published parameter groups, and two EMAs."""
     decays = {"averaged": options.ema_decay, "averaged_long": options.ema_decay_long}
+    device = model.positions.device
+    model = model.cpu() if sharded else model  # no device needs memory for whole copies
     averages = {name: Average(model, decay) for name, decay in decays.items()}
     if sharded:
         for network in (model, *(average.module for average in averages.values())):
-            network.shard()
+            network.shard(device)
     groups = parameter_groups(model, weight_decay=options.weight_decay, head_rate=options.head_rate)
     return Trainer(
         model,

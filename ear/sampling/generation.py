@@ -104,16 +104,20 @@ class ImageSampler:
         return self.pixels(latents, numbers, settings)
 
     @torch.inference_mode()
-    def step_by_step(self, labels: Sequence[int], settings: SamplingSettings, *, first: int) -> list[np.ndarray]:
+    def step_by_step(
+        self, labels: Sequence[int], settings: SamplingSettings, *, first: int, most: int | None = None
+    ) -> list[np.ndarray]:
         """The images of `images` before each step and at the end, uint8 [N, H, W, 3] each.
 
-        Tokens that are not drawn yet are shown as mean latents.
+        Tokens that are not drawn yet are shown as mean latents. most: of these moments, evenly spaced; None: all.
         """
         numbers, latents = range(first, first + len(labels)), []
         source = image_streams(settings.seed, numbers)
         with precise(settings.precision, self.device):
             drawn = sample(self.model, labels, settings, source=source, seen=lambda now: latents.append(now.clone()))
-        return [self.pixels(state, numbers, settings) for state in (*latents, drawn)]
+        count = len(latents) if most is None else min(len(latents), most - 1)
+        shown = [latents[k * len(latents) // count] for k in range(count)]
+        return [self.pixels(state, numbers, settings) for state in (*shown, drawn)]
 
     @torch.inference_mode()
     def pixels(self, latents: torch.Tensor, numbers: Sequence[int], settings: SamplingSettings) -> np.ndarray:

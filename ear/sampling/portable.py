@@ -26,13 +26,13 @@ from ear.tokenizer.autoencoder import describe_tokenizer, tokenizer_of
 FORMAT = "ear-pipeline-1"
 FILE, CARD = "pipeline.safetensors", "README.md"
 _MODEL, _TOKENIZER = "model.", "tokenizer."
-_SAMPLING = ("steps", "guidance", "schedule", "temperature")  # what `generate` takes as defaults
+_SAMPLING = ("steps", "guidance", "schedule", "guidance_from", "guidance_to", "temperature")  # defaults of `generate`
 
 
 class Pipeline(ModelHubMixin):
     """A trained generator. `push_to_hub(NAME)` and `from_pretrained(NAME or folder)` are huggingface_hub's.
 
-    sampling: steps, guidance, schedule and temperature behind the metrics. metrics: plain values by name.
+    sampling: steps, guidance and its schedule, and temperature behind the metrics. metrics: plain values by name.
     """
 
     def __init__(self, sampler: ImageSampler, *, tokenizer_sha256: str, sampling: Mapping, metrics: Mapping):
@@ -105,10 +105,10 @@ class Pipeline(ModelHubMixin):
     @classmethod
     def _from_pretrained(cls, *, model_id: str, **options: Any) -> "Pipeline":
         if (folder := Path(model_id)).is_dir():
-            return load_pipeline(folder / FILE)
+            return load_pipeline(folder / FILE, options.get("device", "cpu"))
         names = ("revision", "cache_dir", "token", "local_files_only", "force_download")
         given = {name: options[name] for name in names if options.get(name) is not None}
-        return load_pipeline(hf_hub_download(model_id, FILE, **given))
+        return load_pipeline(hf_hub_download(model_id, FILE, **given), options.get("device", "cpu"))
 
     def card(self) -> str:
         """The model card: Markdown with a header that hubs read."""
@@ -144,10 +144,11 @@ figures that were measured in the same way.
 
 
 def load_pipeline(path: str | Path, device: torch.device | str = "cpu") -> Pipeline:
-    """Load what `ear export` or `Pipeline.save` wrote.
+    """Load what `ear export` or `Pipeline.save` wrote, or `Pipeline.save_pretrained` into a folder.
 
     Raises MissingFileError; UserError if the file is damaged or holds something else.
     """
+    path = Path(path) / FILE if Path(path).is_dir() else path
     if not Path(path).is_file():
         raise MissingFileError(f"{path} does not exist; `ear export FILE` writes a pipeline.")
     tensors, description = read_tensors(path)

@@ -7,21 +7,23 @@ Every function here also takes unsharded tensors, and then needs no communicatio
 
 from collections.abc import Iterable, Mapping
 
+import torch
 from torch import Tensor, nn
 
 from ear.runtime import distributed
 
 
-def shard(module: nn.Module, parts: Iterable[nn.Module], *, method: str) -> None:
+def shard(module: nn.Module, parts: Iterable[nn.Module], *, method: str, device: torch.device) -> None:
     """Divide the weights of `module` among all ranks, in place; all ranks must call it together.
 
-    parts: submodules that are gathered one after the other, in order of their use; the rest is gathered as a whole.
-    method: the one of `module` that computes with all of it. Gradients become sums over ranks.
+    The module may be in host memory: `device` gets one part after the other, and keeps only its shards. Gradients
+    become sums over ranks. parts: submodules that are gathered one after the other, in order of their use; the rest is
+    gathered as a whole. method: the one of `module` that computes with all of it.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 
-    mesh = init_device_mesh(next(module.parameters()).device.type, (distributed.size(),))
+    mesh = init_device_mesh(device.type, (distributed.size(),))
     for part in (*parts, module):
         fully_shard(part, mesh=mesh, reshard_after_forward=True)
     register_fsdp_forward_method(module, method)

@@ -122,7 +122,8 @@ class Trainer(Generic[Network]):
         """
         self.resume(folder)
         self._live = live or Live()
-        self._live.begin(self.images, self._facts(title, total_images))
+        logged = (rows[-1]["images"] if rows else 0 for rows in (self.history.training, self.history.validation))
+        self._live.begin(self.images, self._facts(title, total_images), (next(logged), next(logged)))
         self._speed.begin(self.images)
         with (
             _stop_signals() as asked,

@@ -45,13 +45,28 @@ def test_copies_of_training_images_are_noticed(repository):
     assert all(float(value) > 0.05 for value in real)
 
 
-def test_distances_are_those_of_the_nearest_image():
-    source = np.random.default_rng(0)
-    images, searched = (source.integers(0, 256, (n, 4, 4, 3), np.uint8) for n in (5, 7))
-    distances, places = parts._nearest(images, searched)
+def test_distances_are_those_of_the_nearest_image(monkeypatch):
+    random = np.random.default_rng(0)
+    images, searched = (random.integers(0, 256, (n, 4, 4, 3), np.uint8) for n in (5, 7))
     brute = np.sqrt(((images[:, None] / 255.0 - searched[None] / 255.0) ** 2).mean((2, 3, 4)))
-    np.testing.assert_allclose(distances, brute.min(1), rtol=1e-4)
-    assert (places == brute.argmin(1)).all()
+
+    class Source:
+        def images(self, rows):
+            return searched[rows]
+
+    for memory in (1e9, 400):  # in one part, in parts of 2
+        monkeypatch.setattr(parts, "_BYTES", memory)
+        distances, places = parts._nearest(images, Source(), 7)
+        np.testing.assert_allclose(distances, brute.min(1), rtol=1e-4)
+        assert (places == brute.argmin(1)).all()
+
+
+def test_files_of_other_runs_side_by_side_leave_the_other_parts(repository):
+    shutil.rmtree("data/prepared")
+    write_prepared(repository / "data/prepared", pixels(60, 16), (40,), 20)  # other sizes than the samples
+    said = report.run()
+    assert "Real and generated images, Nearest training images" in said
+    assert "Training" not in said
 
 
 @needs_browser

@@ -1,5 +1,6 @@
 """`ear watch` beside a training that writes rows."""
 
+import threading
 from pathlib import Path
 
 import pytest
@@ -47,10 +48,11 @@ def test_the_stage_that_trains_now_is_followed_to_its_end():
     rows(2, "tokenizer")
     texts = watch.run(None, every=0.01, once=False, samples=0, samples_every=0)
     assert next(texts).startswith("tokenizer: 128 of 6,400 images")
-    live.archive("tokenizer")
+    live.archive("tokenizer", 0.0)
     rows(3)
+    assert next(texts) == "tokenizer has ended; its rows are in work/live/finished/tokenizer"
     assert next(texts).startswith("train: 192 of 6,400 images")
-    live.archive("train")
+    threading.Timer(0.2, live.archive, ["train", 0.0]).start()  # while it sleeps
     assert next(texts) == "train has ended; its rows are in work/live/finished/train"
     assert list(texts) == []
 
@@ -64,8 +66,16 @@ def test_the_newest_checkpoint_is_drawn_once(monkeypatch):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
     texts = watch.run("train", every=0.01, once=False, samples=20, samples_every=0)
-    next(texts)
-    assert next(texts) == "drawn"
-    live.archive("train")
+    assert next(texts).endswith("\ndrawn")
+    live.archive("train", 0.0)
     assert "has ended" in next(texts)
     assert drawn == [("checkpoint-000000000128.safetensors", 20)]
+
+
+def test_samples_that_cannot_be_drawn_do_not_end_the_watch():
+    rows(2)
+    path = Path("work/train/0123456789abcdef/checkpoint-000000000064.safetensors")
+    path.parent.mkdir(parents=True)
+    path.write_bytes(b"half a file")
+    texts = watch.run("train", every=0.01, once=True, samples=20, samples_every=0)
+    assert "no samples of checkpoint-000000000064.safetensors: " in next(texts)

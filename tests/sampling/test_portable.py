@@ -1,5 +1,6 @@
 """A pipeline as one file: written, loaded, damaged, on a hub."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -39,7 +40,9 @@ def test_one_file_generates_the_same_images_as_the_repository(exported):
 
 def test_its_defaults_are_the_sampling_behind_the_metrics(exported):
     pipeline = ear.load_pipeline(exported)
-    same = ear.generate("data", labels=[1], seed=4, **pipeline.sampling)
+    assert (pipeline.sampling["guidance"], pipeline.sampling["steps"]) == (2.2, 8)
+    how = {name: value for name, value in pipeline.sampling.items() if not name.startswith("guidance_")}
+    same = ear.generate("data", labels=[1], seed=4, **how)
     assert np.array_equal(pipeline.generate([1], seed=4), same)
 
 
@@ -51,6 +54,15 @@ def test_it_edits_like_the_repository(exported):
     edited = pipeline.inpaint(images, mask, [3, 3], **DRAW)
     assert np.array_equal(edited, ear.inpaint(images, mask, [3, 3], data="data", **DRAW))
     assert np.array_equal(edited[~mask], images[~mask])
+
+
+def test_figures_of_another_model_are_left_out(exported):
+    protocol = json.loads(Path("data/evaluation/protocol.json").read_text())
+    protocol["sampling"]["model_sha256"] = "of another model"
+    Path("data/evaluation/protocol.json").write_text(json.dumps(protocol))
+    result = CliRunner().invoke(main, ["export", "other.safetensors"])
+    assert "without metrics: the evaluation of this model has not run" in result.output
+    assert ear.load_pipeline("other.safetensors").metrics == {}
 
 
 def test_writing_it_again_gives_the_same_bytes(exported, tmp_path):

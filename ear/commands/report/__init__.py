@@ -59,11 +59,13 @@ def run(target: Path = REPORT) -> str:
 
 
 def _section(title: str, make: Callable[[], parts.Part]) -> Section:
-    """A part as a section of the page; a part whose files do not exist or are damaged is missing."""
+    """A part as a section of the page; a part whose files do not exist, or do not fit each other, is missing."""
     try:
         part = make()
     except (UserError, OSError) as error:
         return Section(title, missing=str(error))
+    except Exception as error:  # files of several runs side by side can disagree in any way; the other parts are shown
+        return Section(title, missing=f"{type(error).__name__}: {error}")
     return Section(title, part.text, part.tables, tuple((name, _url(picture)) for name, picture in part.pictures))
 
 

@@ -26,7 +26,8 @@ _CLASSES = 10  # at most, in pictures
 _PER_CLASS = 8  # images of a class, real and generated
 _NEAREST = 10  # generated images whose nearest training images are shown
 _SEARCHED = 20_000  # training images, at most, that are searched
-_COMPARED = 500  # images, at most, whose distances are compared
+_COMPARED = 200  # images, at most, whose distances are compared
+_BYTES = 200e6  # of images, at most, that are in memory at once
 _LATENTS = 2_000  # images behind the histograms
 
 
@@ -89,7 +90,10 @@ def real_and_generated() -> Part:
         rows = []
         for images in (real, made):
             chosen = np.flatnonzero(np.asarray(images.labels) == label)[:_PER_CLASS]
-            rows.append(np.concatenate([images.images(range(k, k + 1)) for k in chosen.tolist()]))
+            none = np.empty((0, *images.images(range(1)).shape[1:]), np.uint8)
+            rows.append(np.concatenate([none, *(images.images(range(k, k + 1)) for k in chosen.tolist())]))
+        if not max(map(len, rows)):
+            continue
         short = max(len(part) for part in rows)
         padded = [np.concatenate([p, np.full((short - len(p), *p.shape[1:]), 255, np.uint8)]) for p in rows]
         shown.append((f"{name}: real, then generated", _png(pictures.grid(np.concatenate(padded), short))))
@@ -101,12 +105,12 @@ def nearest() -> Part:
     """Generated images with the nearest training images, in pixels; their distances beside those of held-out images."""
     made, real = GeneratedImages(DATA / "samples/samples.h5"), PreparedImages(DATA / "prepared", "train")
     held_out = PreparedImages(DATA / "prepared", "val")
-    searched = real.images(np.arange(min(len(real), _SEARCHED)))
-    few = made.images(range(min(len(made), _COMPARED)))
-    distances, places = _nearest(few, searched)
-    others, _ = _nearest(held_out.images(np.arange(min(len(held_out), _COMPARED))), searched)
+    count = min(len(real), _SEARCHED)
+    few, apart = (source.images(range(min(len(source), _COMPARED))) for source in (made, held_out))
+    distances, places = _nearest(np.concatenate([few, apart]), real, count)
+    distances, others = np.split(distances, [len(few)])
     shown = np.linspace(0, len(few) - 1, min(_NEAREST, len(few))).astype(int)
-    rows = np.concatenate([few[shown], searched[places[shown]]])
+    rows = np.concatenate([few[shown], real.images(places[shown])])
     quantiles = (0.01, 0.1, 0.5)
     table = Table(
         ("distance to the nearest training image, per pixel", *(f"{q:.0%} quantile" for q in quantiles)),
@@ -115,21 +119,27 @@ def nearest() -> Part:
             ("held-out real images", *(_number(float(np.quantile(others, q))) for q in quantiles)),
         ),
     )
-    text = (
-        f"Among {len(searched):,} training images. Generated images that are much nearer than held-out ones would be "
-        "copies."
-    )
+    text = f"Among {count:,} training images. Generated images that are much nearer than held-out ones would be copies."
     return Part(
         text, (table,), (("generated above, nearest training image below", _png(pictures.grid(rows, len(shown)))),)
     )
 
 
-def _nearest(images: np.ndarray, searched: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(root mean square distance to the nearest of `searched`, its number), both [N]; pixels in [0, 1]."""
-    a, b = (part.reshape(len(part), -1).astype(np.float32) / 255 for part in (images, searched))
-    squared = (a**2).sum(1)[:, None] - 2 * a @ b.T + (b**2).sum(1)[None]
-    places = squared.argmin(1)
-    return np.sqrt(np.maximum(squared.min(1), 0) / a.shape[1]), places
+def _nearest(images: np.ndarray, source: PreparedImages, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """(root mean square distance to the nearest of the first `count` of `source`, its number), both [N].
+
+    Pixels are in [0, 1]; the source is read part by part.
+    """
+    a = images.reshape(len(images), -1).astype(np.float32) / 255
+    best, places = np.full(len(a), np.inf, np.float32), np.zeros(len(a), np.int64)
+    part = max(1, int(_BYTES / (4 * a.shape[1])))
+    for start in range(0, count, part):
+        b = source.images(np.arange(start, min(start + part, count))).reshape(-1, a.shape[1]).astype(np.float32) / 255
+        squared = (a**2).sum(1)[:, None] - 2 * a @ b.T + (b**2).sum(1)[None]
+        nearer = squared.min(1) < best
+        places[nearer] = start + squared.argmin(1)[nearer]
+        best = np.minimum(best, squared.min(1))
+    return np.sqrt(np.maximum(best, 0) / a.shape[1]), places
 
 
 def reconstructions() -> Part:
@@ -143,18 +153,27 @@ def reconstructions() -> Part:
 
 
 def curves() -> Part:
-    """The curves of every training: published ones, or those of an unfinished one."""
+    """The curves of every training: those of its results, or those of one that runs or was stopped.
+
+    The rows of the last training that finished here have more figures than its results; they are drawn if they are of
+    the same training, which equal losses tell.
+    """
     drawn = []
     for stage, folder in (("tokenizer", "tokenizer"), ("train", "model"), ("finetune", "finetuned")):
-        places = (FOLDER / stage, FOLDER / "finished" / stage, DATA / folder)
-        found = next((place for place in places if read_rows(place / TRAINING)), None)
-        if found:
-            rows, held_out = read_rows(found / TRAINING), read_rows(found / VALIDATION)
-            note = " (running or stopped)" if found == places[0] else ""
+        live, finished, result = FOLDER / stage, FOLDER / "finished" / stage, DATA / folder
+        same = _losses(finished) == _losses(result)
+        found = finished if same and _losses(result) else result if _losses(result) else live
+        rows, held_out = read_rows(found / TRAINING), read_rows(found / VALIDATION)
+        if rows:
+            note = " (running or stopped)" if found == live else ""
             drawn.append((f"{stage}{note}", diagrams.figure(rows, held_out, title=stage)))
     if not drawn:
         raise MissingFileError("no training has written a log yet; run the tokenizer or the train stage.")
     return Part(pictures=tuple(drawn))
+
+
+def _losses(folder: Path) -> list[float | None]:
+    return [row.get("loss") for row in read_rows(folder / TRAINING)]
 
 
 def latents() -> Part:
@@ -218,13 +237,13 @@ def stages() -> Part:
         seconds = seconds_of(name)
         code = str(hash_of(record.code))
         changed = "yes" if record.earlier_code else ""
-        rows.append((name, f"{seconds:,.1f} s" if seconds is not None else "restored", code, changed))
+        rows.append((name, f"{seconds:,.1f} s" if seconds is not None else "never", code, changed))
     table = Table(("stage", "last run here", "code", "begun under other code"), tuple(rows))
     return Part(tables=(table, Table(("library", "version"), tuple(sorted(libraries.items())))))
 
 
 def seconds_of(stage: str) -> float | None:
-    """How long a stage took when it last ran in this folder; None if DVC restored its results."""
+    """How long a stage took when it last ran in this folder; None if it never has."""
     path = Path("work/times") / f"{stage}.json"
     return read_json(path)["seconds"] if path.is_file() else None
 
