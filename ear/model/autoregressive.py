@@ -23,8 +23,8 @@ from ear.model.transformer import Transformer
 from ear.runtime import randomness
 from ear.runtime.device import compile_in_place
 from ear.runtime.randomness import Stream
+from ear.runtime.sharding import shard
 from ear.scores.score import Loss
-from ear.training.sharding import shard
 
 _INIT_SD = 0.02  # standard deviation of initial embeddings and position tables
 

@@ -21,11 +21,11 @@ from ear.model.files import build_model, describe, save_model
 from ear.model.monitoring import Monitor
 from ear.model.tokens import patchify
 from ear.runtime import distributed, randomness
+from ear.runtime.sharding import host_copies
 from ear.scores.score import Loss
 from ear.training import checkpoint
 from ear.training.ema import Average
 from ear.training.optimizer import Group, adamw, schedule
-from ear.training.sharding import host_copies
 from ear.training.trainer import History, Trainer
 
 _VALIDATION_IMAGES = 4096  # at most; held-out shards are stored shuffled

@@ -12,7 +12,7 @@ from ear.files.atomic import link
 from ear.files.tensors import read_description, write_tensors
 from ear.files.weights import check_weights
 from ear.runtime import distributed
-from ear.training.sharding import host_copies, own_part
+from ear.runtime.sharding import host_copies, own_part
 
 _KEPT = 2  # checkpoints: the newest, and one to fall back to
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ear.runtime import distributed
-from ear.training.sharding import is_sharded
+from ear.runtime.sharding import is_sharded
 
 _BUCKET_BYTES = 32 * 2**20  # large enough for full bandwidth, small enough to start early
 

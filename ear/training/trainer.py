@@ -24,12 +24,12 @@ from ear.errors import UserError
 from ear.files.tensors import read_tensors
 from ear.runtime import distributed
 from ear.runtime.device import device_name
+from ear.runtime.sharding import is_sharded, whole
 from ear.training import checkpoint
 from ear.training.ema import Average
 from ear.training.gradients import SharedGradients
 from ear.training.means import Means
 from ear.training.optimizer import set_rate
-from ear.training.sharding import is_sharded, whole
 from ear.training.speed import Speed
 
 Network = TypeVar("Network", bound=nn.Module)

@@ -208,11 +208,10 @@ def test_seed_blocks_have_figures_of_their_own(repository):
     write_samples(images[:400], labels[:400])
     changes = {"evaluate.repeats": 4, "evaluate.kid_subset_size": 100}
     run("evaluate", **changes)
-    blocks = evaluated()
+    blocks, protocol = evaluated(), read_json("data/evaluation/protocol.json")
     write_samples(images[200:300], labels[200:300])
     run("evaluate", **{"evaluate.kid_subset_size": 100})
     third = evaluated()
-    protocol = read_json("data/evaluation/protocol.json")
     assert (protocol["blocks"], protocol["metric"], protocol["images"]) == (4, "FID-100", 100)
     assert protocol["why"][0] == "100 generated images, fewer than 50000"
     for name in ("fid", "kid", "inception_score", "class_accuracy"):
