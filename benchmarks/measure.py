@@ -1,13 +1,15 @@
 """Shared by all benchmarks: timings by turns, the matmul peak, facts about the machine, reports."""
 
 import argparse
+import contextlib
 import json
+import multiprocessing
 import os
 import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -48,6 +50,41 @@ def turns(ways: Mapping[str, Callable[[], object]], *, rounds: int, calls: int =
                 way()
             seconds[name].append((time.perf_counter() - start) / calls)
     return {name: times[1:] for name, times in seconds.items()}
+
+
+@contextlib.contextmanager
+def elsewhere(make: Callable[..., Callable[[], object]], *arguments: Any) -> Iterator[Callable[[], None]]:
+    """A function that calls `make(*arguments)` in a process of its own, and returns when the call there has ended.
+
+    For baselines on a CPU: what this process does with its memory (ear.runtime.device.keep_freed_memory) is not done
+    for them. `make` and its arguments must pickle.
+    """
+    context = multiprocessing.get_context("spawn")
+    here, there = context.Pipe()
+    child = context.Process(target=_answer, args=(there, make, arguments), daemon=True)
+    child.start()
+
+    def call() -> None:
+        here.send(True)
+        if error := here.recv():
+            raise RuntimeError(f"the baseline failed in its process: {error}")
+
+    try:
+        yield call
+    finally:
+        child.kill()
+        child.join()
+
+
+def _answer(pipe: Any, make: Callable[..., Callable[[], object]], arguments: Sequence[Any]) -> None:
+    """Call the function that `make` returns whenever something arrives; answer with its error, or with ''."""
+    try:
+        function = make(*arguments)
+        while pipe.recv():
+            function()
+            pipe.send("")
+    except Exception as error:
+        pipe.send(f"{type(error).__name__}: {error}")
 
 
 def speedup(ours: Sequence[float], baseline: Sequence[float]) -> dict[str, Any]:

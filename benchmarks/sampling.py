@@ -4,10 +4,12 @@
 
 Untrained models and tokenizers of the presets' sizes draw images as the sample stage does, with the presets' own steps,
 guidance and precision. The baseline runs the transformer on all tokens of all rows and the head on all tokens in every
-step, as published code does, and discards most results; its decoder computes in float32. Both take turns; the median
-turn counts. Without --preset: digits or, on a CUDA device, the three published ImageNet sizes.
+step, as published code does, and discards most results; its decoder computes in float32. Both take turns, on a CPU in
+processes of their own, since stages keep freed memory and published code does not; the median turn counts. Without
+--preset: digits or, on a CUDA device, the three published ImageNet sizes.
 """
 
+import contextlib
 import dataclasses
 import statistics
 from collections.abc import Callable
@@ -72,47 +74,77 @@ def head_only(model: MaskedModel, labels: Tensor, settings: SamplingSettings, so
         masked = left
 
 
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """What is sampled: networks of a preset, one batch of labels, settings."""
+
+    sampler: ImageSampler
+    labels: list[int]
+    settings: SamplingSettings
+
+    @classmethod
+    def of(cls, preset: str, batch: int, device: torch.device) -> "Case":
+        """The case of a preset; on a CPU in float32."""
+        fast = [] if device.type == "cuda" else ["sample.precision=float32", "sample.decoder_precision=float32"]
+        parameters = compose([f"preset={preset}", *INPUTS, *fast])
+        tokenizer, statistics = untrained_tokenizer(parameters), Statistics(0.0, 1.0, (0.0,), (1.0,))
+        sampler = ImageSampler(untrained(parameters), tokenizer, statistics, device)
+        labels = [number % len(sampler.model.shape.classes) for number in range(batch)]
+        return cls(sampler, labels, SamplingSettings.of(parameters.sample))
+
+    def baseline(self) -> None:
+        """One batch as published code does it."""
+        model, numbers = self.sampler.model, range(len(self.labels))
+        assert isinstance(model, MaskedModel)
+        labels = torch.tensor(self.labels, device=self.sampler.device)
+        with precise(self.settings.precision, self.sampler.device):
+            tokens = naive(model, labels, self.settings, image_streams(0, numbers))
+        plain = dataclasses.replace(self.settings, decoder_precision="float32")
+        self.sampler.pixels(unpatchify(tokens, model.patch, model.shape.latent), numbers, plain)
+
+
+def baseline_elsewhere(preset: str, batch: int, threads: int) -> Callable[[], None]:
+    """The baseline on a CPU, for a process of its own."""
+    torch.set_num_threads(threads)
+    return Case.of(preset, batch, torch.device("cpu")).baseline
+
+
 def measured(preset: str, batch: int, device: torch.device, rounds: int) -> dict:
     """Images per second of one preset, the head's share, and the ratio to the baseline."""
-    cuda = device.type == "cuda"
-    fast = [] if cuda else ["sample.precision=float32", "sample.decoder_precision=float32"]
-    parameters = compose([f"preset={preset}", *INPUTS, *fast])
-    options, model = parameters.sample, untrained(parameters)
-    assert isinstance(model, MaskedModel)
-    settings = SamplingSettings.of(options)
-    sampler = ImageSampler(model, untrained_tokenizer(parameters), Statistics(0.0, 1.0, (0.0,), (1.0,)), device)
-    labels = [number % len(model.shape.classes) for number in range(batch)]
+    cuda, case = device.type == "cuda", Case.of(preset, batch, device)
+    model, settings, labels = case.sampler.model, case.settings, case.labels
+    parameters = compose([f"preset={preset}", *INPUTS])
     on_device = torch.tensor(labels, device=device)
 
-    def baseline() -> None:
-        with precise(settings.precision, device):
-            tokens = naive(model, on_device, settings, image_streams(0, range(batch)))
-        plain = dataclasses.replace(settings, decoder_precision="float32")
-        sampler.pixels(unpatchify(tokens, model.patch, model.shape.latent), range(batch), plain)
-
     def head() -> None:
+        assert isinstance(model, MaskedModel)
         with precise(settings.precision, device):
             head_only(model, on_device, settings, image_streams(0, range(batch)))
         if cuda:
             torch.cuda.synchronize()
 
     def ours() -> None:
-        sampler.images(labels, settings, first=0)
+        case.sampler.images(labels, settings, first=0)
 
-    ways: dict[str, Callable[[], object]] = {"sampling": ours, "baseline": baseline, "head": head}
     with FlopCounterMode(display=False) as counter:
         ours()
     if cuda and parameters.runtime.compile:
         model.compile_parts()
-    seconds = measure.turns(ways, rounds=rounds)
+    with contextlib.ExitStack() as stack:
+        baseline: Callable[[], object] = case.baseline
+        if not cuda:
+            threads = torch.get_num_threads()
+            baseline = stack.enter_context(measure.elsewhere(baseline_elsewhere, preset, batch, threads))
+        ways = {"sampling": ours, "baseline": baseline, "head": head}
+        seconds = measure.turns(ways, rounds=rounds)
     took = statistics.median(seconds["sampling"])
     rate = counter.get_total_flops() / took
     return {
         "parameters": sum(p.numel() for p in model.parameters()),
         "precision": settings.precision,
         "batch": batch,
-        "steps": options.steps,
-        "guidance": options.guidance,
+        "steps": settings.steps,
+        "guidance": settings.guidance,
         "images_per_second": batch / took,
         "baseline_images_per_second": batch / statistics.median(seconds["baseline"]),
         **measure.speedup(seconds["sampling"], seconds["baseline"]),

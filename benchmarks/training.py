@@ -10,6 +10,7 @@ CUDA device, the three published ImageNet sizes with their own precision and com
 the step's matrix products over that of one large product, measured here; mfu over the data sheet's.
 """
 
+import contextlib
 import functools
 import itertools
 import statistics
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import measure
-from benchmarks.models import INPUTS, PUBLISHED, Batch, Training, untrained
+from benchmarks.models import INPUTS, PUBLISHED, Batch, Training, random_batch, untrained
 from ear.config import Parameters
 from ear.config.compose import compose
 from ear.model.masked import MaskedModel
@@ -82,28 +83,46 @@ def plain_loop(model: MaskedModel, parameters: Parameters, batch: Batch, autocas
     return step
 
 
+def parameters_of(preset: str, device: torch.device) -> Parameters:
+    """The preset's parameters; on a CPU in float32."""
+    fast = ["train.precision=float32"] if device.type == "cpu" else []
+    return compose([f"preset={preset}", *INPUTS, *fast])
+
+
+def baseline(preset: str, device: torch.device) -> Callable[[], object]:
+    """A step of the plain loop."""
+    parameters = parameters_of(preset, device)
+    options, model = parameters.train, untrained(parameters).to(device)
+    assert isinstance(model, MaskedModel)
+    batch = random_batch(model, options.micro_batch_size, device)
+    return plain_loop(model, parameters, batch, functools.partial(precise, options.precision, device))
+
+
+def baseline_elsewhere(preset: str, threads: int) -> Callable[[], object]:
+    """The plain loop on a CPU, for a process of its own: stages keep freed memory, and published code does not."""
+    torch.set_num_threads(threads)
+    return baseline(preset, torch.device("cpu"))
+
+
 def measured(preset: str, device: torch.device, rounds: int) -> dict:
     """The results of one preset."""
-    cuda, fast = device.type == "cuda", {"train.precision=float32"} if device.type == "cpu" else set()
-    parameters = compose([f"preset={preset}", *INPUTS, *sorted(fast)])
+    cuda, parameters = device.type == "cuda", parameters_of(preset, device)
     options = parameters.train
     ours = untrained(parameters).to(device)
     if cuda and parameters.runtime.compile:
         ours.compile_parts()
     training = Training(ours, parameters, device)
-    plain = untrained(parameters).to(device)
-    assert isinstance(plain, MaskedModel)
-    ways = {
-        "training": training.step,
-        "plain loop": plain_loop(
-            plain, parameters, training.batch, functools.partial(precise, options.precision, device)
-        ),
-    }
-    seconds = measure.turns(
-        {name: functools.partial(finished, step, device) for name, step in ways.items()},
-        rounds=rounds,
-        calls=_STEPS[device.type],
-    )
+    with contextlib.ExitStack() as stack:
+        plain: Callable[[], object]
+        if cuda:
+            plain = functools.partial(finished, baseline(preset, device), device)
+        else:
+            threads = torch.get_num_threads()
+            plain = stack.enter_context(measure.elsewhere(baseline_elsewhere, preset, threads))
+        step: Callable[[], object] = functools.partial(finished, training.step, device)
+        ways = {"training": step, "plain loop": plain}
+        seconds = measure.turns(ways, rounds=rounds, calls=_STEPS[device.type])
+    del plain, ways, step  # free the plain loop's memory before measuring the training's
     step_seconds, images = statistics.median(seconds["training"]), options.global_batch_size
     figures = {
         "parameters": sum(p.numel() for p in ours.parameters()),
@@ -114,8 +133,6 @@ def measured(preset: str, device: torch.device, rounds: int) -> dict:
         "baseline_images_per_second": images / statistics.median(seconds["plain loop"]),
         **measure.speedup(seconds["training"], seconds["plain loop"]),
     }
-    ways.clear()  # free the plain loop's memory before measuring the training's
-    del plain
     if cuda:
         torch.cuda.reset_peak_memory_stats()
         training.step()

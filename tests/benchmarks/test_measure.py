@@ -1,7 +1,11 @@
 """The room that benchmarks share."""
 
 import json
+import os
 import time
+from pathlib import Path
+
+import pytest
 
 from benchmarks import measure
 
@@ -9,6 +13,26 @@ from benchmarks import measure
 def test_the_median_ignores_the_first_call_and_an_outlier():
     pauses = iter([0.2, 0.01, 0.2, 0.01])
     assert 0.01 <= measure.median_seconds(lambda: time.sleep(next(pauses)), repeats=3) < 0.1
+
+
+def counter(folder: str):
+    """A function that leaves a file per call, with its process."""
+    return lambda: Path(folder, f"{len(list(Path(folder).iterdir()))}-{os.getpid()}").touch()
+
+
+def broken():
+    raise ValueError("no such preset")
+
+
+def test_a_baseline_runs_in_one_process_of_its_own(tmp_path):
+    with measure.elsewhere(counter, str(tmp_path)) as call:
+        call()
+        call()
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert [name.split("-")[0] for name in names] == ["0", "1"]
+    assert len({name.split("-")[1] for name in names} | {str(os.getpid())}) == 2
+    with measure.elsewhere(broken) as call, pytest.raises(RuntimeError, match="ValueError: no such preset"):
+        call()
 
 
 def test_a_report_is_json_and_is_kept_where_asked(tmp_path, monkeypatch, capsys):
