@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from flows.pipeline import Outcome
 
 GRID = Path("data/samples/grid.png")
+REPORT = Path("data/report.html")  # of `ear report`
 _LARGEST_PICTURE = 1 << 20  # bytes; a larger one would make the page that shows it slow
 _SECONDS_BETWEEN_UPDATES = 5.0
 _PROGRESS = re.compile(r"(?P<title>[\w ]+): (?P<done>\d+)/(?P<total>\d+) ")  # a line of ear.display.progress
@@ -95,7 +96,7 @@ def show_outcomes(outcomes: "Sequence[Outcome]") -> None:
 
 
 def write_report() -> None:
-    """Write data/report.html of what there is, and name it on Prefect's page; a failure is only logged."""
+    """Write the report of what there is, and name it on Prefect's page; a failure is only logged."""
     lines: list[str] = []
     program = [sys.executable, "-m", "ear", "report"]
     code = command.stream(program, line=lines.append, environment=repository.environment())

@@ -40,7 +40,7 @@ from ear.errors import UserError
 from ear.lineage.declaration import declarations
 from ear.lineage.run import clear_finished
 from flows import readiness, repository
-from flows.artifacts import Shown, show_made, show_outcomes, write_report
+from flows.artifacts import REPORT, Shown, show_made, show_outcomes, write_report
 from flows.devices import devices, environment, hold
 from flows.inputs import changed_images
 from flows.program import report
@@ -162,7 +162,8 @@ def bring_up_to_date(
     outcomes = walk(graph, order, forced, changed, unseen, variables)
     clear_finished(declarations().values())  # of the last stage, which has no stage after it that would
     show_outcomes(outcomes)
-    write_report()
+    if not REPORT.is_file() or any(outcome.result != "up to date" for outcome in outcomes):
+        write_report()
     return summary(outcomes)
 
 

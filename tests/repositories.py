@@ -78,4 +78,6 @@ def stale(folder: Path) -> set[str]:
 
 
 def digests(folder: Path) -> dict[str, str]:
-    return {str(p.relative_to(folder)): sha256(p) for p in sorted((folder / "data").rglob("*")) if p.is_file()}
+    """SHA-256 of every output; the report is none, since it says when it was written."""
+    files = [path for path in sorted((folder / "data").rglob("*")) if path.is_file() and path.name != "report.html"]
+    return {str(path.relative_to(folder)): sha256(path) for path in files}
