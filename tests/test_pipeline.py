@@ -82,7 +82,7 @@ def test_metrics_plots_and_pictures_are_shown(finished, tmp_path):
     }
 
 
-@pytest.fixture(params=["folder", "s3"])
+@pytest.fixture(params=["folder", pytest.param("s3", marks=pytest.mark.slow)])
 def remote(request, tmp_path, monkeypatch) -> Iterator[list[list[str]]]:
     """Commands that name a remote of DVC: a folder, or a bucket of a server on this machine."""
     if request.param == "folder":

@@ -94,9 +94,7 @@ def assert_close(rows: list[dict], expected: list[dict]) -> None:
         assert row == pytest.approx(other, rel=1e-4)
 
 
-@pytest.mark.parametrize(
-    "options", [{}, {"runtime.sharded": True}, {"runtime.sharded": True, "runtime.checkpointing": True}]
-)
+@pytest.mark.parametrize("options", [{}, {"runtime.sharded": True, "runtime.checkpointing": True}])
 def test_two_processes_train_and_finetune_like_one(repository, options):
     """Same global batches: losses, validation and weights within float error, in both phases."""
     one, two = {}, {}
@@ -129,7 +127,7 @@ def test_a_stopped_training_resumes_with_other_sharding(repository, monkeypatch,
         torch.testing.assert_close(tensor, expected[name], rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize("sharded", [False, True])
+@pytest.mark.parametrize("sharded", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("score", ["kernel", "logarithmic", "hyvarinen", "categorical"])
 def test_every_score_trains_in_two_processes(repository, score, sharded):
     changes = {"score.name": score, "score.codes": 8, "train.images": 32, "runtime.sharded": sharded}
