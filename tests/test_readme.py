@@ -46,7 +46,7 @@ def test_make_targets_exist():
 def test_parameters_exist():
     sections = {name: set(field.annotation.model_fields) for name, field in config.Parameters.model_fields.items()}
     for section, key in re.findall(rf"(?<!ear\.)\b({'|'.join(sections)})\.([a-z_]+)(?=[=`\s,])", TEXT):
-        assert key in sections[section] or key in ("py", "md", "json", "h5", "csv", "tsv"), f"{section}.{key}"
+        assert key in sections[section] or key in ("py", "md", "json", "h5", "csv", "tsv", "png"), f"{section}.{key}"
 
 
 def test_presets_exist():
