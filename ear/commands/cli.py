@@ -185,14 +185,15 @@ def serve(port: int) -> None:
 @click.argument("file", required=False, type=click.Path(path_type=Path))
 @click.option("--port", type=click.IntRange(1, 65535), default=7860, show_default=True)
 @click.option("--host", default="127.0.0.1", show_default=True, help="0.0.0.0 lets other machines in")
-def playground(file: Path | None, port: int, host: str) -> None:
+@click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
+def playground(file: Path | None, port: int, host: str, device: str) -> None:
     """Serve a page to play with a trained generator: classes, guidance, steps, inpainting with a brush.
 
     FILE: what `ear export FILE` wrote; default: the networks in data/.
     """
     from ear.commands import playground
 
-    playground.run(file, host=host, port=port)
+    playground.run(file, host=host, port=port, device=device)
 
 
 @main.command(cls=_Command)

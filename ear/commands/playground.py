@@ -13,6 +13,7 @@ import numpy as np
 
 from ear.data.pictures import grid, magnify
 from ear.errors import UserError
+from ear.runtime.device import check_devices
 from ear.sampling.portable import Pipeline, load_pipeline
 
 if TYPE_CHECKING:
@@ -25,12 +26,13 @@ _STATES = 12  # moments of a drawing that are shown, at most
 _BUTTONS: list[Any] = ["download", "fullscreen"]  # and none to share the picture with Gradio's servers
 
 
-def run(path: Path | None, *, host: str, port: int) -> None:
+def run(path: Path | None, *, host: str, port: int, device: str = "cpu") -> None:
     """Serve the page until interrupted; `path` is what `ear export` wrote, default: the networks in data/.
 
-    Raises UserError if Gradio is not installed, or the networks do not exist.
+    Raises UserError if Gradio is not installed, the device is absent, or the networks do not exist.
     """
-    pipeline = opened(path)
+    check_devices(device, 1)
+    pipeline = opened(path, device)
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     try:
         page(pipeline).launch(server_name=host, server_port=port, share=False, quiet=True, prevent_thread_lock=True)
@@ -44,14 +46,14 @@ def run(path: Path | None, *, host: str, port: int) -> None:
     threading.Event().wait()
 
 
-def opened(path: Path | None) -> Pipeline:
+def opened(path: Path | None, device: str = "cpu") -> Pipeline:
     """The pipeline in a file, or that of the folder data/."""
     if path:
-        return load_pipeline(path)
+        return load_pipeline(path, device)
     from ear.commands.export import DATA, evaluation
     from ear.sampling.generation import MODEL, TOKENIZER, ImageSampler
 
-    sampler = ImageSampler.open(DATA / MODEL, DATA / TOKENIZER)
+    sampler = ImageSampler.open(DATA / MODEL, DATA / TOKENIZER, device)
     figures, sampling = evaluation(DATA / MODEL)
     return Pipeline(sampler, tokenizer_sha256="", sampling=sampling, metrics=figures)
 
