@@ -16,6 +16,7 @@ from typing import TypeVar
 
 from benchmarks import measure
 from ear.data import preparation, sources
+from ear.data.images import Encoding
 from ear.data.manifest import read_manifest, write_manifest
 from ear.data.preparation import Layout
 from ear.data.sources import imagenet
@@ -62,7 +63,9 @@ def listed(root: Path, folder: Path) -> dict[str, dict[str, float]]:
     source = step("find", lambda: sources.find(root, val_fraction=0.05))
     step(
         "write_manifest",
-        lambda: write_manifest(folder, source.images, tree=root, root=root, names=source.names, upright=False),
+        lambda: write_manifest(
+            folder, source.images, tree=root, root=root, names=source.names, encoding=Encoding(upright=False)
+        ),
     )
     manifest = step("read_manifest", lambda: read_manifest(folder))
     step("plan", lambda: preparation.plan(manifest, "train", Layout(256, 1024, "none")))

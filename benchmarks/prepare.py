@@ -21,6 +21,7 @@ from skimage import data
 
 from benchmarks import measure
 from ear.data import preparation
+from ear.data.images import Encoding
 from ear.data.manifest import Manifest, Row
 from ear.data.preparation import Layout
 
@@ -57,7 +58,7 @@ def write(folder: Path, contents: list[bytes]) -> dict[str, Manifest]:
         members.append(Row("train", 0, f"{k}.jpg", len(content), "all.tar", int(ends[k]) - len(content)))
     (folder / "all.tar").write_bytes(b"".join(contents))
     return {
-        name: Manifest(folder, ("photograph",), ("photograph",), False, {}, rows)
+        name: Manifest(folder, ("photograph",), ("photograph",), Encoding(upright=False), {}, rows)
         for name, rows in (("files", files), ("archive", members))
     }
 

@@ -30,6 +30,7 @@ from ear.commands.describe import IMAGENET
 from ear.config import Parameters
 from ear.config.compose import compose
 from ear.data import preparation
+from ear.data.images import Encoding
 from ear.data.manifest import ListedImage, read_manifest, write_manifest
 from ear.data.preparation import Layout
 from ear.evaluation import metrics
@@ -156,7 +157,7 @@ def manifest_row_bytes() -> float:
     with tempfile.TemporaryDirectory() as folder:
         paths = [f"train/n{k % 1000:08d}/n{k % 1000:08d}_{k}.JPEG" for k in range(_LISTED)]
         found = [ListedImage("train", path.split("/")[1], path, path, bytes=110_000) for path in paths]
-        write_manifest(folder, found, tree="", root="", names={}, upright=False)
+        write_manifest(folder, found, tree="", root="", names={}, encoding=Encoding(upright=False))
         tracemalloc.start()
         manifest = read_manifest(folder)
         used, _ = tracemalloc.get_traced_memory()

@@ -1,19 +1,23 @@
 """Find the raw images, check them and list them.
 
-Reads data.path, unless data.source is digits: a tree of class folders, or ImageNet (unpacked, in Kaggle's layout, or in
-its official archives, which are read in place). Nothing there is copied or changed. Writes data/raw: manifest.csv,
-source.json and, if data.source is digits, the digits. Files needed by later stages are checked first; a missing one is
+Reads data.path, unless data.source is digits: a tree of class folders, ImageNet (unpacked, in Kaggle's layout, or in
+its official archives, which are read in place), or arrays (idx files or npz). Nothing there is changed, and only the
+pixels of arrays are copied. Writes data/raw: manifest.csv, source.json and, where data.source is not a folder, the
+digits or the pixels of the arrays. Files needed by later stages are checked first; a missing one is
 reported immediately. DVC does not watch data.path: after changing images, list them again with `dvc repro --single-item
 --force fetch`.
 """
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 from ear import config
 from ear.data import manifest, sources
+from ear.data.images import Encoding
+from ear.errors import UserError
 from ear.lineage.run import Run
 from stages import program
 
@@ -27,6 +31,7 @@ class Parameters:
     source: Annotated[str, "data.source"]
     path: Annotated[str, "data.path"]
     val_fraction: Annotated[float, "data.val_fraction"]
+    class_names: Annotated[tuple[str, ...], "data.class_names"]
 
 
 def work(data: Parameters, run: Run) -> None:
@@ -36,20 +41,34 @@ def work(data: Parameters, run: Run) -> None:
     if data.source == "digits":
         sources.write_digits(path, val_fraction=data.val_fraction)
     source = sources.find(path, val_fraction=data.val_fraction)
-    if data.source == "imagenet":
-        sources.check_imagenet(source)
+    sources.check_kind(source, "folder" if data.source == "digits" else data.source)
+    tree, root = source.root, RAW / "digits" if data.source == "digits" else source.root
+    if source.arrays:
+        sources.unpack(source.arrays, folder)
+        tree, root = folder, RAW
     listed = manifest.write_manifest(
         folder,
         source.images,
-        tree=source.root,
-        root=RAW / "digits" if data.source == "digits" else source.root,
-        names=source.names,
-        upright=data.source != "imagenet",  # the pipelines behind published figures ignore the EXIF rotation
+        tree=tree,
+        root=root,
+        names=_names(source, data.class_names),
+        # The pipelines behind published figures of ImageNet ignore the EXIF rotation.
+        encoding=Encoding(data.source != "imagenet", source.arrays[0].shape[1:] if source.arrays else ()),
     )
     counts = Counter(row.split for row in listed.rows)
     print(
         f"{source.layout}: {len(listed.classes)} classes, {counts['train']} training images, {counts['val']} held out"
     )
+
+
+def _names(source: sources.Source, given: tuple[str, ...]) -> Mapping[str, str]:
+    """Class => human-readable name: those that the user gave, in the order of the labels, else the source's own."""
+    if given and len(given) != len(source.classes):
+        raise UserError(
+            f"data.class_names has {len(given)} names, but {source.root} has {len(source.classes)} classes; name each "
+            "of them, or none."
+        )
+    return dict(zip(source.classes, given, strict=True)) if given else source.names
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 Precision = Literal["float32", "tfloat32", "bfloat16"]
 _list_as_tuple = BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value)
 Counts = Annotated[tuple[Annotated[int, Field(ge=1)], ...], _list_as_tuple]  # YAML lists, frozen
+Names = Annotated[tuple[Annotated[str, Field(min_length=1)], ...], _list_as_tuple]
 Lengths = Annotated[tuple[Annotated[float, Field(gt=0)], ...], _list_as_tuple]
 
 
@@ -23,11 +24,15 @@ class Section(BaseModel):
 class Data(Section):
     """Where the images come from, and the size they are cropped to."""
 
-    source: Literal["digits", "folder", "imagenet"] = Field(
-        description="digits (built in), folder (class folders; applies EXIF rotation) or imagenet (requires its 1000 "
-        "classes; ignores EXIF rotation)"
+    source: Literal["digits", "folder", "imagenet", "idx", "npz"] = Field(
+        description="digits (built in), folder (class folders; applies EXIF rotation), imagenet (requires its 1000 "
+        "classes; ignores EXIF rotation), idx (the MNIST family's files) or npz (arrays)"
     )
-    path: str = Field(description="class folders, or ImageNet's tree or archives; check it with `ear inspect PATH`")
+    path: str = Field(
+        description="class folders, ImageNet's tree or archives, folder of idx files, or npz file; check it with `ear "
+        "inspect PATH`"
+    )
+    class_names: Names = Field(description="names of the classes for people, in the order of labels; []: the source's")
     val_fraction: float = Field(description="share of each class held out if the source has no val split", gt=0, lt=1)
     image_size: int = Field(description="pixels; images are cropped to image_size x image_size", ge=4)
     mirror: bool = Field(description="also train on mirror images (not for text or digits)")

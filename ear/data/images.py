@@ -4,8 +4,10 @@ No other file decodes images or scales pixels. Only the two tensor conversions i
 decode start without it.
 """
 
+import io
 import math
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
@@ -19,6 +21,21 @@ if TYPE_CHECKING:
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP")  # others, such as EPS, would start programs outside this one
 _SIXTEEN_BIT = ("I", "I;16", "I;16B", "I;16L", "I;16N")
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """How the bytes of the images of one source are read."""
+
+    upright: bool = True  # rotate image files as their EXIF entries say
+    pixels: tuple[int, ...] = ()  # if the bytes are raw pixels, their shape, [H, W], [H, W, 1] or [H, W, 3]
+
+    def decode(self, content: bytes) -> Image.Image:
+        """The bytes of one image => RGB image of 8 bits per channel; raises UserError as `decode` does."""
+        if not self.pixels:
+            return decode(io.BytesIO(content), upright=self.upright)
+        array = np.frombuffer(content, np.uint8).reshape(self.pixels)
+        return Image.fromarray(array[..., 0] if self.pixels[2:] == (1,) else array).convert("RGB")
 
 
 def decode(file: str | Path | BinaryIO, *, upright: bool = True) -> Image.Image:

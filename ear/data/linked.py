@@ -5,7 +5,6 @@ keep twice need no folder of pixels; each pass over the images costs their decod
 """
 
 import hashlib
-import io
 import json
 import os
 from collections.abc import Sequence
@@ -17,7 +16,7 @@ from typing import Any
 import h5py
 import numpy as np
 
-from ear.data.images import center_crop, decode
+from ear.data.images import Encoding, center_crop
 from ear.data.manifest import Contents, Row
 from ear.errors import UserError
 
@@ -25,17 +24,17 @@ _THREADS = min(os.cpu_count() or 1, 16)  # Pillow releases Python's lock
 _AGAIN = "list the images again with `dvc repro --single-item --force fetch`."
 
 
-def decoded(content: bytes, row: Row, *, upright: bool, image_size: int) -> np.ndarray:
+def decoded(content: bytes, row: Row, *, encoding: Encoding, image_size: int) -> np.ndarray:
     """The image of a row, uint8 [S, S, 3], from its raw bytes; raises ValueError with the reason if it has none."""
     if len(content) != row.bytes:
         raise UserError(f"has {len(content)} bytes, but had {row.bytes} when it was listed")
-    return center_crop(decode(io.BytesIO(content), upright=upright), image_size)
+    return center_crop(encoding.decode(content), image_size)
 
 
-def write(file: h5py.File, rows: Sequence[Row], digests: Sequence[bytes], *, root: str, upright: bool) -> None:
+def write(file: h5py.File, rows: Sequence[Row], digests: Sequence[bytes], *, root: str, encoding: Encoding) -> None:
     """Store links to the images of `rows` in an open shard. root: of their files; relative to the repository's root."""
     text = json.dumps([(row.path, row.bytes, row.file, row.offset) for row in rows])  # ASCII: odd names are escaped
-    file.attrs["root"], file.attrs["upright"] = root, upright
+    file.attrs["root"], file.attrs["upright"], file.attrs["pixels"] = root, encoding.upright, encoding.pixels
     file["rows"] = np.frombuffer(text.encode(), np.uint8)
     file["digests"] = np.frombuffer(b"".join(digests), np.uint8).reshape(len(rows), 32)
 
@@ -45,7 +44,7 @@ class Links:
     """The images of one shard of links."""
 
     root: Path
-    upright: bool
+    encoding: Encoding
     image_size: int
     rows: tuple[Row, ...]
     digests: np.ndarray  # uint8 [n, 32]
@@ -56,7 +55,8 @@ class Links:
         listed = json.loads(bytes(file["rows"][:]))
         rows = (Row("", int(label), *values) for label, values in zip(labels, listed, strict=True))
         root = repository / str(file.attrs["root"])
-        return cls(root, bool(file.attrs["upright"]), int(file.attrs["image_size"]), tuple(rows), file["digests"][:])
+        encoding = Encoding(bool(file.attrs["upright"]), tuple(int(side) for side in file.attrs["pixels"]))
+        return cls(root, encoding, int(file.attrs["image_size"]), tuple(rows), file["digests"][:])
 
     def read(self, rows: np.ndarray, places: np.ndarray, out: np.ndarray) -> None:
         """out[places[k]] = image rows[k], for all k; raises UserError if an image is not what it was."""
@@ -75,7 +75,7 @@ class Links:
             content = contents.read(row)
             if hashlib.sha256(content).digest() != self.digests[number].tobytes():
                 raise UserError("is not the image that the prepare stage has read")
-            return decoded(content, row, upright=self.upright, image_size=self.image_size)
+            return decoded(content, row, encoding=self.encoding, image_size=self.image_size)
         except UserError as error:
             raise UserError(f"{self.root / row.path} {error}; {_AGAIN}") from error
         except (FileNotFoundError, PermissionError) as error:

@@ -7,6 +7,7 @@ share.
 
 import contextlib
 import csv
+import dataclasses
 import os
 import stat
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,13 +17,14 @@ from io import FileIO
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ear.data.images import Encoding
 from ear.display.progress import Progress
 from ear.errors import MissingFileError, UserError
 from ear.files.atomic import whole_file
 from ear.files.json_files import read_json, write_json
 from ear.files.tables import csv_writer
 
-FORMAT = "ear-raw-2"
+FORMAT = "ear-raw-3"
 _MOST_BYTES = 1 << 30  # of an encoded image; the limit on pixels allows no larger one
 _COLUMNS = ["split", "label", "class", "path", "bytes", "file", "offset"]
 _SURROGATES: dict[str, Any] = {"encoding": "utf-8", "errors": "surrogateescape"}  # file names need not be UTF-8
@@ -57,7 +59,7 @@ class Manifest:
     root: Path
     classes: tuple[str, ...]
     names: tuple[str, ...]  # human-readable class names; equal to `classes` if the source has none
-    upright: bool  # whether to apply the EXIF rotation
+    encoding: Encoding  # of the bytes of each image
     archives: Mapping[str, int]  # file => size in bytes
     rows: list[Row]
 
@@ -112,7 +114,7 @@ def write_manifest(
     tree: str | Path,  # folder of the files now
     root: str | Path,  # their folder when the manifest is read; relative to the repository's root
     names: Mapping[str, str],  # class => human-readable name, if known
-    upright: bool,
+    encoding: Encoding,
 ) -> Manifest:
     """Write manifest.csv and source.json into `folder`.
 
@@ -123,10 +125,10 @@ def write_manifest(
     packed = sorted({image.file for image in found if image.offset is not None})
     archives = {file: os.path.getsize(f"{tree}/{file}") for file in packed}
     write_rows(folder / "manifest.csv", rows, classes)
-    facts = {"root": str(root), "upright": upright, "archives": archives}
+    facts = {"root": str(root), **dataclasses.asdict(encoding), "archives": archives}
     named = {name: names[name] for name in classes if name in names}
     write_json(folder / "source.json", {"format": FORMAT, **facts, "names": named})
-    return Manifest(Path(root), classes, tuple(names.get(name, name) for name in classes), upright, archives, rows)
+    return Manifest(Path(root), classes, tuple(names.get(name, name) for name in classes), encoding, archives, rows)
 
 
 def _classes(found: Sequence[ListedImage]) -> tuple[str, ...]:
@@ -210,4 +212,5 @@ def read_manifest(folder: str | Path) -> Manifest:
         by_label[row.label] = name
     classes = tuple(by_label[label] for label in sorted(by_label))
     names = tuple(source["names"].get(name, name) for name in classes)
-    return Manifest(Path(source["root"]), classes, names, source["upright"], source["archives"], rows)
+    encoding = Encoding(source["upright"], tuple(source["pixels"]))
+    return Manifest(Path(source["root"]), classes, names, encoding, source["archives"], rows)

@@ -19,6 +19,7 @@ import h5py
 import numpy as np
 
 from ear.data import linked
+from ear.data.images import Encoding
 from ear.data.linked import decoded
 from ear.data.manifest import Contents, Manifest, Row, read_rows, write_rows
 from ear.data.prepared import FORMAT
@@ -52,7 +53,7 @@ class Shard:
     name: str
     root: str  # folder of the image files, absolute
     place: str  # the same folder relative to the repository's root, or absolute if the user named it so
-    upright: bool  # whether to rotate as a camera's EXIF entry says
+    encoding: Encoding  # of the bytes of each image
     images: tuple[Row, ...]
     image_size: int
     compression: str  # of Layout
@@ -122,7 +123,7 @@ def plan(manifest: Manifest, split: str, layout: Layout) -> list[Shard]:
             f"{split}-{k:05d}-of-{len(slices):05d}.h5",
             root,
             str(manifest.root),
-            manifest.upright,
+            manifest.encoding,
             part,
             layout.image_size,
             layout.compression,
@@ -229,7 +230,7 @@ def _read(row: Row, contents: Contents, shard: Shard, digest: Any = None) -> np.
         content = contents.read(row)
         if digest:
             digest.update(content)
-        return decoded(content, row, upright=shard.upright, image_size=shard.image_size)
+        return decoded(content, row, encoding=shard.encoding, image_size=shard.image_size)
     except (FileNotFoundError, PermissionError) as error:  # other OSErrors are not the image's fault: they stop the run
         return str(error.strerror)
     except ValueError as error:
@@ -269,7 +270,7 @@ def _linked(rows: Sequence[Row], shard: Shard, rejected: list[list[str]]) -> mem
     content = io.BytesIO()
     with h5py.File(content, "w") as file:
         _describe(file, good, shard)
-        linked.write(file, good, digests, root=shard.place, upright=shard.upright)
+        linked.write(file, good, digests, root=shard.place, encoding=shard.encoding)
     return content.getbuffer()
 
 

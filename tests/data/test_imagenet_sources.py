@@ -8,6 +8,7 @@ import pytest
 import small_imagenet as small
 
 from ear.data import manifest, sources
+from ear.data.images import Encoding
 from ear.data.sources import archives
 
 LAYOUTS = {
@@ -26,7 +27,7 @@ def find(root: Path) -> sources.Source:
 def listed(root: Path, folder: Path) -> manifest.Manifest:
     source = find(root)
     return manifest.write_manifest(
-        folder, source.images, tree=source.root, root=source.root, names=source.names, upright=False
+        folder, source.images, tree=source.root, root=source.root, names=source.names, encoding=Encoding(upright=False)
     )
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from ear.data import manifest, sources
+from ear.data.images import Encoding
 from ear.data.manifest import ListedImage, Row
 from ear.errors import UserError
 
@@ -22,7 +23,7 @@ def tree(root: Path, *paths: str) -> Path:
 
 def listed(folder: Path, root: Path, recorded: str) -> manifest.Manifest:
     images = sources.find(root, val_fraction=0.5).images
-    return manifest.write_manifest(folder, images, tree=root, root=recorded, names={"a": "an a"}, upright=True)
+    return manifest.write_manifest(folder, images, tree=root, root=recorded, names={"a": "an a"}, encoding=Encoding())
 
 
 def test_a_manifest_is_read_as_it_was_written(tmp_path):
@@ -34,7 +35,7 @@ def test_a_manifest_is_read_as_it_was_written(tmp_path):
     assert read.root == Path("pictures")
     assert read.classes == ("a", "b")
     assert read.names == ("an a", "b")
-    assert read.upright
+    assert read.encoding == Encoding()
     assert read.archives == {}
     assert {(row.path, row.label, row.bytes) for row in read.rows} == {
         ("a/1.png", 0, 7),
@@ -88,7 +89,7 @@ def test_members_of_archives_are_listed_and_read(tmp_path):
         ListedImage("val", "b", "val/b/1.png", "b/1.png"),
     ]
     root = tmp_path / "tree"
-    written = manifest.write_manifest(tmp_path, found, tree=root, root=root, names={}, upright=False)
+    written = manifest.write_manifest(tmp_path, found, tree=root, root=root, names={}, encoding=Encoding(upright=False))
     assert manifest.read_manifest(tmp_path) == written
     assert written.archives == {"all.bin": 10}
     assert written.rows[0] == Row("train", 0, "train/a/x.jpg", 4, "all.bin", 3)
@@ -105,7 +106,9 @@ def test_odd_file_names_survive(tmp_path, name):
     (tmp_path / "tree/c").mkdir(parents=True)
     (tmp_path / "tree/c" / name).write_bytes(b"x")
     images = [ListedImage("train", "c", f"c/{name}", f"c/{name}")]
-    manifest.write_manifest(tmp_path, images, tree=tmp_path / "tree", root=tmp_path / "tree", names={}, upright=True)
+    manifest.write_manifest(
+        tmp_path, images, tree=tmp_path / "tree", root=tmp_path / "tree", names={}, encoding=Encoding()
+    )
     assert [row.path for row in manifest.read_manifest(tmp_path).rows] == [f"c/{name}"]
 
 

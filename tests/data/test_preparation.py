@@ -18,7 +18,7 @@ from PIL import Image
 
 from ear.data import manifest as manifests
 from ear.data import preparation, sources
-from ear.data.images import center_crop
+from ear.data.images import Encoding, center_crop
 from ear.data.manifest import Manifest, write_manifest
 from ear.data.prepared import PreparedImages
 from ear.files.digests import sha256
@@ -54,7 +54,7 @@ def spoil(tree: Path) -> dict[str, str]:
 def listed(tree: Path) -> Manifest:
     """What fetch lists of a tree of class folders."""
     images = sources.find(tree, val_fraction=0.2).images
-    return write_manifest(tree.parent / "raw", images, tree=tree, root=tree, names={"a": "an a"}, upright=True)
+    return write_manifest(tree.parent / "raw", images, tree=tree, root=tree, names={"a": "an a"}, encoding=Encoding())
 
 
 def prepare(tree: Path, manifest: Manifest | None = None, **changes) -> Path:
@@ -137,7 +137,7 @@ def test_no_way_of_storing_changes_an_image(tree, compression):
 def test_links_hold_no_pixels_and_a_relative_root_stays_relative(tree, monkeypatch):
     monkeypatch.chdir(tree.parent)
     images = sources.find(tree, val_fraction=0.2).images
-    manifest = write_manifest(tree.parent / "raw", images, tree=tree, root="tree", names={}, upright=True)
+    manifest = write_manifest(tree.parent / "raw", images, tree=tree, root="tree", names={}, encoding=Encoding())
     folder = prepare(tree, manifest, compression="links", target=tree.parent / "data/prepared")
     with h5py.File(folder / "train-00000-of-00004.h5") as file:
         assert set(file) == {"digests", "labels", "rows"}
@@ -306,7 +306,12 @@ def test_every_layout_of_imagenet_gives_the_same_bytes(tmp_path, layout):
     def prepared(root: Path) -> dict[str, str]:
         source = sources.find(root, val_fraction=0.2)
         manifest = write_manifest(
-            root.parent / "raw", source.images, tree=source.root, root=source.root, names=small.NAMES, upright=False
+            root.parent / "raw",
+            source.images,
+            tree=source.root,
+            root=source.root,
+            names=small.NAMES,
+            encoding=Encoding(upright=False),
         )
         return digests(prepare(root, manifest, scratch=root.parent / "s", target=root.parent / "t"))
 
@@ -316,7 +321,9 @@ def test_every_layout_of_imagenet_gives_the_same_bytes(tmp_path, layout):
 def test_an_archive_changed_since_it_was_listed_is_refused(tmp_path):
     root = small.write_archives(tmp_path / "imagenet")
     source = sources.find(root, val_fraction=0.2)
-    manifest = write_manifest(tmp_path / "raw", source.images, tree=root, root=root, names={}, upright=False)
+    manifest = write_manifest(
+        tmp_path / "raw", source.images, tree=root, root=root, names={}, encoding=Encoding(upright=False)
+    )
     size = (root / "ILSVRC2012_img_val.tar").stat().st_size
     os.truncate(root / "ILSVRC2012_img_val.tar", size - 1024)
     with pytest.raises(ValueError, match=rf"img_val\.tar has {size - 1024} bytes, but had {size} when it was listed"):
@@ -343,7 +350,7 @@ def test_rotation_is_as_the_manifest_says(tmp_path):
         picture(k, 8, 12).save(tmp_path / f"tree/a/{k}.png", exif=exif)
     manifest = listed(tmp_path / "tree")
     turned = PreparedImages(prepare(tmp_path / "tree", manifest), "train").images([0])
-    ignored = dataclasses.replace(manifest, upright=False)
+    ignored = dataclasses.replace(manifest, encoding=Encoding(upright=False))
     left = PreparedImages(prepare(tmp_path / "tree", ignored, scratch=tmp_path / "s"), "train").images([0])
     assert not np.array_equal(turned, left)
     assert np.array_equal(turned[:, ::-1, ::-1], left)

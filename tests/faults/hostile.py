@@ -267,6 +267,7 @@ def _archives(case: int) -> Counter:
 
 def _read_all(root: Path, out: Path, form: str) -> str:
     from ear.data import manifest, sources
+    from ear.data.images import Encoding
     from ear.data.preparation import Layout, prepare
 
     start = time.monotonic()
@@ -274,7 +275,12 @@ def _read_all(root: Path, out: Path, form: str) -> str:
         source = sources.find(root, val_fraction=0.2)
         (out / "raw").mkdir(parents=True)
         listed = manifest.write_manifest(
-            out / "raw", source.images, tree=source.root, root=source.root, names=source.names, upright=False
+            out / "raw",
+            source.images,
+            tree=source.root,
+            root=source.root,
+            names=source.names,
+            encoding=Encoding(upright=False),
         )
         prepare(
             listed,

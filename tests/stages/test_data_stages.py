@@ -18,7 +18,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from ear.data import manifest, sources
-from ear.data.images import center_crop
+from ear.data.images import Encoding, center_crop
 from ear.data.prepared import PreparedImages
 from ear.files.digests import sha256
 from ear.files.json_files import read_json
@@ -41,7 +41,9 @@ def digits(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("digits")
     sources.write_digits(folder / "digits", val_fraction=0.2)
     images = sources.find(folder / "digits", val_fraction=0.2).images
-    manifest.write_manifest(folder, images, tree=folder / "digits", root="data/raw/digits", names={}, upright=True)
+    manifest.write_manifest(
+        folder, images, tree=folder / "digits", root="data/raw/digits", names={}, encoding=Encoding()
+    )
     return folder
 
 

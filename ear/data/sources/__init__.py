@@ -1,4 +1,4 @@
-"""Sources of raw images: class folders, and ImageNet (unpacked, in Kaggle's layout, or in its official archives).
+"""Sources of raw images: class folders, ImageNet (unpacked, in Kaggle's layout, or in its official archives), arrays.
 
 `find` recognises the layout and lists the images; `write_digits` writes the built-in example. One file per layout;
 `listing` has what they share, `imagenet` the facts about ImageNet's files.
@@ -6,12 +6,13 @@
 
 from pathlib import Path
 
-from ear.data.sources import archives, imagenet, trees
+from ear.data.sources import archives, arrays, imagenet, trees
+from ear.data.sources.arrays import unpack
 from ear.data.sources.digits import write_digits
 from ear.data.sources.listing import EXTENSIONS, Source
 from ear.errors import UserError
 
-__all__ = ["EXTENSIONS", "Source", "check_imagenet", "find", "is_imagenet", "write_digits"]
+__all__ = ["EXTENSIONS", "Source", "check_kind", "find", "is_imagenet", "unpack", "write_digits"]
 
 
 def find(path: str | Path, *, val_fraction: float) -> Source:
@@ -21,14 +22,17 @@ def find(path: str | Path, *, val_fraction: float) -> Source:
       lie side by side; Kaggle's table or the development kit, at PATH or above, then gives their classes.
     - PATH/ILSVRC/Data/CLS-LOC/{train,val}, Kaggle's layout of ImageNet.
     - PATH/ILSVRC2012_img_train.tar, with or without ILSVRC2012_img_val.tar (which needs the development kit).
+    - The idx files of the MNIST family in PATH, or PATH itself an npz file: `ear.data.sources.arrays`.
     - PATH/CLASS/**.
 
     Without validation images, `val_fraction` of each class is held out. Nothing is written, and only the headers of
     archives are read. Raises UserError naming the file or folder that is wrong.
     """
     root = Path(path)
+    if root.is_file() and root.suffix == ".npz":
+        return arrays.find_npz(root, val_fraction=val_fraction)
     if root.is_file():
-        raise UserError(f"{root} is a file; name the folder that it lies in.")
+        raise UserError(f"{root} is a file, but no .npz; name the folder that it lies in.")
     if not root.is_dir():
         raise UserError(f"there is no folder {root}; set data.path to the folder that holds your class folders.")
     if not (root / "train").is_dir():
@@ -38,6 +42,8 @@ def find(path: str | Path, *, val_fraction: float) -> Source:
             return archives.find(root, val_fraction=val_fraction)
         if (root / imagenet.VAL_ARCHIVE).exists():
             raise UserError(f"{root} has {imagenet.VAL_ARCHIVE} but no {imagenet.TRAIN_ARCHIVE}; put it there too.")
+        if arrays.idx_files(root):
+            return arrays.find_idx(root, val_fraction=val_fraction)
     return trees.find(root, val_fraction=val_fraction)
 
 
@@ -46,9 +52,12 @@ def is_imagenet(source: Source) -> bool:
     return len(source.classes) == imagenet.CLASSES and imagenet.are_wnids(source.classes)
 
 
-def check_imagenet(source: Source) -> None:
-    """Raise UserError unless `is_imagenet`."""
-    if not is_imagenet(source):
+def check_kind(source: Source, kind: str) -> None:
+    """Raise UserError unless data.source, `kind`, is what was found: folder, imagenet, idx or npz."""
+    found = {"idx files": "idx", "arrays": "npz"}.get(source.layout, "folder")
+    if found != ("folder" if kind == "imagenet" else kind):
+        raise UserError(f"data.source is {kind}, but {source.root} holds {source.layout}; set data.source to {found}.")
+    if kind == "imagenet" and not is_imagenet(source):
         raise UserError(
             f"data.source is imagenet, but {source.root} has {len(source.classes)} classes (such as "
             f"{source.classes[0]!r}), not the {imagenet.CLASSES} of ImageNet; complete it, or use what is "

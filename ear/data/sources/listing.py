@@ -9,9 +9,13 @@ import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ear.data.manifest import ListedImage
 from ear.errors import UserError
+
+if TYPE_CHECKING:
+    from ear.data.sources.arrays import Array
 
 EXTENSIONS = (".jpeg", ".jpg", ".png", ".webp", ".bmp")
 
@@ -25,6 +29,7 @@ class Source:
     images: list[ListedImage]  # training images first, then by class and path
     names: Mapping[str, str] = field(default_factory=dict)  # wnid => human-readable name, if the source has them
     has_val: bool = True  # whether it has validation images; otherwise training images are held out
+    arrays: tuple["Array", ...] = ()  # that hold the pixels, if there are no image files; to unpack before use
 
     @property
     def classes(self) -> list[str]:
