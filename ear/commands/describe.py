@@ -8,6 +8,7 @@ from pathlib import Path
 
 from ear import config
 from ear.commands.costs import Costs, pipeline_costs
+from ear.data import sources
 from ear.data.sources import imagenet
 from ear.errors import UserError
 from ear.files.json_files import read_json
@@ -109,7 +110,7 @@ def _scaled(value: float, units: dict[str, float]) -> str:
 
 
 def data_facts(data: config.Data, *, classes: int | None, images: int | None) -> tuple[int, int, str]:
-    """(classes, images, their origin): as given, or those of the built-in set, of data/latents, or of ImageNet.
+    """(classes, images, their origin): as given, or those of the built-in set, arrays, data/latents or ImageNet.
 
     data/latents are used only for a user's own folder and the same image size; otherwise they belong to other
     parameters.
@@ -118,6 +119,9 @@ def data_facts(data: config.Data, *, classes: int | None, images: int | None) ->
     cached = read_json(stats) if stats.is_file() else None
     if data.source in EMBEDDED:
         known, origin = EMBEDDED[data.source], str(data.source)
+    elif data.source in ("idx", "npz") and Path(data.path).exists():
+        found = sources.find(data.path, val_fraction=data.val_fraction)
+        known, origin = (len(found.classes), len(found.images)), data.path
     elif cached and data.source != "imagenet" and cached["image_size"] == data.image_size:
         known, origin = (len(cached["classes"]), sum(cached["rows"].values())), str(stats)
     else:

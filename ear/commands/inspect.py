@@ -17,7 +17,8 @@ from ear.data.sources import Source, imagenet
 from ear.errors import UserError
 
 _SHOWN = 3  # classes and unreadable images to name
-_TINY = 16  # pixels; larger images suit the folder64 preset
+_SIDES = {"digits": 16, "fashion": 40, "folder64": 1 << 30}  # preset => largest short side that it suits, in pixels
+_OWN = {"digits": " data.source={}", "fashion": " data.source={} 'data.class_names=[]'", "folder64": " data.source={}"}
 _BROUGHT = " tokenizer.weights=KL16_CHECKPOINT reference.statistics=ADM_STATISTICS"  # files that ImageNet presets need
 _IMAGENET = ("imagenet256_base", "imagenet256_large", "imagenet256_huge")
 
@@ -53,8 +54,8 @@ def fitting(source: Source, sampled: Sampled) -> tuple[str, ...]:
     """The presets for such images, the smallest first."""
     if sources.is_imagenet(source):
         return _IMAGENET
-    tiny = sampled.short_sides and statistics.median(sampled.short_sides) <= _TINY
-    return ("digits",) if tiny else ("folder64",)
+    side = statistics.median(sampled.short_sides or [_SIDES["folder64"]])
+    return (next(preset for preset, largest in _SIDES.items() if side <= largest),)
 
 
 def describe(path: str, source: Source, sampled: Sampled) -> str:
@@ -67,12 +68,12 @@ def describe(path: str, source: Source, sampled: Sampled) -> str:
         ("training", _of(counts["train"], imagenet.TRAIN_IMAGES, whole) + " images"),
         ("validation", _of(counts["val"], imagenet.VAL_IMAGES, whole) + f" images{held_out}"),
         ("size", _size(source, sampled)),
-        ("sample", _sample(sampled)),
+        ("pixels", _shape(source)) if source.arrays else ("sample", _sample(sampled)),
         *(("", f"{image}: {reason}") for image, reason in sampled.unreadable[:_SHOWN]),
     ]
     presets = fitting(source, sampled)
     command = f"ear configure preset={presets[0]}"
-    command += {"digits": " data.source=folder", _IMAGENET[0]: _BROUGHT}.get(presets[0], "")
+    command += _BROUGHT if presets == _IMAGENET else _OWN[presets[0]].format(source.kind)
     lines += [("preset", ", ".join(presets)), ("next", f"{command} data.path={path}")]
     return "\n".join([f"{path}: {source.layout}", *(f"  {title:<11} {text}" for title, text in lines)])
 
@@ -98,6 +99,11 @@ def _size(source: Source, sampled: Sampled) -> str:
 
 def _bytes(count: float) -> str:
     return f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / 1e6:.3f} MB"
+
+
+def _shape(source: Source) -> str:
+    height, width, *channels = source.arrays[0].shape[1:]
+    return f"{height} x {width}, {'colour' if channels == [3] else 'grey'}"
 
 
 def _sample(sampled: Sampled) -> str:

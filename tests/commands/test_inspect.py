@@ -1,6 +1,7 @@
 """What `ear inspect` says about a path."""
 
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -89,7 +90,7 @@ def test_the_preset_that_fits_is_named(tmp_path):
     assert inspect.fitting(*found(folders(tmp_path / "large", 64))) == ("folder64",)
     assert inspect.fitting(*found(folders(tmp_path / "tiny", 8))) == ("digits",)
     thousand = [ListedImage("train", f"n{k:08d}", f"{k}", f"{k}") for k in range(1000)]
-    whole = sources.Source("", tmp_path, thousand)
+    whole = sources.Source("", "folder", tmp_path, thousand)
     fitting = inspect.fitting(whole, inspect.Sampled([], [], []))
     assert fitting == ("imagenet256_base", "imagenet256_large", "imagenet256_huge")
     assert {*fitting, "folder64", "digits"} <= set(presets())
@@ -107,7 +108,7 @@ def test_the_command_that_it_names_works(tmp_path, side):
 
 def test_the_command_for_imagenet_names_what_its_user_brings(tmp_path):
     thousand = [ListedImage("train", f"n{k:08d}", f"{k}", f"{k}") for k in range(1000)]
-    text = inspect.describe("PATH", sources.Source("", tmp_path, thousand), inspect.Sampled([], [], []))
+    text = inspect.describe("PATH", sources.Source("", "folder", tmp_path, thousand), inspect.Sampled([], [], []))
     command = text.splitlines()[-1].split(maxsplit=1)[1]
     p = compose(command.split()[2:])
     named = (p.data.path, p.tokenizer.weights, p.reference.statistics)
@@ -125,7 +126,7 @@ def test_what_is_held_out_is_said(tmp_path):
     ("arguments", "message"),
     [
         (("nowhere",), "inspect: there is no folder nowhere; "),
-        (("pyproject.toml",), "inspect: pyproject.toml is a file; name the folder that it lies in."),
+        (("pyproject.toml",), "inspect: pyproject.toml is a file, but no .npz; name the folder that it lies in."),
         (("ear",), "inspect: there are no images "),
     ],
 )
@@ -139,3 +140,21 @@ def test_errors_are_one_line(arguments, message):
 def test_help_and_options_explain_themselves():
     assert "the preset that fits" in run("--help").stdout
     assert "Invalid value for '--sample': -1" in run("ear", "--sample", "-1").stderr
+
+
+def test_arrays_are_described_by_their_headers(tmp_path):
+    path = tmp_path / "x.npz"
+    np.savez(path, images=np.zeros((40, 28, 32, 3), np.uint8), labels=np.arange(40) % 4)
+    lines = inspect.run(str(path), samples=5, seed=0).splitlines()
+    assert lines[0] == f"{path}: arrays"
+    assert lines[1:-1] == [
+        "  classes     4: 0, 1, 2, ...",
+        "  training    36 images",
+        "  validation  4 images, held out of the training images as data.val_fraction says",
+        "  size        0.108 MB",
+        "  pixels      28 x 32, colour",
+        "  preset      fashion",
+    ]
+    parameters = compose(shlex.split(lines[-1])[3:])
+    assert (parameters.data.source, parameters.data.path) == ("npz", str(path))
+    assert parameters.data.class_names == ()

@@ -156,7 +156,7 @@ def test_every_key_documents_itself():
 @pytest.mark.parametrize(
     ("override", "words"),
     [
-        ("preset=huge", "known presets: digits, digits_smoke, folder64"),
+        ("preset=huge", "known presets: digits, digits_smoke, fashion, "),
         ("train.batchsize=3", "train.batchsize"),
         ("+train.extra=3", "train.extra is not a known key"),
         ("train.images=abc", "train.images is 'abc'"),

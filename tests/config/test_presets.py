@@ -14,7 +14,7 @@ PUBLISHED = {  # depth, width, heads, head depth, head width
     "imagenet256_huge": (40, 1280, 16, 12, 1536),
     "imagenet512_base": (24, 768, 12, 6, 1024),
 }
-FULL = ("digits", "folder64", *PUBLISHED)
+FULL = ("digits", "fashion", "folder64", *PUBLISHED)
 
 
 def composed(name: str, *overrides: str):

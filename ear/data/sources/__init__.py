@@ -54,9 +54,10 @@ def is_imagenet(source: Source) -> bool:
 
 def check_kind(source: Source, kind: str) -> None:
     """Raise UserError unless data.source, `kind`, is what was found: folder, imagenet, idx or npz."""
-    found = {"idx files": "idx", "arrays": "npz"}.get(source.layout, "folder")
-    if found != ("folder" if kind == "imagenet" else kind):
-        raise UserError(f"data.source is {kind}, but {source.root} holds {source.layout}; set data.source to {found}.")
+    if source.kind != ("folder" if kind == "imagenet" else kind):
+        raise UserError(
+            f"data.source is {kind}, but {source.root} holds {source.layout}; set data.source to {source.kind}."
+        )
     if kind == "imagenet" and not is_imagenet(source):
         raise UserError(
             f"data.source is imagenet, but {source.root} has {len(source.classes)} classes (such as "

@@ -49,7 +49,7 @@ def find(root: Path, *, val_fraction: float) -> Source:
     layout, truth = "ImageNet, official archives", imagenet.find_truth(root)
     if not val.exists():
         names = truth.names if truth else {}
-        return Source(layout, root, hold_out(_training(train), val_fraction), names, has_val=False)
+        return Source(layout, "folder", root, hold_out(_training(train), val_fraction), names, has_val=False)
     truth = imagenet.require_truth(truth, root, val)  # checked before the long walk
     held_out = [
         ListedImage("val", wnid, f"val/{wnid}/{name}", val.name, member.offset, member.bytes)
@@ -61,7 +61,7 @@ def find(root: Path, *, val_fraction: float) -> Source:
     images = _training(train)
     if unknown := sorted({image.class_name for image in held_out} - {image.class_name for image in images}):
         raise UserError(f"{val} has class {unknown[0]!r}, which {train} lacks; the two must have the same classes.")
-    return Source(layout, root, in_order(images + held_out), truth.names)
+    return Source(layout, "folder", root, in_order(images + held_out), truth.names)
 
 
 def _training(archive: Path) -> list[ListedImage]:

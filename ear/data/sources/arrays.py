@@ -68,7 +68,7 @@ def find_idx(root: Path, *, val_fraction: float) -> Source:
         if name not in files:
             raise UserError(f"{root} has no {name}-idx{3 if 'images' in name else 1}-ubyte or .gz of it; put it there.")
     arrays = [_idx_array(part, files[f"{part}-images"], files[f"{part}-labels"]) for part in parts]
-    return _source("idx files", root, arrays, val_fraction)
+    return _source("idx files", "idx", root, arrays, val_fraction)
 
 
 def _idx_array(part: str, images: Path, labels: Path) -> Array:
@@ -116,7 +116,7 @@ def find_npz(path: Path, *, val_fraction: float) -> Source:
             images, labels = _npz_keys(part, names, path)
             if images in names:
                 arrays.append(_npz_array(part, path, archive, images, labels))
-    return _source("arrays", path.parent, arrays, val_fraction)
+    return _source("arrays", "npz", path.parent, arrays, val_fraction)
 
 
 def _npz_keys(part: str, names: set[str], path: Path) -> tuple[str, str]:
@@ -181,7 +181,7 @@ def _labels(values: np.ndarray, count: int, title: str) -> np.ndarray:
     return values.astype(np.int64)
 
 
-def _source(layout: str, root: Path, arrays: list[Array], val_fraction: float) -> Source:
+def _source(layout: str, kind: str, root: Path, arrays: list[Array], val_fraction: float) -> Source:
     for array in arrays:
         form = array.shape[1:]
         if len(form) not in (2, 3) or 0 in array.shape or form[2:] not in ((), (1,), (3,)):
@@ -201,7 +201,7 @@ def _source(layout: str, root: Path, arrays: list[Array], val_fraction: float) -
                     f"{array.title} has class {unknown[0]}, which {arrays[0].title} lacks; remove its images."
                 )
     listed = in_order(images) if has_val else hold_out(images, val_fraction)
-    return Source(layout, root, listed, has_val=has_val, arrays=tuple(arrays))
+    return Source(layout, kind, root, listed, has_val=has_val, arrays=tuple(arrays))
 
 
 def _listed(array: Array, digits: int) -> Iterator[ListedImage]:

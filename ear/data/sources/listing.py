@@ -25,6 +25,7 @@ class Source:
     """The images found at a path."""
 
     layout: str  # its name, for people
+    kind: str  # folder, idx or npz: data.source (imagenet is a folder, too)
     root: Path  # folder of the image files
     images: list[ListedImage]  # training images first, then by class and path
     names: Mapping[str, str] = field(default_factory=dict)  # wnid => human-readable name, if the source has them

@@ -26,7 +26,9 @@ def find(root: Path, *, val_fraction: float) -> Source:
     _check_names(root)
     train, val = root / "train", root / "val"
     if not train.is_dir():
-        return Source("class folders", root, hold_out(_classes(root, "", "train"), val_fraction), has_val=False)
+        return Source(
+            "class folders", "folder", root, hold_out(_classes(root, "", "train"), val_fraction), has_val=False
+        )
     images = _classes(root, "train/", "train")
     known = {image.class_name for image in images}
     layout, truth = "class folders", None
@@ -34,11 +36,11 @@ def find(root: Path, *, val_fraction: float) -> Source:
         layout, truth = "ImageNet, unpacked", imagenet.find_truth(root)
     names = truth.names if truth else {}
     if not val.is_dir():
-        return Source(layout, root, hold_out(images, val_fraction), names, has_val=False)
+        return Source(layout, "folder", root, hold_out(images, val_fraction), names, has_val=False)
     held_out = (imagenet.are_wnids(known) and _side_by_side(root, truth)) or _classes(root, "val/", "val")
     if unknown := sorted({image.class_name for image in held_out} - known):
         raise UserError(f"{val} has class {unknown[0]!r}, which {train} lacks; the two must have the same classes.")
-    return Source(layout, root, in_order(images + held_out), names)
+    return Source(layout, "folder", root, in_order(images + held_out), names)
 
 
 def _check_names(root: Path) -> None:
