@@ -217,6 +217,7 @@ def _listed(array: Array, digits: int) -> Iterator[ListedImage]:
 def unpack(arrays: Iterable[Array], folder: Path) -> None:
     """Copy the pixels of each array to folder/PART.pixels; raises UserError if their number is not the header's."""
     arrays = list(arrays)
+    folder.mkdir(parents=True, exist_ok=True)
     with Progress("unpack", sum(len(array.labels) for array in arrays)) as progress:
         for array in arrays:
             _copy(array, folder / array.file)
