@@ -58,6 +58,7 @@ $(BIN)/.ready: pyproject.toml requirements.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv==0.13.9
 	$(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python --constraint requirements.txt --editable '.[dev]'
+	$(BIN)/python -m ear.display.plots_page
 	touch $@
 
 # Optional parts of ear that the tests use, and a browser for its pages; without one, tests of pages are skipped.

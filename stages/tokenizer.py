@@ -58,14 +58,13 @@ def work(parameters: Parameters, run: Run) -> None:
         scratch = run.scratch(program.plain(parameters), ["data/prepared/index.json"])
         training = train(images, held_out, options, device)
         tokenizer, history = training.run(scratch, program.live("tokenizer", parameters, scratch))
-        source = None
     else:
-        tokenizer, source = ready_made(options, size)
+        tokenizer = ready_made(options, size)
         objective = Objective(AutoencoderLoss(options.kl_weight), seed=options.seed, device=device)
         figures = objective.held_out(tokenizer.to(device), held_out, options.batch_size)
         history = History([{"images": 0, **figures}], [{"images": 0, **figures}])
     if distributed.is_main():
-        publish(run.output("data/tokenizer"), tokenizer.to(device).eval(), source, history, held_out, options, device)
+        publish(run.output("data/tokenizer"), tokenizer.to(device).eval(), history, held_out, options, device)
 
 
 def train(
@@ -82,28 +81,26 @@ def train(
     return AutoencoderTraining(tokenizer, options, images=images, held_out=held_out, objective=objective)
 
 
-def ready_made(options: config.Tokenizer, size: int) -> tuple[Tokenizer, dict | None]:
-    """A tokenizer that needs no training, and where its weights come from."""
+def ready_made(options: config.Tokenizer, size: int) -> Tokenizer:
+    """A tokenizer that needs no training."""
     if options.name == "identity":
-        return Identity(image_size=size, downsample=options.downsample), None
-    imported = import_tokenizer(options, image_size=size)
-    return imported.tokenizer, imported.source
+        return Identity(image_size=size, downsample=options.downsample)
+    return import_tokenizer(options, image_size=size)
 
 
-def publish(
-    folder: Path, tokenizer: Tokenizer, source: dict | None, history: History, images: PreparedImages, options, device
-) -> None:
+def publish(folder: Path, tokenizer: Tokenizer, history: History, images: PreparedImages, options, device) -> None:
     """Describe the tokenizer (on the device) on held-out images, and write the outputs into `folder`."""
     batches = (torch.from_numpy(batch).to(device) for batch, _ in images.batches(options.batch_size))
-    figures = describe(tokenizer, batches, randomness.stream(options.seed, "tokenizer", "description"))
+    figures, channels = describe(tokenizer, batches, randomness.stream(options.seed, "tokenizer", "description"))
     figures["parameters"] = sum(p.numel() for p in tokenizer.parameters())
     columns = min(_COLUMNS, len(images))
     originals = images.images(range(min(_PAIRS, len(images) // columns) * columns))
     others = reconstruct(tokenizer, torch.from_numpy(originals).to(device)).cpu().numpy()
     folder.mkdir()
-    save_tokenizer(folder / "tokenizer.safetensors", tokenizer, source)
+    save_tokenizer(folder / "tokenizer.safetensors", tokenizer)
     write_table(folder / "training.tsv", history.training)
     write_table(folder / "validation.tsv", history.validation)
+    write_table(folder / "channels.tsv", channels)
     pictures.save_png(folder / "reconstructions.png", pictures.pairs(originals, others, columns))
     write_json(folder / "metrics.json", rounded(figures))
     print(f"PSNR of held-out images: {figures['psnr']:.2f} dB, through a sample {figures['psnr_sampled']:.2f} dB")

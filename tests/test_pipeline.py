@@ -12,11 +12,13 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
+from browser import browser_page, needs_browser
 from photographs import write_class_folders
 from PIL import Image
 from repositories import IDENTITY, STAGES, change, digests, environment, fresh, run, stale
 
 import ear
+from ear.display import plots_page
 from ear.display.live import read_rows
 from ear.files.digests import sha256
 from ear.training import checkpoint
@@ -66,6 +68,23 @@ def test_git_sees_only_the_lock_and_the_small_metrics(finished):
     new = {name for name in changed if name not in ("??", "M", "D")}
     assert new <= {*metrics, "dvc.lock"}
     assert "dvc.lock" in new
+
+
+@needs_browser
+def test_plots_are_drawn_once_each_without_a_network(finished, tmp_path):
+    """As `make setup` leaves them: DVC's own page would load its scripts from a network."""
+    (tmp_path / "template.html").write_text(plots_page.page())
+    template = ("--html-template", str(tmp_path / "template.html"))
+    run("dvc", "plots", "show", *template, "-o", str(tmp_path), cwd=finished)
+    with browser_page(1300, 2000) as (page, left):
+        page.goto((tmp_path / "index.html").as_uri())
+        titles = ["Training loss", "Validation loss", "Learning rate", "Tokenizer"]
+        page.wait_for_function(f"document.querySelectorAll('canvas.marks').length == {len(titles)}", timeout=20_000)
+        blank = page.evaluate("""[...document.querySelectorAll('canvas.marks')].filter(canvas => {
+            const pixels = canvas.getContext('2d').getImageData(0, 0, canvas.width, canvas.height).data;
+            return new Set(new Uint32Array(pixels.buffer)).size < 10}).length""")
+        pictures = page.evaluate("[...document.images].map(image => image.naturalWidth)")
+        assert (blank, len(pictures), min(pictures) > 0, left) == (0, 2, True, [])
 
 
 def test_metrics_plots_and_pictures_are_shown(finished, tmp_path):

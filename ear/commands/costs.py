@@ -90,7 +90,7 @@ def build_tokenizer(parameters: config.Parameters) -> Tokenizer:
     if options.name == "identity":
         return Identity(image_size=side, downsample=options.downsample)
     if options.name != "kl" and Path(options.weights).exists():
-        return import_tokenizer(options, image_size=side).tokenizer
+        return import_tokenizer(options, image_size=side)
     structure = kl_structure(channels=options.channels, block_channels=options.block_channels, layers=options.layers)
     with FakeTensorMode():
         return KL(image_size=side, structure=structure)

@@ -38,7 +38,7 @@ def prepare_device(device: str, threads: int) -> torch.device:
 def keep_freed_memory() -> None:
     """Let the C library keep freed memory of this process for its next arrays.
 
-    By default, glibc returns it to the system, which clears each page again: a third of the time of sampling on a CPU.
+    By default, glibc returns it to the system, which clears each page again: a quarter of the time of sampling on CPUs.
     Does nothing with other C libraries.
     """
     with contextlib.suppress(OSError, AttributeError):

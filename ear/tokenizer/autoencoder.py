@@ -27,10 +27,12 @@ class Tokenizer(nn.Module, abc.ABC):
     """The interface of all tokenizers.
 
     image_size: side in pixels of the images it was made for; any side that `downsample` divides works. downsample:
-    pixels per latent cell along a side. latent_channels: C.
+    pixels per latent cell along a side. latent_channels: C. source: where imported weights come from (format, file
+    name and SHA-256), else None.
     """
 
     kind: str
+    source: Mapping[str, str] | None = None
 
     def __init__(self, *, image_size: int, downsample: int, latent_channels: int):
         super().__init__()
@@ -148,22 +150,19 @@ def new_kl(*, seed: int, image_size: int, structure: Mapping) -> KL:
         return KL(image_size=image_size, structure=structure)
 
 
-def save_tokenizer(path: str | Path, tokenizer: Tokenizer, source: Mapping | None = None) -> None:
-    """Write weights and structure to one safetensors file, whose SHA-256 identifies the tokenizer.
-
-    `source` says where imported weights come from; see ear.tokenizer.importing.
-    """
-    write_tensors(path, tokenizer.state_dict(), describe_tokenizer(tokenizer, source))
+def save_tokenizer(path: str | Path, tokenizer: Tokenizer) -> None:
+    """Write weights and structure to one safetensors file, whose SHA-256 identifies the tokenizer."""
+    write_tensors(path, tokenizer.state_dict(), describe_tokenizer(tokenizer))
 
 
-def describe_tokenizer(tokenizer: Tokenizer, source: Mapping | None = None) -> dict:
+def describe_tokenizer(tokenizer: Tokenizer) -> dict:
     """What a file with its weights says of a tokenizer."""
     return {
         "format": FORMAT,
         "kind": tokenizer.kind,
         "image_size": tokenizer.image_size,
         "config": tokenizer.config(),
-        "source": source,
+        "source": dict(tokenizer.source) if tokenizer.source else None,
     }
 
 
@@ -192,4 +191,5 @@ def tokenizer_of(tensors: dict, description: Mapping, path: str | Path) -> Token
             layers=layers,
             description=config,
         )
+        tokenizer.source = description["source"]
     return tokenizer.eval().requires_grad_(False)

@@ -6,7 +6,6 @@ weights are unpickled, and nothing is downloaded. Scaling and shift factors are 
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor
@@ -56,22 +55,14 @@ _STRUCTURE = {  # keys of config.json that describe the network, with diffusers'
 }
 
 
-@dataclass(frozen=True)
-class Imported:
-    """A tokenizer in eval mode, and where its weights come from: format, file name and SHA-256."""
-
-    tokenizer: KL
-    source: dict[str, str]
-
-
-def import_tokenizer(options: config.Tokenizer, *, image_size: int) -> Imported:
+def import_tokenizer(options: config.Tokenizer, *, image_size: int) -> KL:
     """`import_published` or `import_diffusers` of `options.weights`, as `options.name` says.
 
     Also raises UserError if the sizes are not those of the options.
     """
     path, read = options.weights, import_published if options.name == "published" else import_diffusers
     imported = read(path, image_size=image_size)
-    found = {"downsample": imported.tokenizer.downsample, "channels": imported.tokenizer.latent_channels}
+    found = {"downsample": imported.downsample, "channels": imported.latent_channels}
     for name, expected in (("downsample", options.downsample), ("channels", options.channels)):
         if expected != found[name]:
             raise UserError(
@@ -81,7 +72,7 @@ def import_tokenizer(options: config.Tokenizer, *, image_size: int) -> Imported:
     return imported
 
 
-def import_published(path: str | Path, *, image_size: int) -> Imported:
+def import_published(path: str | Path, *, image_size: int) -> KL:
     """Import a published checkpoint: a pickled dict whose `model` or `state_dict` maps names to tensors.
 
     Names are those of the latent diffusion repository (KL-16 is such a file). All sizes are read off the tensors.
@@ -95,7 +86,7 @@ def import_published(path: str | Path, *, image_size: int) -> Imported:
     return _imported(weights, structure, image_size=image_size, path=path, kind="published")
 
 
-def import_diffusers(folder: str | Path, *, image_size: int) -> Imported:
+def import_diffusers(folder: str | Path, *, image_size: int) -> KL:
     """Import a folder with config.json and diffusion_pytorch_model.safetensors, of class AutoencoderKL.
 
     Raises MissingFileError; UserError for another class, images that are not RGB, an impossible structure, or tensors
@@ -162,7 +153,7 @@ def _count(weights: Mapping[str, Tensor], prefix: str) -> int:
     return len({name.removeprefix(prefix).partition(".")[0] for name in weights if name.startswith(prefix)})
 
 
-def _imported(weights: Mapping[str, Tensor], structure: dict, *, image_size: int, path: Path, kind: str) -> Imported:
+def _imported(weights: Mapping[str, Tensor], structure: dict, *, image_size: int, path: Path, kind: str) -> KL:
     try:
         tokenizer = KL(image_size=image_size, structure=structure)
     except (TypeError, ValueError, IndexError) as error:  # diffusers does not check its arguments
@@ -174,8 +165,8 @@ def _imported(weights: Mapping[str, Tensor], structure: dict, *, image_size: int
             raise UserError(f"{path} has {name}, which no KL autoencoder of its sizes has; give another file.")
         named[ours] = _as_linear(ours, tensor)
     load_weights(tokenizer, named, origin=str(path))
-    source = {"format": kind, "file": path.name, "sha256": sha256(path)}
-    return Imported(tokenizer.eval().requires_grad_(False), source)
+    tokenizer.source = {"format": kind, "file": path.name, "sha256": sha256(path)}
+    return tokenizer.eval().requires_grad_(False)
 
 
 def _as_linear(name: str, tensor: Tensor) -> Tensor:

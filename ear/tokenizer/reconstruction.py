@@ -50,13 +50,12 @@ class Reconstructions:
 
 
 @torch.inference_mode()
-def describe(tokenizer: Tokenizer, batches: Iterable[Tensor], source: Stream) -> dict:
-    """Metrics over all images of `batches` (uint8 [B, H, W, 3] on the tokenizer's device).
+def describe(tokenizer: Tokenizer, batches: Iterable[Tensor], source: Stream) -> tuple[dict, list[dict]]:
+    """Metrics over all images of `batches` (uint8 [B, H, W, 3] on its device), and a row per latent channel.
 
     psnr: mean over images, in dB, through the posterior mean; psnr_sampled: through a posterior sample. kl: nats per
     image. latent_std: of sampled latents, over all channels. posterior_ratio: posterior standard deviation over
-    latent_std, from 0 (deterministic) to 1 (no information about the image). channel_mean, channel_std,
-    channel_posterior_std: per channel.
+    latent_std, from 0 (deterministic) to 1 (no information about the image). Rows: channel, mean, std, posterior_std.
     """
     count, totals = 0, torch.zeros(3, dtype=torch.float64)
     moment_sums = torch.zeros((), dtype=torch.float64)  # float64 [4, C] after the first batch
@@ -70,11 +69,7 @@ def describe(tokenizer: Tokenizer, batches: Iterable[Tensor], source: Stream) ->
         moment_sums = moment_sums + posterior.sums(moments)
         count += len(images)
     means = dict(zip(("psnr", "psnr_sampled", "kl"), (totals / count).tolist(), strict=True))
-    return means | _latent_figures(moment_sums)
-
-
-def _latent_figures(moment_sums: Tensor) -> dict:
     _, std, within = (x.item() for x in posterior.spread(moment_sums.sum(dim=1, keepdim=True)))
-    channels = [x.tolist() for x in posterior.spread(moment_sums)]
-    names = ("channel_mean", "channel_std", "channel_posterior_std")
-    return {"latent_std": std, "posterior_ratio": within / std, **dict(zip(names, channels, strict=True))}
+    channels = zip(*(x.tolist() for x in posterior.spread(moment_sums)), strict=True)
+    rows = [{"channel": k, "mean": m, "std": s, "posterior_std": p} for k, (m, s, p) in enumerate(channels)]
+    return means | {"latent_std": std, "posterior_ratio": within / std}, rows

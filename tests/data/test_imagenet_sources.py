@@ -88,15 +88,15 @@ def test_only_a_whole_imagenet_is_imagenet(tmp_path, packed):
     with pytest.raises(
         ValueError, match=r"has 3 classes \(such as 'n01440764'\), not the 1000 of .* data.source=folder\."
     ):
-        sources.check_imagenet(find(packed))
+        sources.check_kind(find(packed), "imagenet")
     thousand = [
         manifest.ListedImage("train", f"{prefix}{k:08d}", f"{k}.jpg", f"{k}.jpg")
         for prefix in "nx"
         for k in range(1000)
     ]
-    sources.check_imagenet(sources.Source("", tmp_path, thousand[:1000]))
+    sources.check_kind(sources.Source("", "folder", tmp_path, thousand[:1000]), "imagenet")
     with pytest.raises(ValueError, match="has 1000 classes"):
-        sources.check_imagenet(sources.Source("", tmp_path, thousand[1:1001]))
+        sources.check_kind(sources.Source("", "folder", tmp_path, thousand[1:1001]), "imagenet")
 
 
 def test_a_training_folder_comes_before_archives(packed):

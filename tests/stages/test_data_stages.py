@@ -157,6 +157,28 @@ def test_imagenet_goes_through_in_its_archives(repository):
     assert digests(repository.path / "data/raw") == before
 
 
+def test_arrays_go_through_with_names_for_their_classes(repository):
+    images, labels = np.random.default_rng(0).integers(0, 256, (40, 8, 8), np.uint8), np.arange(40) % 2
+    np.savez(repository.path / "x.npz", images=images, labels=labels)
+    repository.set(data__source="npz", data__path="x.npz", data__image_size=8, data__class_names=["cats"])
+    code, errors = repository.run("fetch")
+    assert code == 1
+    assert "data.class_names has 1 names, but . has 2 classes; name each of them" in one_line(errors, "fetch")
+    repository.set(data__class_names=["cats", "dogs"])
+    assert [repository.run(stage) for stage in ("fetch", "prepare")] == [(0, ""), (0, "")]
+    assert read_json(repository.prepared / "classes.json") == {"classes": ["0", "1"], "names": ["cats", "dogs"]}
+    val = PreparedImages(repository.prepared, "val")
+    assert np.bincount(val.labels).tolist() == [4, 4]
+    held = {
+        (int(label), image[..., 0].tobytes()) for label, image in zip(val.labels, val.images(range(8)), strict=True)
+    }
+    assert held < {(int(label), image.tobytes()) for label, image in zip(labels, images, strict=True)}
+    before = digests(repository.path / "data/raw")
+    repository.set(data__source="folder", data__class_names=[])
+    assert "data.source is folder, but . holds arrays; set data.source to npz." in repository.run("fetch")[1]
+    assert digests(repository.path / "data/raw") == before
+
+
 def pixels(content: bytes) -> bytes:
     """What is stored of an image at 8 x 8, by the crop that the golden files fix."""
     return center_crop(Image.open(io.BytesIO(content)), 8).tobytes()

@@ -91,6 +91,7 @@ def kill_once(stage: str, pattern: str) -> None:
 def test_tokenizer_learns_and_describes_itself(repository):
     run("tokenizer", **{"tokenizer.images": 9600, "tokenizer.learning_rate": 4e-3})
     assert set(contents("data/tokenizer")) == {
+        "channels.tsv",
         "tokenizer.safetensors",
         "metrics.json",
         "training.tsv",
@@ -100,7 +101,9 @@ def test_tokenizer_learns_and_describes_itself(repository):
     figures = read_json("data/tokenizer/metrics.json")
     assert figures["psnr"] > 14  # images of one colour, their mean, would have about 12 dB
     assert figures["psnr"] > figures["psnr_sampled"] - 1
-    assert len(figures["channel_std"]) == 3
+    header, *rows = Path("data/tokenizer/channels.tsv").read_text().splitlines()
+    assert header.split("\t") == ["channel", "mean", "std", "posterior_std"]
+    assert [row.split("\t")[0] for row in rows] == ["0", "1", "2"]
     tokenizer = load_tokenizer("data/tokenizer/tokenizer.safetensors")
     assert figures["parameters"] == sum(p.numel() for p in tokenizer.parameters())
     header, *rows = Path("data/tokenizer/validation.tsv").read_text().splitlines()

@@ -12,7 +12,6 @@ from diffusers import AutoencoderKL
 from safetensors.torch import load_file, save_file
 
 from ear.files.digests import sha256
-from ear.files.tensors import read_tensors
 from ear.tokenizer.autoencoder import KL, kl_structure, load_tokenizer, save_tokenizer
 from ear.tokenizer.importing import import_diffusers, import_published
 
@@ -42,17 +41,17 @@ def kl16(tmp_path_factory) -> Path:
 
 @torch.no_grad()
 def test_published_autoencoder_meets_the_golden_values(kl16, tmp_path):
-    imported = import_published(kl16, image_size=256)
-    tokenizer, golden = imported.tokenizer, load_file(GOLDEN / "kl16_outputs.safetensors")
+    tokenizer = import_published(kl16, image_size=256)
+    golden = load_file(GOLDEN / "kl16_outputs.safetensors")
     assert (tokenizer.downsample, tokenizer.latent_channels) == (16, 16)
     assert tokenizer.structure == kl_structure(channels=16, block_channels=[128, 128, 256, 256, 512], layers=2)
     torch.testing.assert_close(tokenizer.encode(golden["image"]), golden["moments"], atol=1e-4, rtol=0)
     torch.testing.assert_close(tokenizer.decode(golden["latents"]), golden["decoded"], atol=1e-4, rtol=0)
-    assert imported.source == {"format": "published", "file": "kl16.ckpt", "sha256": sha256(kl16)}
+    assert tokenizer.source == {"format": "published", "file": "kl16.ckpt", "sha256": sha256(kl16)}
 
-    save_tokenizer(tmp_path / "tokenizer.safetensors", tokenizer, imported.source)
-    assert read_tensors(tmp_path / "tokenizer.safetensors")[1]["source"] == imported.source
+    save_tokenizer(tmp_path / "tokenizer.safetensors", tokenizer)
     again = load_tokenizer(tmp_path / "tokenizer.safetensors")
+    assert again.source == tokenizer.source
     torch.testing.assert_close(again.encode(golden["image"]), golden["moments"], atol=1e-4, rtol=0)
 
 
@@ -97,7 +96,7 @@ def small() -> dict[str, torch.Tensor]:
 def test_the_other_entry_holds_weights_too_and_the_critic_is_left_out(tmp_path):
     critic = {"loss.discriminator.main.0.weight": torch.zeros(1), "loss.logvar": torch.zeros(())}
     torch.save({"state_dict": small() | critic}, tmp_path / "last.ckpt")
-    tokenizer = import_published(tmp_path / "last.ckpt", image_size=8).tokenizer
+    tokenizer = import_published(tmp_path / "last.ckpt", image_size=8)
     assert (tokenizer.downsample, tokenizer.latent_channels) == (1, 4)
     assert torch.equal(
         tokenizer.state_dict()["network.decoder.mid_block.attentions.0.to_q.weight"],
@@ -196,12 +195,12 @@ def test_folder_of_diffusers_gives_what_diffusers_gives(saved):
     images = torch.rand(2, 3, 8, 8) * 2 - 1
     posterior = network.encode(images).latent_dist
     expected = torch.cat([posterior.mean, posterior.logvar], dim=1)
-    torch.testing.assert_close(imported.tokenizer.encode(images), expected, atol=1e-6, rtol=0)
+    torch.testing.assert_close(imported.encode(images), expected, atol=1e-6, rtol=0)
     latents = torch.randn(2, 5, 4, 4)
-    torch.testing.assert_close(imported.tokenizer.decode(latents), network.decode(latents).sample, atol=1e-6, rtol=0)
+    torch.testing.assert_close(imported.decode(latents), network.decode(latents).sample, atol=1e-6, rtol=0)
     file = folder / "diffusion_pytorch_model.safetensors"
     assert imported.source == {"format": "diffusers", "file": file.name, "sha256": sha256(file)}
-    assert isinstance(imported.tokenizer, KL)
+    assert isinstance(imported, KL)
 
 
 def test_older_names_and_half_precision_are_understood(saved):
@@ -213,7 +212,7 @@ def test_older_names_and_half_precision_are_understood(saved):
             name = name.replace(f".{new}.", f".{before}.")
         tensors[name] = tensor.half().contiguous()
     save_file(tensors, folder / "diffusion_pytorch_model.safetensors")
-    found = import_diffusers(folder, image_size=8).tokenizer.network.state_dict()
+    found = import_diffusers(folder, image_size=8).network.state_dict()
     expected = network.state_dict()
     assert found.keys() == expected.keys()
     for name, tensor in found.items():
@@ -224,7 +223,7 @@ def test_absent_keys_of_a_folder_have_the_defaults_of_diffusers(tmp_path):
     AutoencoderKL().save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text('{"_class_name": "AutoencoderKL"}')
-    tokenizer = import_diffusers(tmp_path, image_size=8).tokenizer
+    tokenizer = import_diffusers(tmp_path, image_size=8)
     assert (tokenizer.downsample, tokenizer.latent_channels) == (1, 4)
     assert tokenizer.structure == {key: config[key] for key in tokenizer.structure}
     (tmp_path / "config.json").write_text('{"_class_name": "AutoencoderKL", "block_out_channels": []}')
