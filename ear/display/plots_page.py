@@ -34,7 +34,7 @@ def page() -> str:
     """The template for DVC's option plots.html_template."""
     import vl_convert
 
-    scripts = vl_convert.javascript_bundle(None, vl_version=VEGA_LITE)
+    scripts = vl_convert.javascript_bundle(vl_version=VEGA_LITE)  # type: ignore[call-arg]
     return _PAGE.replace("SCRIPTS", scripts.replace("</script", r"<\/script"))
 
 
