@@ -1,4 +1,4 @@
-"""Train the autoencoder between images and latents, or import one, or use the identity.
+"""Train the autoencoder between images and latents, import one, fit principal components, or use the identity.
 
 Reads data/prepared; writes data/tokenizer: tokenizer.safetensors (EMA weights), metrics.json for held-out images, the
 logs, and reconstructions.png (pairs of rows: held-out images above their reconstructions). A killed training resumes
@@ -21,6 +21,7 @@ from ear.lineage.run import Run
 from ear.runtime import distributed, randomness
 from ear.runtime.device import check_precision, prepare_device
 from ear.tokenizer.autoencoder import Identity, Tokenizer, kl_structure, new_kl, save_tokenizer
+from ear.tokenizer.components import fit_pca
 from ear.tokenizer.importing import import_tokenizer
 from ear.tokenizer.loss import AutoencoderLoss
 from ear.tokenizer.perceptual import load_perceptual
@@ -59,7 +60,7 @@ def work(parameters: Parameters, run: Run) -> None:
         training = train(images, held_out, options, device)
         tokenizer, history = training.run(scratch, program.live("tokenizer", parameters, scratch))
     else:
-        tokenizer = ready_made(options, size)
+        tokenizer = ready_made(options, images)
         objective = Objective(AutoencoderLoss(options.kl_weight), seed=options.seed, device=device)
         figures = objective.held_out(tokenizer.to(device), held_out, options.batch_size)
         history = History([{"images": 0, **figures}], [{"images": 0, **figures}])
@@ -81,8 +82,11 @@ def train(
     return AutoencoderTraining(tokenizer, options, images=images, held_out=held_out, objective=objective)
 
 
-def ready_made(options: config.Tokenizer, size: int) -> Tokenizer:
-    """A tokenizer that needs no training."""
+def ready_made(options: config.Tokenizer, images: PreparedImages) -> Tokenizer:
+    """A tokenizer that needs no training: imported, fitted in closed form, or the identity."""
+    size = images.image_size
+    if options.name == "pca":
+        return fit_pca(images, downsample=options.downsample, channels=options.channels, whitening=options.whitening)
     if options.name == "identity":
         return Identity(image_size=size, downsample=options.downsample)
     return import_tokenizer(options, image_size=size)

@@ -20,7 +20,7 @@ from ear.model.shape import Shape
 from ear.runtime import randomness
 from ear.sampling.sampler import sample
 from ear.sampling.settings import SamplingSettings
-from ear.tokenizer.autoencoder import KL, Identity, Tokenizer, kl_structure
+from ear.tokenizer.autoencoder import KL, PCA, Identity, Tokenizer, kl_structure
 from ear.tokenizer.critic import PatchCritic
 from ear.tokenizer.importing import import_tokenizer
 from ear.tokenizer.loss import AutoencoderLoss
@@ -89,6 +89,8 @@ def build_tokenizer(parameters: config.Parameters) -> Tokenizer:
     side, options = parameters.data.image_size, parameters.tokenizer
     if options.name == "identity":
         return Identity(image_size=side, downsample=options.downsample)
+    if options.name == "pca":
+        return PCA(image_size=side, downsample=options.downsample, channels=options.channels)
     if options.name != "kl" and Path(options.weights).exists():
         return import_tokenizer(options, image_size=side)
     structure = kl_structure(channels=options.channels, block_channels=options.block_channels, layers=options.layers)

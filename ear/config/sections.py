@@ -57,13 +57,18 @@ class Compute(Section):
 class Tokenizer(Section):
     """The map between images and continuous latents."""
 
-    name: Literal["kl", "published", "diffusers", "identity"] = Field(
-        description="kl (autoencoder trained here), published or diffusers (imported), identity (pixels, space to "
-        "depth)"
+    name: Literal["kl", "pca", "published", "diffusers", "identity"] = Field(
+        description="kl (autoencoder trained here), pca (principal components of patches), published or diffusers "
+        "(imported), identity (pixels, space to depth)"
     )
     weights: str = Field(description="published: checkpoint file; diffusers: folder of an AutoencoderKL")
     downsample: int = Field(description="image pixels per latent cell along a side, a power of two", ge=1)
     channels: int = Field(description="latent channels; ignored for identity (always 3 * downsample^2)", ge=1)
+    whitening: float = Field(
+        description="pca: scale of a component, its standard deviation to the power of minus this; 0: as pixels, 1: equal",
+        ge=0,
+        le=1,
+    )
     block_channels: Counts = Field(
         description="kl: feature channels per level, log2(downsample) + 1 values", min_length=1
     )
