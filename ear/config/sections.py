@@ -65,7 +65,7 @@ class Tokenizer(Section):
     downsample: int = Field(description="image pixels per latent cell along a side, a power of two", ge=1)
     channels: int = Field(description="latent channels; ignored for identity (always 3 * downsample^2)", ge=1)
     whitening: float = Field(
-        description="pca: scale of a component, its standard deviation to the power of minus this; 0: as pixels, 1: equal",
+        description="pca: scale of a component, its standard deviation to the power of -whitening; 1: equal variances",
         ge=0,
         le=1,
     )
