@@ -13,7 +13,7 @@ from ear.model.files import build_model
 from ear.model.shape import Shape
 from ear.model.training import BatchLoss, PhaseSettings, build_trainer
 from ear.runtime.randomness import generator, seed_dropout
-from ear.tokenizer.autoencoder import Identity, Tokenizer, kl_structure, new_kl
+from ear.tokenizer.autoencoder import PCA, Identity, Tokenizer, kl_structure, new_kl
 from ear.training.trainer import LOG_STEPS, Trainer
 
 PUBLISHED = ("imagenet256_base", "imagenet256_large", "imagenet256_huge")
@@ -41,6 +41,8 @@ def untrained_tokenizer(parameters: Parameters) -> Tokenizer:
     options, size = parameters.tokenizer, parameters.data.image_size
     if options.name == "identity":
         return Identity(image_size=size, downsample=options.downsample)
+    if options.name == "pca":
+        return PCA(image_size=size, downsample=options.downsample, channels=options.channels)
     structure = kl_structure(channels=options.channels, block_channels=options.block_channels, layers=options.layers)
     return new_kl(seed=0, image_size=size, structure=structure)
 

@@ -137,6 +137,14 @@ def test_changed_parameters_start_afresh(repository, capsys):
     assert contents("data/tokenizer")["tokenizer.safetensors"] != first["tokenizer.safetensors"]
 
 
+def test_principal_components_need_no_training(repository):
+    found = {}
+    for channels in (3, 9, 12):
+        run("tokenizer", **{"tokenizer.name": "pca", "tokenizer.channels": channels, "tokenizer.whitening": 0.5})
+        found[channels] = read_json("data/tokenizer/metrics.json")["psnr"]
+    assert found[3] < found[9] < found[12] == 100.0
+
+
 def test_identity_needs_no_training_and_loses_nothing(repository):
     run("tokenizer", **{"tokenizer.name": "identity"})
     figures = read_json("data/tokenizer/metrics.json")
