@@ -42,6 +42,7 @@ from ear.lineage.run import clear_finished
 from flows import readiness, repository
 from flows.artifacts import REPORT, Shown, show_made, show_outcomes, write_report
 from flows.devices import devices, environment, hold
+from flows.form import Overrides, Stages
 from flows.inputs import changed_images
 from flows.program import report
 from flows.repository import RepositoryError
@@ -115,9 +116,9 @@ def run_name() -> str:
 
 @flow(name="pipeline", flow_run_name=run_name)
 def pipeline(
-    stages: tuple[str, ...] = (),
-    overrides: dict[str, Any] | None = None,
-    force: bool | tuple[str, ...] = False,
+    stages: Stages = (),
+    overrides: Overrides = None,
+    force: bool | Stages = False,
 ) -> State:
     """Bring stages up to date through DVC.
 

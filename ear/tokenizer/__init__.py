@@ -1,4 +1,5 @@
 """Tokenizers: the maps between images and continuous latents, their training, import and description.
 
-A tokenizer is a KL autoencoder (trained here or imported), principal components or the identity; `posterior` defines what it outputs.
+A tokenizer is a KL autoencoder (trained here or imported), principal components or the identity; `posterior` defines
+what it outputs.
 """

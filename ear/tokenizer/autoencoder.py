@@ -1,7 +1,7 @@
 """Tokenizers: maps from images to the moments of continuous latents, and from latents to images.
 
-All kinds share one interface: a KL autoencoder, trained by the pipeline or imported (ear.tokenizer.importing); principal
-components of patches; or the identity, whose latents are the pixels.
+All kinds share one interface: a KL autoencoder, trained by the pipeline or imported (ear.tokenizer.importing),
+principal components of patches, or the identity, whose latents are the pixels.
 """
 
 import abc

@@ -1,0 +1,31 @@
+"""The form of Prefect's page for a run of the pipeline: types that only say what a field may hold.
+
+The flow checks its parameters itself, with sentences that name the fix; these types add choices and limits to the page.
+"""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import yaml
+from pydantic import WithJsonSchema
+
+from ear.config import Parameters
+
+_FIRST = ("sample", "evaluate", "score", "train", "finetune")  # sections that are changed most
+
+
+def _overrides() -> dict[str, Any]:
+    """A JSON schema with every key of params.yaml as `section.key`; each may be left out."""
+    schema = Parameters.model_json_schema()
+    of = {name: schema["$defs"][entry["$ref"].rpartition("/")[2]] for name, entry in schema["properties"].items()}
+    fields = {
+        f"{section}.{key}": {**field, "title": f"{section}.{key}"}
+        for section in (*_FIRST, *(name for name in of if name not in _FIRST))
+        for key, field in of[section]["properties"].items()
+    }
+    return {"type": "object", "properties": fields}
+
+
+STAGES = list(yaml.safe_load((Path(__file__).parents[1] / "dvc.yaml").read_text())["stages"])
+Stages = Annotated[tuple[str, ...], WithJsonSchema({"type": "array", "items": {"type": "string", "enum": STAGES}})]
+Overrides = Annotated[dict[str, Any] | None, WithJsonSchema(_overrides())]
