@@ -19,11 +19,18 @@ def _overrides() -> dict[str, Any]:
     schema = Parameters.model_json_schema()
     of = {name: schema["$defs"][entry["$ref"].rpartition("/")[2]] for name, entry in schema["properties"].items()}
     fields = {
-        f"{section}.{key}": {**field, "title": f"{section}.{key}"}
+        f"{section}.{key}": {**_choices(field), "title": f"{section}.{key}"}
         for section in (*_FIRST, *(name for name in of if name not in _FIRST))
         for key, field in of[section]["properties"].items()
     }
     return {"type": "object", "properties": fields}
+
+
+def _choices(field: dict[str, Any]) -> dict[str, Any]:
+    """Booleans as a choice of two: the page sends a switch that nobody touched as false."""
+    if field.get("type") != "boolean":
+        return field
+    return {"enum": [True, False], **{name: value for name, value in field.items() if name != "type"}}
 
 
 STAGES = list(yaml.safe_load((Path(__file__).parents[1] / "dvc.yaml").read_text())["stages"])

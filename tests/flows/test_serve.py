@@ -1,5 +1,6 @@
 """`ear serve`: server and deployments in one program, which leaves nothing behind."""
 
+import contextlib
 import json
 import os
 import signal
@@ -8,49 +9,97 @@ import subprocess
 import sys
 import time
 import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
 import pytest
+from browser import browser_page, needs_browser
+from repositories import fresh
+
+from ear import config
+from ear.lineage.declaration import declarations
+from flows.form import Overrides, Stages
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def deployments(address: str) -> list[str]:
-    """FLOW of every deployment, by the server's own answer."""
+def ask(address: str, what: str) -> list[dict]:
+    """All flows, deployments or flow runs that the server knows."""
     headers = {"content-type": "application/json"}
-    request = urllib.request.Request(f"{address}/api/flows/filter", data=b"{}", headers=headers)
-    return sorted(flow["name"] for flow in json.load(urllib.request.urlopen(request)))
+    request = urllib.request.Request(f"{address}/api/{what}/filter", data=b"{}", headers=headers)
+    return json.load(urllib.request.urlopen(request))
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_one_program_serves_all_flows_and_ends_with_its_children(tmp_path, number):
+@contextlib.contextmanager
+def served(folder: Path, home: Path) -> Iterator[tuple[subprocess.Popen, str, Path]]:
+    """`ear serve` in a folder => the program, its page's address, and the file of its output."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     environment = {name: value for name, value in os.environ.items() if name != "PREFECT_API_URL"}
-    environment |= {"PREFECT_HOME": str(tmp_path), "NO_COLOR": "1"}
+    environment |= {"PREFECT_HOME": str(home), "NO_COLOR": "1"}
     command = [sys.executable, "-m", "ear", "serve", "--port", str(port)]
-    said = tmp_path / "said"
+    said, address = home / "said", f"http://127.0.0.1:{port}"
     with said.open("w") as file:
-        program = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=file, stderr=file, start_new_session=True)
+        program = subprocess.Popen(
+            command, cwd=folder, env=environment, stdout=file, stderr=file, start_new_session=True
+        )
     try:
         deadline = time.monotonic() + 300
-        while f"open http://127.0.0.1:{port}" not in said.read_text():
+        while f"open {address}" not in said.read_text() or len(ask(address, "deployments")) < 3:
             assert program.poll() is None, said.read_text()
             assert time.monotonic() < deadline
             time.sleep(0.2)
-        while deployments(f"http://127.0.0.1:{port}") != ["compare", "pipeline", "sweep"]:
-            assert time.monotonic() < deadline
-            time.sleep(0.2)
+        yield program, address, said
+    finally:
+        program.kill()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_one_program_serves_all_flows_and_ends_with_its_children(tmp_path, number):
+    with served(ROOT, tmp_path) as (program, address, said):
+        assert sorted(flow["name"] for flow in ask(address, "flows")) == ["compare", "pipeline", "sweep"]
         children = psutil.Process(program.pid).children(recursive=True)
         program.send_signal(number)
         assert program.wait(120) == 130
         _, alive = psutil.wait_procs(children, timeout=10)
         assert alive == []
         assert said.read_text().endswith("serve: stopped\n")
-    finally:
-        program.kill()
+
+
+@needs_browser
+def test_the_form_of_the_page_sends_what_was_filled_in(tmp_path):
+    """One field of over a hundred; the others, switches too, are left out of the run's parameters."""
+    (folder := tmp_path / "repository").mkdir()
+    fresh(folder)
+    (home := tmp_path / "home").mkdir()
+    with served(folder, home) as (program, address, _), browser_page() as (page, left):
+        flows = {flow["id"]: flow["name"] for flow in ask(address, "flows")}
+        (deployment,) = (d["id"] for d in ask(address, "deployments") if flows[d["flow_id"]] == "pipeline")
+        page.goto(f"{address}/deployments/deployment/{deployment}/run")
+        page.locator("xpath=//*[contains(text(), 'sample.guidance (')]/following::input[1]").fill("2.5")
+        page.get_by_role("button", name="Submit").click()
+        deadline = time.monotonic() + 60
+        while not (runs := ask(address, "flow_runs")):
+            assert time.monotonic() < deadline
+            page.wait_for_timeout(200)  # the page's requests pass through this process
+        assert [run["parameters"] for run in runs] == [
+            {"stages": [], "overrides": {"sample.guidance": 2.5}, "force": False}
+        ]
+        assert left == []
+        program.send_signal(signal.SIGINT)
+        assert program.wait(120) == 130
+
+
+def test_the_form_has_every_key_and_stage():
+    fields = Overrides.__metadata__[0].json_schema["properties"]
+    parameters = config.load(ROOT / "params.yaml").model_dump()
+    assert fields.keys() == {f"{section}.{key}" for section, keys in parameters.items() for key in keys}
+    assert fields["sample.guidance"]["type"] == "number"
+    assert fields["score.name"]["enum"] == ["energy", "kernel", "logarithmic", "hyvarinen", "categorical"]
+    assert fields["data.mirror"]["enum"] == [True, False]
+    assert Stages.__metadata__[0].json_schema["items"]["enum"] == list(declarations())
 
 
 def test_a_taken_port_is_one_line():
