@@ -48,7 +48,7 @@ def _rules(results: Mapping) -> dict[str, Any]:
     """The tables about all rules, and the cells of their grids."""
     rules, measured = results["rules"], results["benchmarks"]["scores"]["figures"]["rules"]
     return {
-        "best": _best_table(rules, results["floor"]),
+        "best": _best_table(rules),
         "guidance": _guidance_table(rules),
         "facts": _facts_table(measured),
         "costs": _costs_table(measured),
@@ -56,12 +56,12 @@ def _rules(results: Mapping) -> dict[str, Any]:
     }
 
 
-def _best_table(rules: list[Mapping], floor: float) -> str:
+def _best_table(rules: list[Mapping]) -> str:
     rows = []
     for rule in rules:
         run = best(rule["runs"])
-        rows.append([rule["rule"], f"{run['guidance']:g}", *_figures(run), f"{run['fid'] / floor:.2f}"])
-    return table(["score", "guidance", "FID", "class accuracy", "precision", "recall", "FID / floor"], rows)
+        rows.append([rule["rule"], f"{run['guidance']:g}", *_figures(run)])
+    return table(["score", "guidance", "FID", "class accuracy", "precision", "recall"], rows)
 
 
 def _guidance_table(rules: list[Mapping]) -> str:
