@@ -1,0 +1,97 @@
+"""Every command of README.md and docs/ runs here, in a repository of tiny parameters, or says why not."""
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+import small_imagenet
+from photographs import write_class_folders
+from repositories import IDENTITY, environment, fresh, run
+
+from ear.config.compose import compose
+from ear.config.document import to_yaml
+
+ROOT = Path(__file__).parents[1]
+PAGES = [path for path in (ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))) if "```sh\n" in path.read_text()]
+SLOW = {"README.md", "sweeps.md"}  # a minute or two of experiments each
+NOT_RUN = {
+    r"make |source |sudo apt-get": "set up what this test runs in",
+    r"pip install": "set up what this test runs in; a test may not change its own environment",
+    r"ear playground": "serves until it is stopped: tests/commands/test_playground.py",
+    r"ear serve": "serves until it is stopped: tests/flows/test_serve.py",
+    r"ear watch": "while a training runs: tests/commands/test_watch.py",
+    r"tensorboard |pip install mlflow": "serves until it is stopped; tests/display/test_live.py reads its data",
+    r".*prefect (server|worker|deployment|--no-prompt)": "with a server and a worker: tests/flows/test_flows.py",
+    r"python -m flows.search": "20 trials; tests/flows/test_flows.py runs a few",
+}
+PRESETS = "`dvc repro` of presets trains for hours; tests/stages/test_folder64.py and its neighbours run small forms"
+
+
+def commands(page: Path) -> list[str]:
+    """The commands of a page's code blocks, without comments."""
+    blocks = re.findall(r"^```sh\n(.*?)^```", page.read_text().replace("\\\n", " "), re.S | re.M)
+    lines = [re.sub(r"(^|\s)#.*", "", line).strip() for block in blocks for line in block.splitlines()]
+    return [line for line in lines if line]
+
+
+def reason(command: str) -> str:
+    """Why a command is not run; empty if it is."""
+    return next((text for pattern, text in NOT_RUN.items() if re.match(pattern, command)), "")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    """A repository with results, committed."""
+    folder = fresh(tmp_path_factory.mktemp("finished"))
+    run("dvc", "repro", cwd=folder)
+    run("git", "add", "-A", cwd=folder)
+    run("git", *IDENTITY, "commit", "-q", "-m", "results", cwd=folder)
+    return folder
+
+
+@pytest.fixture
+def repository(finished, tmp_path) -> Path:
+    """A copy of it, with a remote, and what the pages call /my/images, /data/imagenet and so on."""
+    folder = tmp_path / "copy"
+    shutil.copytree(finished, folder, symlinks=True)
+    run("git", "init", "-q", "--bare", str(tmp_path / "remote"), cwd=folder)
+    run("git", "remote", "add", "origin", str(tmp_path / "remote"), cwd=folder)
+    settings = {"push.autoSetupRemote": "true", "user.name": "tests", "user.email": "tests@localhost"}
+    for name, value in settings.items():
+        run("git", "config", name, value, cwd=folder)
+    write_class_folders(tmp_path / "my/images", each=3)
+    np.savez(tmp_path / "my/arrays.npz", images=np.zeros((40, 28, 28), np.uint8), labels=np.arange(40) % 4)
+    small_imagenet.write_tree(tmp_path / "data/imagenet")
+    return folder
+
+
+@pytest.mark.parametrize(
+    "page", [pytest.param(page, marks=[pytest.mark.slow] * (page.name in SLOW), id=page.name) for page in PAGES]
+)
+def test_the_commands_of_a_page_run_one_after_the_other(page, repository, tmp_path):
+    changed_preset, ran = False, []
+    for command in commands(page):
+        if reason(command) or (changed_preset and command == "dvc repro"):  # see NOT_RUN and PRESETS
+            continue
+        if "configure preset=" in command:  # over an unedited file, as in a clone
+            (repository / "params.yaml").write_text(to_yaml(compose([]), "ear configure preset=digits"))
+            changed_preset = True
+        here = re.sub(r"(?<![\w.])/(my|data|mnt)/", rf"{tmp_path}/\1/", command)
+        done = subprocess.run(
+            ["bash", "-ec", here], cwd=repository, env=environment(), text=True, capture_output=True, timeout=600
+        )
+        assert done.returncode == 0, f"{command}\n{done.stdout}{done.stderr}"
+        ran.append(command)
+    print(f"{page.name}: {len(ran)} commands")
+
+
+def test_reasons_are_of_commands_that_exist():
+    everything = [command for page in PAGES for command in commands(page)]
+    for pattern in NOT_RUN:
+        assert any(re.match(pattern, command) for command in everything), pattern
+    named = {path for text in (*NOT_RUN.values(), PRESETS) for path in re.findall(r"tests/[\w/]+\.py", text)}
+    assert all((ROOT / path).is_file() for path in named), named
+    assert len([command for command in everything if not reason(command)]) > len(everything) / 2
