@@ -6,10 +6,10 @@ The flow checks its parameters itself, with sentences that name the fix; these t
 from pathlib import Path
 from typing import Annotated, Any
 
-import yaml
 from pydantic import WithJsonSchema
 
 from ear.config import Parameters
+from ear.lineage.declaration import declarations
 
 _FIRST = ("sample", "evaluate", "score", "train", "finetune")  # sections that are changed most
 
@@ -33,6 +33,6 @@ def _choices(field: dict[str, Any]) -> dict[str, Any]:
     return {"enum": [True, False], **{name: value for name, value in field.items() if name != "type"}}
 
 
-STAGES = list(yaml.safe_load((Path(__file__).parents[1] / "dvc.yaml").read_text())["stages"])
+STAGES = list(declarations(Path(__file__).parents[1]))
 Stages = Annotated[tuple[str, ...], WithJsonSchema({"type": "array", "items": {"type": "string", "enum": STAGES}})]
 Overrides = Annotated[dict[str, Any] | None, WithJsonSchema(_overrides())]

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from ear import config
 from ear.data import manifest, sources
-from ear.errors import MissingFileError
+from ear.errors import UserError
 
 _LISTED = Path("data/raw")
 
@@ -20,7 +20,7 @@ def changed_images(parameters: config.Parameters) -> str:
         return ""
     try:
         listed = manifest.read_manifest(_LISTED)
-    except MissingFileError:
+    except UserError:  # absent, or of an earlier version: DVC runs the stage again
         return ""
     found = sources.find(data.path, val_fraction=data.val_fraction)
     differing = manifest.changes(listed, found.images, found.root)

@@ -2,14 +2,13 @@
 
 Reads data.path, unless data.source is digits: a tree of class folders, ImageNet (unpacked, in Kaggle's layout, or in
 its official archives, which are read in place), or arrays (idx files or npz). Nothing there is changed, and only the
-pixels of arrays are copied. Writes data/raw: manifest.csv, source.json and, where data.source is not a folder, the
-digits or the pixels of the arrays. Files needed by later stages are checked first; a missing one is
+pixels of arrays are copied. Writes data/raw: manifest.csv, source.json, and the digits or the pixels of the arrays, if
+they are the source. Files needed by later stages are checked first; a missing one is
 reported immediately. DVC does not watch data.path: after changing images, list them again with `dvc repro --single-item
 --force fetch`.
 """
 
 from collections import Counter
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -42,18 +41,21 @@ def work(data: Parameters, run: Run) -> None:
         sources.write_digits(path, val_fraction=data.val_fraction)
     source = sources.find(path, val_fraction=data.val_fraction)
     sources.check_kind(source, "folder" if data.source == "digits" else data.source)
+    _check_names(data.class_names, source)
     tree, root = source.root, RAW / "digits" if data.source == "digits" else source.root
+    # The pipelines behind published figures of ImageNet ignore the EXIF rotation.
+    encoding = Encoding(upright=data.source != "imagenet")
     if source.arrays:
-        sources.unpack(source.arrays, folder)
+        encoding = Encoding(pixels=source.arrays[0].shape[1:], sha256=sources.unpack(source.arrays, folder))
         tree, root = folder, RAW
     listed = manifest.write_manifest(
         folder,
         source.images,
         tree=tree,
         root=root,
-        names=_names(source, data.class_names),
-        # The pipelines behind published figures of ImageNet ignore the EXIF rotation.
-        encoding=Encoding(data.source != "imagenet", source.arrays[0].shape[1:] if source.arrays else ()),
+        names={} if data.class_names else source.names,
+        encoding=encoding,
+        classes=data.class_names,
     )
     counts = Counter(row.split for row in listed.rows)
     print(
@@ -61,14 +63,15 @@ def work(data: Parameters, run: Run) -> None:
     )
 
 
-def _names(source: sources.Source, given: tuple[str, ...]) -> Mapping[str, str]:
-    """Class => human-readable name: those that the user gave, in the order of the labels, else the source's own."""
-    if given and len(given) != len(source.classes):
+def _check_names(names: tuple[str, ...], source: sources.Source) -> None:
+    """Raise UserError if names are given, but not a different one for every class."""
+    if names and len(names) != len(source.classes):
         raise UserError(
-            f"data.class_names has {len(given)} names, but {source.root} has {len(source.classes)} classes; name each "
+            f"data.class_names has {len(names)} names, but {source.root} has {len(source.classes)} classes; name each "
             "of them, or none."
         )
-    return dict(zip(source.classes, given, strict=True)) if given else source.names
+    if repeated := [name for name, count in Counter(names).items() if count > 1]:
+        raise UserError(f"data.class_names has {repeated[0]!r} twice; give every class a name of its own.")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Every command of README.md and docs/ runs here, in a repository of tiny parameters, or says why not."""
+"""Every command in a fenced block of README.md and docs/ runs here, with tiny parameters, or says why not."""
 
 import re
 import shutil

@@ -71,11 +71,10 @@ def test_git_sees_only_the_lock_and_the_small_metrics(finished):
 
 
 @needs_browser
-def test_plots_are_drawn_once_each_without_a_network(finished, tmp_path):
+def test_plots_are_drawn_once_each_without_a_network(repository, tmp_path):
     """As `make setup` leaves them: DVC's own page would load its scripts from a network."""
-    (tmp_path / "template.html").write_text(plots_page.page())
-    template = ("--html-template", str(tmp_path / "template.html"))
-    run("dvc", "plots", "show", *template, "-o", str(tmp_path), cwd=finished)
+    plots_page.install(repository)
+    run("dvc", "plots", "show", "-o", str(tmp_path), cwd=repository)
     with browser_page(1300, 2000) as (page, left):
         page.goto((tmp_path / "index.html").as_uri())
         titles = ["Training loss", "Validation loss", "Learning rate", "Tokenizer"]

@@ -83,7 +83,7 @@ def doctor(context: click.Context) -> None:
 def inspect(path: str, samples: int, seed: int) -> None:
     """Say what a folder of images holds: layout, classes, sizes, unreadable files, the preset that fits.
 
-    PATH holds class folders, or ImageNet's tree or archives. Nothing is written.
+    PATH holds class folders, ImageNet's tree or archives, or idx files, or is an npz file. Nothing is written.
     """
     from ear.commands import inspect
 

@@ -210,7 +210,9 @@ def disk_bytes(parameters: config.Parameters, shape: Shape, *, images: int, weig
     side = parameters.data.image_size
     pixels = 3 * side**2 if parameters.prepare.compression != "links" else _LINK
     state = (1 + 2 + _AVERAGES) * weights  # weights, moments, EMAs
+    arrays = {"data/raw": images * pixels} if parameters.data.source in ("idx", "npz") else {}  # at most: grey is less
     return {
+        **arrays,
         "data/prepared": images * (pixels + _FLOAT),
         "data/latents": images * (2 * 2 * channels * h * w * _HALF + _FLOAT),
         "data/model": weights + state,  # finetune starts from the state

@@ -112,8 +112,7 @@ def _scaled(value: float, units: dict[str, float]) -> str:
 def data_facts(data: config.Data, *, classes: int | None, images: int | None) -> tuple[int, int, str]:
     """(classes, images, their origin): as given, or those of the built-in set, arrays, data/latents or ImageNet.
 
-    data/latents are used only for a user's own folder and the same image size; otherwise they belong to other
-    parameters.
+    data/latents are used only for a user's own images of the same size; otherwise they belong to other parameters.
     """
     stats = Path("data/latents", STATS)
     cached = read_json(stats) if stats.is_file() else None

@@ -12,7 +12,7 @@ _SMALLEST_SIDE = {"perceptual_weight": 16, "adversarial_weight": 24}
 def check_data(data: Data) -> None:
     """A source other than the built-in digits needs a path."""
     if data.source != "digits" and not data.path:
-        raise UserError(f"data.path is empty, but data.source is {data.source}; name the folder of images.")
+        raise UserError(f"data.path is empty, but data.source is {data.source}; name the folder or file of the images.")
 
 
 def check_tokenizer(data: Data, tokenizer: Tokenizer) -> None:
@@ -28,6 +28,12 @@ def check_tokenizer(data: Data, tokenizer: Tokenizer) -> None:
     if tokenizer.name in ("published", "diffusers") and not tokenizer.weights:
         raise UserError(
             f"tokenizer.weights is empty, but tokenizer.name is {tokenizer.name}; name the file or folder to import."
+        )
+    largest = 3 * tokenizer.downsample**2
+    if tokenizer.name == "pca" and tokenizer.channels > largest:
+        raise UserError(
+            f"tokenizer.channels is {tokenizer.channels}, but patches of {tokenizer.downsample} pixels a side have at "
+            f"most {largest} components (grey ones {tokenizer.downsample**2}); lower it."
         )
     if tokenizer.name == "kl":
         _check_autoencoder(data, tokenizer, levels)

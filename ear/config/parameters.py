@@ -107,7 +107,7 @@ def _named(parameters: Parameters) -> dict[str, _Named]:
     pictures = parameters.data.source != "digits"
     folder = tokenizer.perceptual_folder
     return {
-        "data.path": _Named(parameters.data.path, pictures, "name the folder of your images"),
+        "data.path": _Named(parameters.data.path, pictures, "name the folder or file of your images"),
         "tokenizer.weights": _Named(tokenizer.weights, imported, "set tokenizer.name to kl to train an autoencoder"),
         "tokenizer.perceptual_folder": _Named(folder, perceptual, "set it to '' to download its files"),
         "train.weights": _Named(parameters.train.weights, True, "set it to '' to train from new weights"),

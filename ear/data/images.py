@@ -7,9 +7,10 @@ decode start without it.
 import io
 import math
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -29,6 +30,12 @@ class Encoding:
 
     upright: bool = True  # rotate image files as their EXIF entries say
     pixels: tuple[int, ...] = ()  # if the bytes are raw pixels, their shape, [H, W], [H, W, 1] or [H, W, 3]
+    sha256: str = ""  # of all raw pixels of the source
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> "Encoding":
+        """From what `dataclasses.asdict` and JSON made of it."""
+        return cls(values["upright"], tuple(values["pixels"]), values["sha256"])
 
     def decode(self, content: bytes) -> Image.Image:
         """The bytes of one image => RGB image of 8 bits per channel; raises UserError as `decode` does."""

@@ -4,6 +4,7 @@ A shard of links holds what finds an image (rows, as JSON) and the SHA-256 of it
 keep twice need no folder of pixels; each pass over the images costs their decoding.
 """
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -34,7 +35,7 @@ def decoded(content: bytes, row: Row, *, encoding: Encoding, image_size: int) ->
 def write(file: h5py.File, rows: Sequence[Row], digests: Sequence[bytes], *, root: str, encoding: Encoding) -> None:
     """Store links to the images of `rows` in an open shard. root: of their files; relative to the repository's root."""
     text = json.dumps([(row.path, row.bytes, row.file, row.offset) for row in rows])  # ASCII: odd names are escaped
-    file.attrs["root"], file.attrs["upright"], file.attrs["pixels"] = root, encoding.upright, encoding.pixels
+    file.attrs["root"], file.attrs["encoding"] = root, json.dumps(dataclasses.asdict(encoding))
     file["rows"] = np.frombuffer(text.encode(), np.uint8)
     file["digests"] = np.frombuffer(b"".join(digests), np.uint8).reshape(len(rows), 32)
 
@@ -55,7 +56,7 @@ class Links:
         listed = json.loads(bytes(file["rows"][:]))
         rows = (Row("", int(label), *values) for label, values in zip(labels, listed, strict=True))
         root = repository / str(file.attrs["root"])
-        encoding = Encoding(bool(file.attrs["upright"]), tuple(int(side) for side in file.attrs["pixels"]))
+        encoding = Encoding.of(json.loads(file.attrs["encoding"]))
         return cls(root, encoding, int(file.attrs["image_size"]), tuple(rows), file["digests"][:])
 
     def read(self, rows: np.ndarray, places: np.ndarray, out: np.ndarray) -> None:

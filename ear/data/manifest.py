@@ -115,17 +115,19 @@ def write_manifest(
     root: str | Path,  # their folder when the manifest is read; relative to the repository's root
     names: Mapping[str, str],  # class => human-readable name, if known
     encoding: Encoding,
+    classes: Sequence[str] = (),  # to be written instead of the sorted class names, in their order
 ) -> Manifest:
     """Write manifest.csv and source.json into `folder`.
 
-    Labels number the sorted class names. File sizes are recorded to notice images that changed since: reading sizes is
-    cheap, digests would mean reading every image. Raises OSError if a file cannot be stat'ed.
+    Labels number the sorted class names, whatever they are written as. File sizes are recorded to notice images that
+    changed since: reading sizes is cheap, digests would mean reading every image. Raises OSError if a file cannot be
+    stat'ed.
     """
-    folder, classes, rows = Path(folder), _classes(found), _rows(found, tree)
+    folder, classes, rows = Path(folder), tuple(classes) or _classes(found), _rows(found, tree)
     packed = sorted({image.file for image in found if image.offset is not None})
     archives = {file: os.path.getsize(f"{tree}/{file}") for file in packed}
     write_rows(folder / "manifest.csv", rows, classes)
-    facts = {"root": str(root), **dataclasses.asdict(encoding), "archives": archives}
+    facts = {"root": str(root), "encoding": dataclasses.asdict(encoding), "archives": archives}
     named = {name: names[name] for name in classes if name in names}
     write_json(folder / "source.json", {"format": FORMAT, **facts, "names": named})
     return Manifest(Path(root), classes, tuple(names.get(name, name) for name in classes), encoding, archives, rows)
@@ -212,5 +214,5 @@ def read_manifest(folder: str | Path) -> Manifest:
         by_label[row.label] = name
     classes = tuple(by_label[label] for label in sorted(by_label))
     names = tuple(source["names"].get(name, name) for name in classes)
-    encoding = Encoding(source["upright"], tuple(source["pixels"]))
+    encoding = Encoding.of(source["encoding"])
     return Manifest(Path(source["root"]), classes, names, encoding, source["archives"], rows)

@@ -41,7 +41,7 @@ def page() -> str:
 def install(repository: Path) -> None:
     """Write the page, and name it in the local configuration of a repository's DVC."""
     with whole_file(repository / ".dvc/plots.html") as partial:
-        partial.write_text(page())
+        partial.write_text(page(), encoding="utf-8")
     command = ["config", "--local", "plots.html_template", "plots.html"]
     subprocess.run([sys.executable, "-m", "dvc", *command], cwd=repository, check=True)
 

@@ -25,9 +25,9 @@ class Declaration:
         return RECORDS / f"{self.stage}.json"
 
 
-def declarations() -> dict[str, Declaration]:
-    """Every stage by name, in the order of dvc.yaml; raises MissingFileError outside the repository's root."""
-    return {name: _declaration(name, entry) for name, entry in _yaml(Path("dvc.yaml"))["stages"].items()}
+def declarations(repository: Path = Path()) -> dict[str, Declaration]:
+    """Every stage by name, in the order of dvc.yaml; raises MissingFileError if a repository's root has none."""
+    return {name: _declaration(name, entry) for name, entry in _yaml(repository / "dvc.yaml")["stages"].items()}
 
 
 def _declaration(name: str, entry: dict[str, Any]) -> Declaration:

@@ -8,7 +8,7 @@ from ear.errors import UserError
 from ear.tokenizer.autoencoder import PCA
 
 _IMAGES = 20_000  # at most, the first of the training images, which are stored shuffled
-_BATCH = 500
+_BATCH = 1 << 20  # pixels at once
 _SMALLEST = 1e-9  # of the largest eigenvalue: variance that is rounding
 
 
@@ -21,8 +21,9 @@ def fit_pca(images: PreparedImages, *, downsample: int, channels: int, whitening
     """
     size = 3 * downsample**2
     count, total, products = 0, torch.zeros(size, dtype=torch.float64), torch.zeros(size, size, dtype=torch.float64)
-    for start in range(0, min(len(images), _IMAGES), _BATCH):
-        batch = to_signed(images.images(range(start, min(start + _BATCH, len(images), _IMAGES))))
+    used, step = min(len(images), _IMAGES), max(1, _BATCH // images.image_size**2)
+    for start in range(0, used, step):
+        batch = to_signed(images.images(range(start, min(start + step, used))))
         patches = torch.nn.functional.pixel_unshuffle(batch, downsample).movedim(1, -1).reshape(-1, size).double()
         count, total, products = count + len(patches), total + patches.sum(0), products + patches.T @ patches
     mean = total / count

@@ -6,6 +6,7 @@ import re
 import struct
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -127,7 +128,8 @@ IDX_FAULTS = {
     "label for each": ({"train_labels": idx(LABELS[:11])}, "has 11 labels for 12 images; give every image one."),
     "no idx": ({"train_images": b"\x89PNG, and more bytes than a header"}, "is no idx file of unsigned bytes in 3 dim"),
     "floats": ({"train_images": b"\0\0\x0d\x03" + idx(IMAGES)[4:]}, "is no idx file of unsigned bytes"),
-    "short labels": ({"train_labels": idx(LABELS)[:-2]}, "ends after 10 of 12 labels; download it again."),
+    "short labels": ({"train_labels": idx(LABELS)[:-2]}, "ends early, judging by its header, [12]; save or download"),
+    "long labels": ({"t10k_labels": idx(LABELS[:3]) + b"x"}, "goes on after its last label, judging by its header"),
     "short images": ({"train_images": idx(IMAGES)[:-7]}, "ends 7 bytes early, judging by its header, [12, 6, 5]"),
     "long images": (
         {"t10k_images": idx(HELD) + b"x"},
@@ -147,12 +149,13 @@ def test_wrong_idx_files_are_refused_in_a_sentence(tmp_path, fault, end):
         sources.unpack(sources.find(write_idx(tmp_path, end, **changed), val_fraction=0.5).arrays, tmp_path)
 
 
-@pytest.mark.parametrize("cut", [5, 30, -4])
-def test_a_truncated_or_altered_gzip_file_is_refused(tmp_path, cut):
-    path = write_idx(tmp_path, ".gz") / "train-images-idx3-ubyte.gz"
+@pytest.mark.parametrize("name", ["train-images-idx3", "train-labels-idx1"])
+@pytest.mark.parametrize("cut", [5, 25, -4])
+def test_a_truncated_or_altered_gzip_file_is_refused(tmp_path, name, cut):
+    path = write_idx(tmp_path, ".gz") / f"{name}-ubyte.gz"
     content = path.read_bytes()
     path.write_bytes(content[:cut] if cut > 0 else content[:cut] + bytes(4))  # -4: the checksum's end
-    with pytest.raises(UserError, match=r"train-images-idx3-ubyte.gz is damaged \(.*\); download it again"):
+    with pytest.raises(UserError, match=rf"{name}-ubyte.gz is damaged \(.*\); save or download it again"):
         sources.unpack(sources.find(tmp_path, val_fraction=0.5).arrays, tmp_path)
 
 
@@ -179,8 +182,9 @@ NPZ_FAULTS = {
     ),
     "vectors": ({"images": random_images(12, 4), "labels": LABELS}, "is [12, 4], but must be [N, H, W] or"),
     "several": ({"images": IMAGES, "labels": np.ones((12, 14), int)}, "labels is int64 [12, 14], but must be integers"),
-    "negative": ({"images": IMAGES, "labels": LABELS.astype(int) - 1}, "has label -1; labels count from 0."),
+    "negative": ({"images": IMAGES, "labels": LABELS.astype(int) - 1}, "has label -1, but labels count from 0"),
     "names": ({"images": IMAGES, "labels": np.array(["cat"] * 12)}, "but must be integers [N] or [N, 1]"),
+    "large": ({"images": IMAGES, "labels": LABELS + np.uint64(2**63)}, "has label 9223372036854775810, but labels"),
     "objects": ({"images": IMAGES, "labels": np.array([None] * 12)}, "holds objects or is in Fortran's order"),
     "columns": ({"images": np.asfortranarray(IMAGES), "labels": LABELS}, "holds objects or is in Fortran's order"),
 }
@@ -196,23 +200,77 @@ def test_wrong_arrays_are_refused_in_a_sentence(tmp_path, fault):
 def test_a_damaged_npz_is_refused(tmp_path):
     path = npz(tmp_path / "x.npz", images=IMAGES, labels=LABELS)
     content = bytearray(path.read_bytes())
-    content[content.index(IMAGES.tobytes()[:50]) + 20] ^= 1
+    content[content.index(IMAGES.tobytes()[:50]) + 20] ^= 1  # a pixel
     path.write_bytes(content)
     with pytest.raises(UserError, match=r"x.npz is damaged \(Bad CRC-32"):
         sources.unpack(sources.find(path, val_fraction=0.5).arrays, tmp_path)
     path.write_bytes(content[:100])
-    with pytest.raises(UserError, match=r"x.npz is damaged \(File is not a zip file\); download it again"):
+    with pytest.raises(UserError, match=r"x.npz is damaged \(File is not a zip file\); save or download it again"):
         sources.find(path, val_fraction=0.5)
 
 
-def test_a_header_that_promises_too_much_is_refused(tmp_path):
-    """Labels whose header says a terabyte: nothing of that size is allocated."""
-    header = io.BytesIO()
-    np.lib.format.write_array_header_1_0(header, {"descr": "<i8", "fortran_order": False, "shape": (1 << 37,)})
-    with zipfile.ZipFile(npz(tmp_path / "x.npz", images=IMAGES), "a") as archive:
-        archive.writestr("labels.npy", header.getvalue())
-    with pytest.raises(UserError, match="labels has 0 bytes, but its header says 1099511627776; save it again"):
-        sources.find(tmp_path / "x.npz", val_fraction=0.5)
+def npz_of(path: Path, members: dict[str, bytes]) -> Path:
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
+    return path
+
+
+def npy(values: np.ndarray | None = None, header: str = "") -> bytes:
+    """An npy file; only its header, with this text, if there are no values."""
+    content = io.BytesIO()
+    if values is not None:
+        np.save(content, values)
+    else:
+        text = header.encode() + b"\n"
+        content.write(b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text)
+    return content.getvalue()
+
+
+def described(shape: str, kind: str = "|u1") -> str:
+    return f"{{'descr': '{kind}', 'fortran_order': False, 'shape': {shape}}}"
+
+
+FOREIGN = {
+    "no .npy": ({"images": npy(IMAGES), "labels": npy(LABELS)}, "has no array 'images', only nothing; add it."),
+    "cut header": ({"images.npy": npy(header="{'descr': '|u1', 'shape': ("), "labels.npy": npy(LABELS)}, "is damaged"),
+    "odd header": ({"images.npy": npy(header="{[]:1}"), "labels.npy": npy(LABELS)}, "is damaged"),
+    "below 0": ({"images.npy": npy(header=described("(12, -6, -5)")), "labels.npy": npy(LABELS)}, "which no array can"),
+    "terabyte": (
+        {"images.npy": npy(header=described("(137438953472, 6, 5)")), "labels.npy": npy(LABELS)},
+        "has 12 labels for 137438953472 images",
+    ),
+    "both large": (
+        {
+            "images.npy": npy(header=described("(1048576, 6, 5)")),
+            "labels.npy": npy(header=described("(1048576,)", "<i8")),
+        },
+        "labels ends early, judging by its header, [1048576]; save or download it again.",
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", FOREIGN)
+def test_foreign_zip_files_are_refused_in_a_sentence(tmp_path, fault):
+    members, sentence = FOREIGN[fault]
+    with pytest.raises(UserError, match=re.escape(sentence)):
+        sources.find(npz_of(tmp_path / "x.npz", members), val_fraction=0.5)
+
+
+def test_a_folder_with_an_npz_says_to_name_the_file(tmp_path):
+    npz(tmp_path / "x.npz", images=IMAGES, labels=LABELS)
+    with pytest.raises(UserError, match=r"has no class folders, but x\.npz; name that file\."):
+        sources.find(tmp_path, val_fraction=0.5)
+    with pytest.raises(UserError, match=r"there is no file or folder .*y\.npz; set data\.path to"):
+        sources.find(tmp_path / "y.npz", val_fraction=0.5)
+
+
+def test_nothing_is_unpacked_on_a_disk_that_is_too_small(tmp_path, monkeypatch):
+    source = sources.find(npz(tmp_path / "x.npz", images=IMAGES, labels=LABELS), val_fraction=0.5)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=300))
+    with pytest.raises(UserError, match="free some space"):
+        sources.unpack(source.arrays, tmp_path / "raw")
+    assert list((tmp_path / "raw").iterdir()) == []
 
 
 @pytest.mark.parametrize(

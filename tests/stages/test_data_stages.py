@@ -163,19 +163,27 @@ def test_arrays_go_through_with_names_for_their_classes(repository):
     repository.set(data__source="npz", data__path="x.npz", data__image_size=8, data__class_names=["cats"])
     code, errors = repository.run("fetch")
     assert code == 1
-    assert "data.class_names has 1 names, but . has 2 classes; name each of them" in one_line(errors, "fetch")
+    assert "data.class_names has 1 names, but x.npz has 2 classes; name each of them" in one_line(errors, "fetch")
     repository.set(data__class_names=["cats", "dogs"])
     assert [repository.run(stage) for stage in ("fetch", "prepare")] == [(0, ""), (0, "")]
-    assert read_json(repository.prepared / "classes.json") == {"classes": ["0", "1"], "names": ["cats", "dogs"]}
+    assert read_json(repository.prepared / "classes.json") == {"classes": ["cats", "dogs"], "names": ["cats", "dogs"]}
     val = PreparedImages(repository.prepared, "val")
     assert np.bincount(val.labels).tolist() == [4, 4]
     held = {
         (int(label), image[..., 0].tobytes()) for label, image in zip(val.labels, val.images(range(8)), strict=True)
     }
     assert held < {(int(label), image.tobytes()) for label, image in zip(labels, images, strict=True)}
+    np.savez(repository.path / "x.npz", images=255 - images, labels=labels)  # other pixels, and nothing else
+    shutil.rmtree(repository.prepared)
+    assert [repository.run(stage) for stage in ("fetch", "prepare")] == [(0, ""), (0, "")]
+    assert held.isdisjoint(
+        {(int(k), image[..., 0].tobytes()) for k, image in zip(val.labels, val.images(range(8)), strict=True)}
+    )
     before = digests(repository.path / "data/raw")
+    repository.set(data__class_names=["cats", "cats"])
+    assert "data.class_names has 'cats' twice; give every class a name of its own." in repository.run("fetch")[1]
     repository.set(data__source="folder", data__class_names=[])
-    assert "data.source is folder, but . holds arrays; set data.source to npz." in repository.run("fetch")[1]
+    assert "data.source is folder, but x.npz holds arrays; set data.source to npz." in repository.run("fetch")[1]
     assert digests(repository.path / "data/raw") == before
 
 

@@ -26,7 +26,7 @@ def find(path: str | Path, *, val_fraction: float) -> Source:
     - PATH/CLASS/**.
 
     Without validation images, `val_fraction` of each class is held out. Nothing is written, and only the headers of
-    archives are read. Raises UserError naming the file or folder that is wrong.
+    archives are read, of arrays the labels, too. Raises UserError naming the file or folder that is wrong.
     """
     root = Path(path)
     if root.is_file() and root.suffix == ".npz":
@@ -34,7 +34,7 @@ def find(path: str | Path, *, val_fraction: float) -> Source:
     if root.is_file():
         raise UserError(f"{root} is a file, but no .npz; name the folder that it lies in.")
     if not root.is_dir():
-        raise UserError(f"there is no folder {root}; set data.path to the folder that holds your class folders.")
+        raise UserError(f"there is no file or folder {root}; set data.path to your class folders, or to an npz file.")
     if not (root / "train").is_dir():
         if (root / imagenet.KAGGLE / "train").is_dir():
             return trees.find(root / imagenet.KAGGLE, val_fraction=val_fraction)
@@ -44,6 +44,8 @@ def find(path: str | Path, *, val_fraction: float) -> Source:
             raise UserError(f"{root} has {imagenet.VAL_ARCHIVE} but no {imagenet.TRAIN_ARCHIVE}; put it there too.")
         if arrays.idx_files(root):
             return arrays.find_idx(root, val_fraction=val_fraction)
+        if (files := sorted(root.glob("*.npz"))) and not any(path.is_dir() for path in root.iterdir()):
+            raise UserError(f"{root} has no class folders, but {files[0].name}; name that file.")
     return trees.find(root, val_fraction=val_fraction)
 
 

@@ -5,15 +5,17 @@ image at an offset, as in ImageNet's archives.
 """
 
 import gzip
+import hashlib
 import math
 import struct
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, cast
+from tokenize import TokenError
+from typing import IO, Any, cast
 
 import numpy as np
 
@@ -21,12 +23,13 @@ from ear.data.manifest import ListedImage
 from ear.data.sources.listing import Source, hold_out, in_order
 from ear.display.progress import Progress
 from ear.errors import UserError
+from ear.files.disk import require_space
 
 _BLOCK = 1 << 20  # bytes copied at a time
 _IDX_PARTS = ("train", "t10k")
 _NPZ_PARTS = ("train", "val", "test")
 _IDX_UINT8 = 8  # code of the type in an idx header
-_MOST_LABELS = 1 << 33  # bytes
+_MOST_CLASSES = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -72,19 +75,17 @@ def find_idx(root: Path, *, val_fraction: float) -> Source:
 
 
 def _idx_array(part: str, images: Path, labels: Path) -> Array:
-    with _idx(labels, 1) as (stream, shape):
-        values = np.frombuffer(stream.read(shape[0]), np.uint8)
-    if len(values) != shape[0]:
-        raise UserError(f"{labels} ends after {len(values)} of {shape[0]} labels; download it again.")
     with _idx(images, 3) as (_, shape):
         pass
+    with _idx(labels, 1) as (stream, (count,)):
+        values = _labels(stream, np.dtype(np.uint8), count, shape[0], str(labels))
 
     @contextmanager
     def pixels() -> Iterator[IO[bytes]]:
         with _idx(images, 3) as (stream, _):
             yield stream
 
-    return Array(part, str(images), shape, _labels(values, shape[0], str(labels)), pixels)
+    return Array(part, str(images), shape, values, pixels)
 
 
 def _opened(path: Path) -> IO[bytes]:
@@ -110,13 +111,13 @@ def find_npz(path: Path, *, val_fraction: float) -> Source:
     Raises UserError naming file and key.
     """
     with _intact(str(path)), zipfile.ZipFile(path) as archive:
-        names = {name.removesuffix(".npy") for name in archive.namelist()}
+        names = {name.removesuffix(".npy") for name in archive.namelist() if name.endswith(".npy")}
         arrays = []
         for part in _NPZ_PARTS:
             images, labels = _npz_keys(part, names, path)
             if images in names:
                 arrays.append(_npz_array(part, path, archive, images, labels))
-    return _source("arrays", "npz", path.parent, arrays, val_fraction)
+    return _source("arrays", "npz", path, arrays, val_fraction)
 
 
 def _npz_keys(part: str, names: set[str], path: Path) -> tuple[str, str]:
@@ -135,22 +136,18 @@ def _npz_keys(part: str, names: set[str], path: Path) -> tuple[str, str]:
 
 
 def _npz_array(part: str, path: Path, archive: zipfile.ZipFile, images: str, labels: str) -> Array:
-    with archive.open(f"{labels}.npy") as stream:
-        shape, kind = _npy_header(stream, f"{path}: {labels}")
-        if kind.kind not in "iu" or not (len(shape) == 1 or (len(shape) == 2 and shape[1] == 1)):
-            raise UserError(
-                f"{path}: {labels} is {kind} {list(shape)}, but must be integers [N] or [N, 1]: one class per image."
-            )
-        size = math.prod(shape) * kind.itemsize
-        content = stream.read(min(size, _MOST_LABELS))
-    if len(content) != size:
-        raise UserError(f"{path}: {labels} has {len(content)} bytes, but its header says {size}; save it again.")
-    values = np.frombuffer(content, kind).reshape(-1)
     title = f"{path}: {images}"
     with archive.open(f"{images}.npy") as stream:
         shape, kind = _npy_header(stream, title)
     if kind != np.uint8:
         raise UserError(f"{title} is {kind}, but must be uint8 (0..255); convert it.")
+    with archive.open(f"{labels}.npy") as stream:
+        counts, kind = _npy_header(stream, f"{path}: {labels}")
+        if kind.kind not in "iu" or counts[1:] not in ((), (1,)) or not counts:
+            raise UserError(
+                f"{path}: {labels} is {kind} {list(counts)}, but must be integers [N] or [N, 1]: one class per image."
+            )
+        values = _labels(stream, kind, counts[0], shape[0] if shape else 0, f"{path}: {labels}")
 
     @contextmanager
     def pixels() -> Iterator[IO[bytes]]:
@@ -158,7 +155,7 @@ def _npz_array(part: str, path: Path, archive: zipfile.ZipFile, images: str, lab
             _npy_header(stream, title)
             yield stream
 
-    return Array(part, title, shape, _labels(values, shape[0] if shape else 0, f"{path}: {labels}"), pixels)
+    return Array(part, title, shape, values, pixels)
 
 
 def _npy_header(stream: IO[bytes], title: str) -> tuple[tuple[int, ...], np.dtype]:
@@ -168,16 +165,25 @@ def _npy_header(stream: IO[bytes], title: str) -> tuple[tuple[int, ...], np.dtyp
     if version not in read:
         raise UserError(f"{title} is of npy version {version}; save it with numpy.savez.")
     shape, columns_first, kind = read[version](stream)
+    if any(side < 0 for side in shape):
+        raise UserError(f"{title} is {list(shape)}, which no array can be; save it again.")
     if kind.hasobject or (columns_first and len(shape) > 1):
         raise UserError(f"{title} holds objects or is in Fortran's order; save numpy.ascontiguousarray of it.")
     return shape, kind
 
 
-def _labels(values: np.ndarray, count: int, title: str) -> np.ndarray:
-    if len(values) != count:
-        raise UserError(f"{title} has {len(values)} labels for {count} images; give every image one.")
-    if count and int(values.min()) < 0:
-        raise UserError(f"{title} has label {int(values.min())}; labels count from 0.")
+def _labels(stream: IO[bytes], kind: np.dtype, count: int, images: int, title: str) -> np.ndarray:
+    """int64 [N]: the labels that a stream holds; `count` is their number by its header, `images` that of the images."""
+    if count != images:
+        raise UserError(f"{title} has {count} labels for {images} images; give every image one.")
+    content = stream.read(count * kind.itemsize + 1)  # one more byte, so that checksums at the end are compared
+    if len(content) != count * kind.itemsize:
+        what = "ends early" if len(content) < count * kind.itemsize else "goes on after its last label"
+        raise UserError(f"{title} {what}, judging by its header, [{count}]; save or download it again.")
+    values = np.frombuffer(content, kind)
+    if count and not 0 <= int(values.min()) <= int(values.max()) < _MOST_CLASSES:
+        wrong = int(values.min()) if int(values.min()) < 0 else int(values.max())
+        raise UserError(f"{title} has label {wrong}, but labels count from 0, to {_MOST_CLASSES - 1} at most.")
     return values.astype(np.int64)
 
 
@@ -214,17 +220,23 @@ def _listed(array: Array, digits: int) -> Iterator[ListedImage]:
         yield ListedImage(split, name, f"{array.part}/{name}/{k:0{places}}", array.file, k * size, size)
 
 
-def unpack(arrays: Iterable[Array], folder: Path) -> None:
-    """Copy the pixels of each array to folder/PART.pixels; raises UserError if their number is not the header's."""
-    arrays = list(arrays)
+def unpack(arrays: Sequence[Array], folder: Path) -> str:
+    """Copy the pixels of each array to folder/PART.pixels => their SHA-256, all parts together.
+
+    Raises UserError if the disk is too small, or the number of pixels is not the header's.
+    """
     folder.mkdir(parents=True, exist_ok=True)
+    needed = sum(math.prod(array.shape) for array in arrays)
+    require_space(folder, needed, what="the pixels of the arrays", fix="free some space")
+    digest = hashlib.sha256()
     with Progress("unpack", sum(len(array.labels) for array in arrays)) as progress:
         for array in arrays:
-            _copy(array, folder / array.file)
+            _copy(array, folder / array.file, digest)
             progress.advance(len(array.labels))
+    return digest.hexdigest()
 
 
-def _copy(array: Array, target: Path) -> None:
+def _copy(array: Array, target: Path, digest: Any) -> None:
     left = math.prod(array.shape)
     with array.open() as stream, target.open("wb") as file:
         while block := stream.read(min(_BLOCK, left + 1)):  # one more byte, so that checksums at the end are compared
@@ -232,9 +244,10 @@ def _copy(array: Array, target: Path) -> None:
             if left < 0:
                 break
             file.write(block)
+            digest.update(block)
     if left:
         what = f"ends {left} bytes early" if left > 0 else "goes on after its last image"
-        raise UserError(f"{array.title} {what}, judging by its header, {list(array.shape)}; download it again.")
+        raise UserError(f"{array.title} {what}, judging by its header, {list(array.shape)}; save or download it again.")
 
 
 @contextmanager
@@ -244,5 +257,9 @@ def _intact(title: str) -> Iterator[None]:
         yield
     except UserError:
         raise
-    except (EOFError, zlib.error, gzip.BadGzipFile, zipfile.BadZipFile, ValueError, NotImplementedError) as error:
-        raise UserError(f"{title} is damaged ({error}); download it again.") from error
+    except OSError as error:
+        if isinstance(error, gzip.BadGzipFile):
+            raise UserError(f"{title} is damaged ({error}); save or download it again.") from error
+        raise
+    except (EOFError, zlib.error, zipfile.BadZipFile, ValueError, RuntimeError, TypeError, TokenError) as error:
+        raise UserError(f"{title} is damaged ({error}); save or download it again.") from error

@@ -26,7 +26,7 @@ class Source:
 
     layout: str  # its name, for people
     kind: str  # folder, idx or npz: data.source (imagenet is a folder, too)
-    root: Path  # folder of the image files
+    root: Path  # folder of the image files or idx files, or the npz file
     images: list[ListedImage]  # training images first, then by class and path
     names: Mapping[str, str] = field(default_factory=dict)  # wnid => human-readable name, if the source has them
     has_val: bool = True  # whether it has validation images; otherwise training images are held out
@@ -62,7 +62,7 @@ def hold_out(images: Iterable[ListedImage], fraction: float) -> list[ListedImage
         by_class.setdefault(image.class_name, []).append(image)
     chosen = {path for part in by_class.values() for path in held_out([image.path for image in part], fraction)}
     if not chosen:
-        raise UserError("every class has a single image, so none can be held out; add images, or a folder val.")
+        raise UserError("every class has a single image, so none can be held out; add images, or held-out ones.")
     listed = (image for part in by_class.values() for image in part)
     return in_order(image._replace(split="val" if image.path in chosen else "train") for image in listed)
 
