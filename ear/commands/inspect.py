@@ -3,6 +3,7 @@
 Lists the images as the fetch stage does, writes nothing, and decodes a few random ones. Pixels of arrays are not read.
 """
 
+import shlex
 import statistics
 from collections import Counter
 from dataclasses import dataclass
@@ -17,8 +18,8 @@ from ear.data.sources import Source, imagenet
 from ear.errors import UserError
 
 _SHOWN = 3  # classes and unreadable images to name
-_SIDES = {"digits": 16, "fashion": 40, "folder64": 1 << 30}  # preset => largest short side that it suits, in pixels
-_OWN = {"digits": " data.source={}", "fashion": " data.source={} 'data.class_names=[]'", "folder64": " data.source={}"}
+_SIDES = {"digits": 16, "fashion": 40}  # preset => largest short side that it suits, in pixels; else folder64
+_DOWNSAMPLE = {"digits": 2, "fashion": 4}  # of their tokenizers; must divide the size
 _BROUGHT = " tokenizer.weights=KL16_CHECKPOINT reference.statistics=ADM_STATISTICS"  # files that ImageNet presets need
 _IMAGENET = ("imagenet256_base", "imagenet256_large", "imagenet256_huge")
 
@@ -54,8 +55,26 @@ def fitting(source: Source, sampled: Sampled) -> tuple[str, ...]:
     """The presets for such images, the smallest first."""
     if sources.is_imagenet(source):
         return _IMAGENET
-    side = statistics.median(sampled.short_sides or [_SIDES["folder64"]])
-    return (next(preset for preset, largest in _SIDES.items() if side <= largest),)
+    side = _side(sampled)
+    return (next((preset for preset, largest in _SIDES.items() if side and side <= largest), "folder64"),)
+
+
+def _side(sampled: Sampled) -> int:
+    """The median short side; 0 if no image could be read."""
+    return statistics.median_low(sampled.short_sides) if sampled.short_sides else 0
+
+
+def _command(path: str, source: Source, sampled: Sampled, presets: tuple[str, ...]) -> str:
+    """How to configure the first of the fitting presets for these images."""
+    preset = presets[0]
+    words = ["ear", "configure", f"preset={preset}"]
+    if presets != _IMAGENET:
+        words.append(f"data.source={source.kind}")
+    if preset in _SIDES:  # presets of one data set: its size and its names are not these images'
+        size = max(_side(sampled) // _DOWNSAMPLE[preset] * _DOWNSAMPLE[preset], 4)
+        words += [f"data.image_size={size}", "data.class_names=[]"]
+    words.append(f"data.path={path}")
+    return shlex.join(words) + (_BROUGHT if presets == _IMAGENET else "")
 
 
 def describe(path: str, source: Source, sampled: Sampled) -> str:
@@ -72,9 +91,7 @@ def describe(path: str, source: Source, sampled: Sampled) -> str:
         *(("", f"{image}: {reason}") for image, reason in sampled.unreadable[:_SHOWN]),
     ]
     presets = fitting(source, sampled)
-    command = f"ear configure preset={presets[0]}"
-    command += _BROUGHT if presets == _IMAGENET else _OWN[presets[0]].format(source.kind)
-    lines += [("preset", ", ".join(presets)), ("next", f"{command} data.path={path}")]
+    lines += [("preset", ", ".join(presets)), ("next", _command(path, source, sampled, presets))]
     return "\n".join([f"{path}: {source.layout}", *(f"  {title:<11} {text}" for title, text in lines)])
 
 

@@ -93,17 +93,19 @@ def test_the_preset_that_fits_is_named(tmp_path):
     whole = sources.Source("", "folder", tmp_path, thousand)
     fitting = inspect.fitting(whole, inspect.Sampled([], [], []))
     assert fitting == ("imagenet256_base", "imagenet256_large", "imagenet256_huge")
-    assert {*fitting, "folder64", "digits"} <= set(presets())
+    assert {*fitting, "folder64", "fashion", "digits"} <= set(presets())
 
 
-@pytest.mark.parametrize("side", [8, 64])
-def test_the_command_that_it_names_works(tmp_path, side):
-    root = folders(tmp_path / "images", side)
+@pytest.mark.parametrize(("side", "size"), [(8, 8), (15, 14), (33, 32), (64, 64)])
+def test_the_command_that_it_names_works(tmp_path, side, size):
+    """Also with a space in the path; small images keep their size, as far as the tokenizer allows."""
+    root = folders(tmp_path / "my images", side)
     last = inspect.describe(str(root), *found(root)).splitlines()[-1]
     title, command = last.split(maxsplit=1)
     assert title == "next"
-    parameters = compose(command.split()[2:])
+    parameters = compose(shlex.split(command)[2:])
     assert (parameters.data.source, parameters.data.path) == ("folder", str(root))
+    assert parameters.data.image_size == size
 
 
 def test_the_command_for_imagenet_names_what_its_user_brings(tmp_path):
@@ -125,7 +127,7 @@ def test_what_is_held_out_is_said(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("nowhere",), "inspect: there is no folder nowhere; "),
+        (("nowhere",), "inspect: there is no file or folder nowhere; "),
         (("pyproject.toml",), "inspect: pyproject.toml is a file, but no .npz; name the folder that it lies in."),
         (("ear",), "inspect: there are no images "),
     ],
@@ -157,4 +159,5 @@ def test_arrays_are_described_by_their_headers(tmp_path):
     ]
     parameters = compose(shlex.split(lines[-1])[3:])
     assert (parameters.data.source, parameters.data.path) == ("npz", str(path))
+    assert parameters.data.image_size == 28
     assert parameters.data.class_names == ()
