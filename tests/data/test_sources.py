@@ -146,5 +146,5 @@ def test_what_is_wrong_with_a_tree_is_said(tmp_path, files, empty, message):
 
 
 def test_a_folder_that_is_not_there_is_named(tmp_path):
-    with pytest.raises(ValueError, match=r"there is no folder .*nowhere; set data.path"):
+    with pytest.raises(ValueError, match=r"there is no file or folder .*nowhere; set data.path"):
         scan(tmp_path / "nowhere", val_fraction=0.5)
