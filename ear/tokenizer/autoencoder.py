@@ -74,11 +74,11 @@ class Identity(Tokenizer):
 
 
 class PCA(Tokenizer):
-    """Principal components of patches: a linear map with orthogonal rows, fitted by `ear.tokenizer.components`.
+    """Principal components of patches, fitted by `ear.tokenizer.components`.
 
-    Channel k of a cell is scale[k] times the projection of its patch, less the mean patch, on component k, a unit
-    vector. Decoding projects back; only what lies outside the components is lost. The log-variance is the smallest
-    possible.
+    Encoding subtracts the mean patch, projects on the components (orthonormal rows) and multiplies channel k by
+    scale[k]. Decoding inverts this, and loses only what lies outside the components. The log-variance is the smallest
+    possible, so a posterior sample is its mean up to rounding.
     """
 
     kind = "pca"

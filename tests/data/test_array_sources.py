@@ -126,8 +126,11 @@ def test_paths_say_part_class_and_place(tmp_path):
 
 IDX_FAULTS = {
     "label for each": ({"train_labels": idx(LABELS[:11])}, "has 11 labels for 12 images; give every image one."),
-    "no idx": ({"train_images": b"\x89PNG, and more bytes than a header"}, "is no idx file of unsigned bytes in 3 dim"),
-    "floats": ({"train_images": b"\0\0\x0d\x03" + idx(IMAGES)[4:]}, "is no idx file of unsigned bytes"),
+    "no idx": (
+        {"train_images": b"\x89PNG, and more bytes than a header"},
+        "is not an idx file of bytes in 3 dim",
+    ),
+    "floats": ({"train_images": b"\0\0\x0d\x03" + idx(IMAGES)[4:]}, "is not an idx file of bytes"),
     "short labels": ({"train_labels": idx(LABELS)[:-2]}, "ends early, judging by its header, [12]; save or download"),
     "long labels": ({"t10k_labels": idx(LABELS[:3]) + b"x"}, "goes on after its last label, judging by its header"),
     "short images": ({"train_images": idx(IMAGES)[:-7]}, "ends 7 bytes early, judging by its header, [12, 6, 5]"),
@@ -161,7 +164,7 @@ def test_a_truncated_or_altered_gzip_file_is_refused(tmp_path, name, cut):
 
 def test_a_missing_idx_file_is_named(tmp_path):
     (write_idx(tmp_path) / "t10k-labels-idx1-ubyte").unlink()
-    with pytest.raises(UserError, match=r"has no t10k-labels-idx1-ubyte or \.gz of it; put it there"):
+    with pytest.raises(UserError, match=r"lacks t10k-labels-idx1-ubyte, plain or \.gz; put it there"):
         sources.find(tmp_path, val_fraction=0.5)
 
 
@@ -235,7 +238,10 @@ FOREIGN = {
     "no .npy": ({"images": npy(IMAGES), "labels": npy(LABELS)}, "has no array 'images', only nothing; add it."),
     "cut header": ({"images.npy": npy(header="{'descr': '|u1', 'shape': ("), "labels.npy": npy(LABELS)}, "is damaged"),
     "odd header": ({"images.npy": npy(header="{[]:1}"), "labels.npy": npy(LABELS)}, "is damaged"),
-    "below 0": ({"images.npy": npy(header=described("(12, -6, -5)")), "labels.npy": npy(LABELS)}, "which no array can"),
+    "below 0": (
+        {"images.npy": npy(header=described("(12, -6, -5)")), "labels.npy": npy(LABELS)},
+        "a size below 0",
+    ),
     "terabyte": (
         {"images.npy": npy(header=described("(137438953472, 6, 5)")), "labels.npy": npy(LABELS)},
         "has 12 labels for 137438953472 images",

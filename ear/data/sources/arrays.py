@@ -69,7 +69,7 @@ def find_idx(root: Path, *, val_fraction: float) -> Source:
     parts = [part for part in _IDX_PARTS if part == "train" or f"{part}-images" in files or f"{part}-labels" in files]
     for name in (f"{part}-{kind}" for part in parts for kind in ("images", "labels")):
         if name not in files:
-            raise UserError(f"{root} has no {name}-idx{3 if 'images' in name else 1}-ubyte or .gz of it; put it there.")
+            raise UserError(f"{root} lacks {name}-idx{3 if 'images' in name else 1}-ubyte, plain or .gz; put it there.")
     arrays = [_idx_array(part, files[f"{part}-images"], files[f"{part}-labels"]) for part in parts]
     return _source("idx files", "idx", root, arrays, val_fraction)
 
@@ -98,7 +98,7 @@ def _idx(path: Path, dimensions: int) -> Iterator[tuple[IO[bytes], tuple[int, ..
     with _intact(str(path)), _opened(path) as stream:
         header = stream.read(4 + 4 * dimensions)
         if len(header) < 4 + 4 * dimensions or header[:4] != bytes((0, 0, _IDX_UINT8, dimensions)):
-            raise UserError(f"{path} is no idx file of unsigned bytes in {dimensions} dimension(s); download it again.")
+            raise UserError(f"{path} is not an idx file of bytes in {dimensions} dimension(s); download it again.")
         yield stream, struct.unpack(f">{dimensions}I", header[4:])
 
 
@@ -166,14 +166,14 @@ def _npy_header(stream: IO[bytes], title: str) -> tuple[tuple[int, ...], np.dtyp
         raise UserError(f"{title} is of npy version {version}; save it with numpy.savez.")
     shape, columns_first, kind = read[version](stream)
     if any(side < 0 for side in shape):
-        raise UserError(f"{title} is {list(shape)}, which no array can be; save it again.")
+        raise UserError(f"{title} has the shape {list(shape)}, with a size below 0; save it again.")
     if kind.hasobject or (columns_first and len(shape) > 1):
         raise UserError(f"{title} holds objects or is in Fortran's order; save numpy.ascontiguousarray of it.")
     return shape, kind
 
 
 def _labels(stream: IO[bytes], kind: np.dtype, count: int, images: int, title: str) -> np.ndarray:
-    """int64 [N]: the labels that a stream holds; `count` is their number by its header, `images` that of the images."""
+    """Read int64 [N] labels; `count` is N in their own header, `images` is N in the header of the images."""
     if count != images:
         raise UserError(f"{title} has {count} labels for {images} images; give every image one.")
     content = stream.read(count * kind.itemsize + 1)  # one more byte, so that checksums at the end are compared
@@ -188,6 +188,7 @@ def _labels(stream: IO[bytes], kind: np.dtype, count: int, images: int, title: s
 
 
 def _source(layout: str, kind: str, root: Path, arrays: list[Array], val_fraction: float) -> Source:
+    """Check that the arrays fit each other, and list their images; parts other than `train` are held out."""
     for array in arrays:
         form = array.shape[1:]
         if len(form) not in (2, 3) or 0 in array.shape or form[2:] not in ((), (1,), (3,)):
@@ -237,6 +238,7 @@ def unpack(arrays: Sequence[Array], folder: Path) -> str:
 
 
 def _copy(array: Array, target: Path, digest: Any) -> None:
+    """Copy the pixels of one array to a file, and update the SHA-256 with them."""
     left = math.prod(array.shape)
     with array.open() as stream, target.open("wb") as file:
         while block := stream.read(min(_BLOCK, left + 1)):  # one more byte, so that checksums at the end are compared
@@ -252,7 +254,7 @@ def _copy(array: Array, target: Path, digest: Any) -> None:
 
 @contextmanager
 def _intact(title: str) -> Iterator[None]:
-    """Turn the errors of damaged files into one sentence."""
+    """Raise UserError for the errors with which gzip, zipfile and numpy report damaged files."""
     try:
         yield
     except UserError:
