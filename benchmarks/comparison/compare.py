@@ -1,12 +1,13 @@
 """Train every score on the same latents at the same budget, and write docs/scores.md.
 
     python -m benchmarks.comparison
-    python -m benchmarks.comparison --images 128000 --only rules --output docs
+    python -m benchmarks.comparison --images 128000 --seeds 5 --only rules --output docs
 
-Each model is a DVC experiment on the current commit (see flows.experiments): the workspace is not changed, shared
-stages run once, and a stopped comparison resumes as long as the commit is the same. The page, its grids and its data
-(scores/results.json) are written after all runs have succeeded; rates are measured at the end. If only one part is run,
-the other part of the page is kept if it is of the same commit.
+Every model is trained from several seeds. Each rule's guidance scale is the one with the lowest mean FID, on images
+that are not reported. Each run is a DVC experiment on the current commit (see flows.experiments): the workspace is not
+changed, shared stages run once, and a stopped comparison resumes as long as the commit is the same. The page, its grids
+and its data (scores/results.json) are written after all runs have succeeded; rates are measured at the end. If only one
+part is run, the other part of the page is kept if it is of the same commit and has as many seeds.
 """
 
 # isort: off
@@ -16,7 +17,7 @@ import flows.settings  # noqa: F401 - first: Prefect reads its settings when it 
 import argparse
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,6 +32,7 @@ from benchmarks.comparison.plan import (
     ablation_runs,
     default_run,
     file_name,
+    reported_runs,
     rule_runs,
     run_name,
 )
@@ -48,8 +50,9 @@ from flows.sweep import EVALUATION, run_all
 
 Part = Literal["rules", "ablations"]
 
-# A half and a sixth of the training images of the digits preset; everything takes about an hour on two cores.
+# A half and a sixth of the training images of the digits preset.
 IMAGES: dict[Part, int] = {"rules": 64_000, "ablations": 22_400}
+SEEDS = 3  # of training
 REFERENCE = "data/reference/metrics.json"
 BENCHMARKS = ("heads", "scores", "variance")  # files in benchmarks/results/; `scores` is measured by this program
 # Results may differ from the commit that the page names.
@@ -60,6 +63,7 @@ _RESULTS = ("dvc.lock", "data/", "docs/", "benchmarks/results/")
 def compare(
     images: int = IMAGES["rules"],
     ablation_images: int = IMAGES["ablations"],
+    seeds: int = SEEDS,
     only: Part | None = None,
     output: str = "docs",
 ) -> State:
@@ -68,6 +72,7 @@ def compare(
     Args:
         images: training images of each rule's model.
         ablation_images: training images of each model of the ablations.
+        seeds: trainings of each model, from `train.seed` on.
         only: the rules, or the ablations of the energy score; none means both.
         output: folder for scores.md and scores/.
     """
@@ -77,20 +82,24 @@ def compare(
         check_committed()
         parameters = config.load(PARAMETERS)
         check_extractor(parameters)
-        runs = {run_name(values): values for values in planned(parameters, budget)}
-        for values in runs.values():
+        if seeds < 1:
+            raise UserError(f"seeds is {seeds}, but must be at least 1.")
+        runs = planned(parameters, budget, seeds)
+        for values in runs:
             edit.check(PARAMETERS, values)
     except (UserError, RepositoryError) as error:
         return Failed(message=str(error))
-    errors = errors_of(runs)
-    if errors:
-        name, message = next(iter(errors.items()))
-        return Failed(message=f"{len(errors)} of {len(runs)} runs failed ({name}: {message}); nothing was written")
+    if failure := failure_of(runs):
+        return Failed(message=failure)
     if "rules" in budget:
+        # Only now is it known at which scale each rule is reported.
+        reported = reported_runs(parameters, images, seeds, chosen_scales(parameters, images, seeds))
+        if failure := failure_of([values for each in reported.values() for values in each]):
+            return Failed(message=failure)
         state = measure_rates(return_state=True)
         if not state.is_completed():
             return Failed(message=state.message)
-    publish(joined(collect(parameters, budget), Path(output)), Path(output))
+    publish(joined(collect(parameters, budget, seeds), Path(output)), Path(output))
     return Completed(message=f"{len(runs)} runs; see {output}/scores.md")
 
 
@@ -110,21 +119,37 @@ def check_extractor(parameters: config.Parameters) -> None:
         )
 
 
-def planned(parameters: config.Parameters, budget: Mapping[Part, int]) -> list[Values]:
-    """The changes of params.yaml for all runs of the parts in `budget`; runs that share a training are adjacent."""
+def planned(parameters: config.Parameters, budget: Mapping[Part, int], seeds: int) -> list[Values]:
+    """The changes of params.yaml for all runs of the parts in `budget`; runs that share a training are adjacent.
+
+    The runs that are reported of each rule are not among them: their scales are chosen by these.
+    """
     runs: list[Values] = []
     if "rules" in budget:
-        runs += [values for scales in rule_runs(parameters, budget["rules"]).values() for values in scales.values()]
+        for scales in rule_runs(parameters, budget["rules"], seeds).values():
+            runs += [values for of_one_seed in zip(*scales.values(), strict=True) for values in of_one_seed]
     if "ablations" in budget:
-        variants = ablation_runs(parameters, budget["ablations"]).values()
-        runs += [values for each in variants for _, values in each]
+        variants = ablation_runs(parameters, budget["ablations"], seeds).values()
+        runs += [values for each in variants for _, of_one_variant in each for values in of_one_variant]
     return runs
 
 
-def errors_of(runs: Mapping[str, Values]) -> dict[str, str]:
-    """Run the experiments; what ran before is restored => error by experiment, for those that failed."""
-    states = run_all(runs)
-    return {name: str(state.message) for name, state in states if not state.is_completed()}
+def failure_of(runs: Sequence[Values]) -> str | None:
+    """Run the experiments; what ran before is restored => a sentence if some failed."""
+    named = {run_name(values): values for values in runs}
+    errors = {name: str(state.message) for name, state in run_all(named) if not state.is_completed()}
+    if not errors:
+        return None
+    name, message = next(iter(errors.items()))
+    return f"{len(errors)} of {len(named)} runs failed ({name}: {message}); nothing was written"
+
+
+def chosen_scales(parameters: config.Parameters, images: int, seeds: int) -> dict[str, float]:
+    """Rule => the guidance scale with its lowest mean FID over the training seeds."""
+    return {
+        rule: page.best({scale: outcomes(runs) for scale, runs in scales.items()})
+        for rule, scales in rule_runs(parameters, images, seeds).items()
+    }
 
 
 @task(task_run_name="measure rates", cache_policy=NO_CACHE)
@@ -137,32 +162,47 @@ def measure_rates() -> State:
     return Completed()
 
 
-def collect(parameters: config.Parameters, budget: Mapping[Part, int]) -> dict[str, Any]:
+def collect(parameters: config.Parameters, budget: Mapping[Part, int], seeds: int) -> dict[str, Any]:
     """Everything that the page shows of the parts in `budget`."""
     results: dict[str, Any] = {
         "budget": {
             "commit": experiments.head(),
             "train_images": dict(budget),
             "finetune_images": parameters.finetune.images,
+            "seeds": seeds,
         },
         "sampling": parameters.sample.model_dump(),
         "benchmarks": {name: read_json(f"benchmarks/results/{name}.json") for name in BENCHMARKS},
     }
     if "rules" in budget:
+        images = budget["rules"]
+        scales = chosen_scales(parameters, images, seeds)
+        reported = reported_runs(parameters, images, seeds, scales)
         results["rules"] = [
-            {"rule": rule, "runs": [{"guidance": scale, **outcome(values)} for scale, values in runs.items()]}
-            for rule, runs in rule_runs(parameters, budget["rules"]).items()
+            {
+                "rule": rule,
+                "guidance": scales[rule],
+                "runs": outcomes(reported[rule]),
+                "choice": [{"guidance": scale, "runs": outcomes(runs)} for scale, runs in tried.items()],
+            }
+            for rule, tried in rule_runs(parameters, images, seeds).items()
         ]
     if "ablations" in budget:
         default = default_run(parameters, budget["ablations"])
         results["ablations"] = {
             title: [
-                {"values": dict(variant), "default": values == default, **outcome(values)} for variant, values in runs
+                {"values": dict(variant), "default": runs[0] == default, "runs": outcomes(runs)}
+                for variant, runs in variants
             ]
-            for title, runs in ablation_runs(parameters, budget["ablations"]).items()
+            for title, variants in ablation_runs(parameters, budget["ablations"], seeds).items()
         }
-    real = json.loads(experiments.read(run_name(planned(parameters, budget)[0]), REFERENCE))
-    return results | {"floor": real["fid"], "held_out_accuracy": real["val_accuracy"]}
+    any_run = run_name(planned(parameters, budget, seeds)[0])
+    figures, real = (json.loads(experiments.read(any_run, path)) for path in (EVALUATION, REFERENCE))
+    return results | {
+        "floor": figures["fid_floor"],
+        "equal_images": figures["fid_equal_images"],
+        "held_out_accuracy": real["val_accuracy"],
+    }
 
 
 def joined(results: Mapping[str, Any], folder: Path) -> dict[str, Any]:
@@ -171,11 +211,16 @@ def joined(results: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     if not path.exists():
         return dict(results)
     before, now = read_json(path), results["budget"]
-    if any(before["budget"][key] != now[key] for key in ("commit", "finetune_images")):
+    if any(before["budget"].get(key) != now[key] for key in ("commit", "finetune_images", "seeds")):
         return dict(results)
     budget = now | {"train_images": before["budget"]["train_images"] | now["train_images"]}
     kept: dict[str, Any] = {part: before[part] for part in IMAGES if part in before}
     return {**kept, **results, "budget": budget}
+
+
+def outcomes(runs: Sequence[Values]) -> list[dict[str, Any]]:
+    """`outcome` of the runs of all seeds."""
+    return [outcome(values) for values in runs]
 
 
 def outcome(values: Values) -> dict[str, Any]:
@@ -189,7 +234,7 @@ def publish(results: Mapping[str, Any], folder: Path) -> None:
     """Write the page, its grids and its data."""
     for rule in results.get("rules", []):
         target = folder / "scores" / f"{file_name(rule['rule'])}.png"
-        experiments.fetch(page.best(rule["runs"])["experiment"], str(GRID), target)
+        experiments.fetch(rule["runs"][0]["experiment"], str(GRID), target)
     write_json(folder / "scores" / "results.json", results)
     text = page.page(results)
     with whole_file(folder / "scores.md") as partial:
@@ -207,6 +252,7 @@ def main() -> int:
     for part, count in IMAGES.items():
         option = "--images" if part == "rules" else "--ablation-images"
         parser.add_argument(option, type=int, default=count, help=f"training images per model of the {part} ({count})")
+    parser.add_argument("--seeds", type=int, default=SEEDS, help=f"trainings of each model ({SEEDS})")
     parser.add_argument("--only", choices=("rules", "ablations"), help="default: both")
     parser.add_argument("--output", default="docs", help="folder for scores.md and scores/ (default: docs)")
     arguments = parser.parse_args()

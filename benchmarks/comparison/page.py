@@ -4,7 +4,8 @@
 are absent if they were not asked for.
 """
 
-from collections.abc import Iterable, Mapping
+import statistics
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ from jinja2 import Environment, StrictUndefined
 
 from benchmarks.comparison.plan import ABLATIONS, file_name
 
-FIGURES = ("fid", "class_accuracy", "precision", "recall")  # of one run
+FIGURES = ("fid_ratio", "fid", "class_accuracy", "precision", "recall")  # of one run
+_HEADS = ["FID / floor", "FID", "class accuracy", "precision", "recall"]
 _GRIDS_PER_ROW = 3
 
 
@@ -29,13 +31,14 @@ def page(results: Mapping[str, Any]) -> str:
         ablations=_ablations(results) if "ablations" in results else None,
         sampling=results["sampling"],
         floor=results["floor"],
+        equal_images=results["equal_images"],
         held_out_accuracy=results["held_out_accuracy"],
     )
 
 
-def best(runs: Iterable[Mapping]) -> Mapping:
-    """The run with the lowest FID; the first one if several have it."""
-    return min(runs, key=lambda run: run["fid"])
+def best(runs: Mapping[float, Sequence[Mapping]]) -> float:
+    """The key whose runs have the lowest mean FID; the first one if several have it."""
+    return min(runs, key=lambda key: _mean(runs[key], "fid_ratio"))
 
 
 def _budget(budget: Mapping) -> str:
@@ -57,17 +60,25 @@ def _rules(results: Mapping) -> dict[str, Any]:
 
 
 def _best_table(rules: list[Mapping]) -> str:
-    rows = []
-    for rule in rules:
-        run = best(rule["runs"])
-        rows.append([rule["rule"], f"{run['guidance']:g}", *_figures(run)])
-    return table(["score", "guidance", "FID", "class accuracy", "precision", "recall"], rows)
+    lowest = min(rules, key=lambda rule: _mean(rule["runs"], "fid_ratio"))
+    rows = [
+        [rule["rule"], f"{rule['guidance']:g}", *_figures(rule["runs"]), _difference(rule["runs"], lowest["runs"])]
+        for rule in rules
+    ]
+    return table(["score", "guidance", *_HEADS, "from the lowest"], rows)
 
 
 def _guidance_table(rules: list[Mapping]) -> str:
-    scales = [run["guidance"] for run in rules[0]["runs"]]
+    scales = [scale["guidance"] for scale in rules[0]["choice"]]
     rows = [
-        [rule["rule"], *(f"{run['fid']:.4g} ({run['class_accuracy']:.3f})" for run in rule["runs"])] for rule in rules
+        [
+            rule["rule"],
+            *(
+                f"{_mean(scale['runs'], 'fid_ratio'):.2f} ({_mean(scale['runs'], 'class_accuracy'):.3f})"
+                for scale in rule["choice"]
+            ),
+        ]
+        for rule in rules
     ]
     return table(["score", *(f"guidance {scale:g}" for scale in scales)], rows)
 
@@ -116,24 +127,22 @@ def _heads(figures: Mapping) -> dict[str, Any]:
 
 
 def _grids(rules: list[Mapping]) -> list[list[dict[str, Any]]]:
-    cells = [
-        {"rule": rule["rule"], "file": file_name(rule["rule"]), "guidance": best(rule["runs"])["guidance"]}
-        for rule in rules
-    ]
+    cells = [{"rule": rule["rule"], "file": file_name(rule["rule"]), "guidance": rule["guidance"]} for rule in rules]
     return [cells[i : i + _GRIDS_PER_ROW] for i in range(0, len(cells), _GRIDS_PER_ROW)]
 
 
 def _ablations(results: Mapping) -> list[dict[str, Any]]:
     parts = []
     for ablation in ABLATIONS:
-        runs = results["ablations"][ablation.title]
-        head = [ablation.title, "FID", "class accuracy", "precision", "recall"]
-        pairs = any("score.pairs" in run["values"] for run in runs)
+        variants = results["ablations"][ablation.title]
+        default = next(each["runs"] for each in variants if each["default"])
+        rows = [_ablation_row(each["values"], each["runs"], default) for each in variants]
+        pairs = any("score.pairs" in each["values"] for each in variants)
         parts.append(
             {
                 "title": ablation.title,
                 "text": ablation.text,
-                "table": table(head, [_ablation_row(run) for run in runs]),
+                "table": table([ablation.title, *_HEADS, "from the bold"], rows),
                 "variance": _variance_table(results["benchmarks"]["variance"]["figures"]) if pairs else "",
             }
         )
@@ -149,13 +158,38 @@ def _variance_table(figures: Mapping) -> str:
     return table(["m", *names, "head weights"], rows)
 
 
-def _ablation_row(run: Mapping) -> list[str]:
-    name = ", ".join(f"`{key}` {value}" for key, value in run["values"].items())
-    return [f"**{name}**" if run["default"] else name, *_figures(run)]
+def _ablation_row(values: Mapping, runs: Sequence[Mapping], default: Sequence[Mapping]) -> list[str]:
+    name = ", ".join(f"`{key}` {value}" for key, value in values.items())
+    return [f"**{name}**" if runs == default else name, *_figures(runs), _difference(runs, default)]
 
 
-def _figures(run: Mapping) -> list[str]:
-    return [f"{run['fid']:.4g}", *(f"{run[name]:.3f}" for name in FIGURES[1:])]
+def _figures(runs: Sequence[Mapping]) -> list[str]:
+    """Mean and standard deviation of each figure over the runs of several seeds."""
+    digits = {"fid_ratio": 2}
+    return [_spread([run[name] for run in runs], digits.get(name, 3)) for name in FIGURES]
+
+
+def _difference(runs: Sequence[Mapping], other: Sequence[Mapping]) -> str:
+    """Mean difference of FID / floor from the other runs of the same seeds, and its standard error; "tie" within it."""
+    if runs == other:
+        return ""
+    pairs = zip(runs, other, strict=True)
+    differences = [run["fid_ratio"] - reference["fid_ratio"] for run, reference in pairs]
+    mean = statistics.fmean(differences)
+    if len(differences) == 1:
+        return f"{mean:+.2f}"
+    error = statistics.stdev(differences) / len(differences) ** 0.5
+    return f"{mean:+.2f} ± {error:.2f}{', tie' if abs(mean) <= error else ''}"
+
+
+def _mean(runs: Sequence[Mapping], name: str) -> float:
+    return statistics.fmean(run[name] for run in runs)
+
+
+def _spread(values: Sequence[float], digits: int) -> str:
+    """Mean ± standard deviation; of one value, the value."""
+    text = f"{statistics.fmean(values):.{digits}f}"
+    return text if len(values) == 1 else f"{text} ± {statistics.stdev(values):.{digits}f}"
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:

@@ -1,6 +1,7 @@
 """What is compared, as changes of params.yaml: every score at one budget, and the ablations of the paper.
 
 Each rule is sampled at several guidance scales, since the best scale differs; that needs no further training.
+Scales are chosen on images of another sampling seed than those reported. Every model is trained from several seeds.
 """
 
 from collections.abc import Mapping
@@ -9,6 +10,7 @@ from typing import Any
 
 from ear import config
 from flows.experiments import experiment_name
+from flows.sweep import APART
 
 Values = Mapping[str, Any]  # {"section.key": value}
 
@@ -39,11 +41,6 @@ def _each(key: str, *values: Any) -> tuple[Values, ...]:
 
 
 ABLATIONS = (
-    Ablation(
-        "Chance",
-        "The same training from other seeds: differences as small as these mean nothing.",
-        _each("train.seed", 0, 1, 2),
-    ),
     Ablation(
         "Exponent of the distance",
         "Strictly proper for alpha in (0, 2); at 2 only the mean would be learned, so 2 is refused.",
@@ -84,29 +81,45 @@ def default_run(parameters: config.Parameters, images: int) -> Values:
     return changes({"score.name": "energy", "train.images": images}, parameters)
 
 
-def rule_runs(parameters: config.Parameters, images: int) -> dict[str, dict[float, Values]]:
-    """Rule => guidance scale => the changes of params.yaml."""
+def rule_runs(parameters: config.Parameters, images: int, seeds: int) -> dict[str, dict[float, list[Values]]]:
+    """Rule => guidance scale => the changes of params.yaml for each training seed, to choose the scale by."""
+    apart = {"sample.seed": parameters.sample.seed + APART}
     return {
-        rule: {
-            scale: changes({**values, "train.images": images, "sample.guidance": scale}, parameters)
-            for scale in GUIDANCE
-        }
-        for rule, values in RULES.items()
+        rule: {scale: _seeded({**rule_at(rule, images, scale), **apart}, parameters, seeds) for scale in GUIDANCE}
+        for rule in RULES
     }
 
 
-def ablation_runs(parameters: config.Parameters, images: int) -> dict[str, list[tuple[Values, Values]]]:
-    """Ablation => its variants (including params.yaml itself), each with the changes of params.yaml."""
+def reported_runs(
+    parameters: config.Parameters, images: int, seeds: int, scales: Mapping[str, float]
+) -> dict[str, list[Values]]:
+    """Rule => the changes of params.yaml for each training seed, at the scale chosen for the rule."""
+    return {rule: _seeded(rule_at(rule, images, scale), parameters, seeds) for rule, scale in scales.items()}
+
+
+def rule_at(rule: str, images: int, scale: float) -> Values:
+    """The keys of a rule with its budget and its guidance scale."""
+    return {**RULES[rule], "train.images": images, "sample.guidance": scale}
+
+
+def ablation_runs(
+    parameters: config.Parameters, images: int, seeds: int
+) -> dict[str, list[tuple[Values, list[Values]]]]:
+    """Ablation => its variants (including params.yaml itself), each with the changes of params.yaml for each seed."""
     default = default_run(parameters, images)
-    found: dict[str, list[tuple[Values, Values]]] = {}
+    found: dict[str, list[tuple[Values, list[Values]]]] = {}
     for ablation in ABLATIONS:
-        runs: list[tuple[Values, Values]] = [
-            (variant, changes({**default, **variant}, parameters)) for variant in ablation.variants
-        ]
+        runs = [(variant, changes({**default, **variant}, parameters)) for variant in ablation.variants]
         if default not in [values for _, values in runs]:
             runs.insert(0, ({key: _value(parameters, key) for key in ablation.variants[0]}, default))
-        found[ablation.title] = runs
+        found[ablation.title] = [(variant, _seeded(values, parameters, seeds)) for variant, values in runs]
     return found
+
+
+def _seeded(values: Values, parameters: config.Parameters, seeds: int) -> list[Values]:
+    """The changes for each of the training seeds, which begin at that of params.yaml."""
+    first = parameters.train.seed
+    return [changes({**values, "train.seed": seed}, parameters) for seed in range(first, first + seeds)]
 
 
 def changes(values: Values, parameters: config.Parameters) -> Values:

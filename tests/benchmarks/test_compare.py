@@ -1,5 +1,6 @@
 """The comparison of the scores: its plan, its page, its refusals; slowly, one of real models."""
 
+import itertools
 import json
 import shutil
 import subprocess
@@ -12,7 +13,7 @@ from PIL import Image
 
 from benchmarks.comparison import page, plan
 from benchmarks.comparison.compare import check_committed, check_extractor, joined, planned
-from benchmarks.comparison.plan import ablation_runs, changes, default_run, rule_runs, run_name
+from benchmarks.comparison.plan import ablation_runs, changes, default_run, reported_runs, rule_runs, run_name
 from benchmarks.scores import Candidate
 from ear import config
 from ear.config import edit
@@ -41,18 +42,20 @@ def parameters() -> config.Parameters:
 
 
 def test_equal_runs_have_one_name(parameters):
-    rules, ablations = rule_runs(parameters, 640), ablation_runs(parameters, 640)
-    energy = rules["energy"][parameters.sample.guidance]
-    assert energy == default_run(parameters, 640) == {"train.images": 640}
-    assert run_name(energy) == "compare-train.images=640"
-    assert run_name(rules["logarithmic, full"][1.0]) == (
-        "compare-score.name=logarithmic-score.covariance=full-train.images=640-sample.guidance=1.0"
+    scales = dict.fromkeys(plan.RULES, parameters.sample.guidance)
+    reported, ablations = reported_runs(parameters, 640, 2, scales), ablation_runs(parameters, 640, 2)
+    first, second = reported["energy"]
+    assert first == default_run(parameters, 640) == {"train.images": 640}
+    assert second == {"train.images": 640, "train.seed": 1}
+    assert run_name(first) == "compare-train.images=640"
+    assert run_name(rule_runs(parameters, 640, 1)["logarithmic, full"][1.0][0]) == (
+        "compare-score.name=logarithmic-score.covariance=full-train.images=640-sample.guidance=1.0-sample.seed=1000000"
     )
-    all_runs = planned(parameters, {"rules": 640, "ablations": 640})
+    all_runs = planned(parameters, {"rules": 640, "ablations": 640}, 2)
     names = {run_name(values) for values in all_runs}
     assert len(names) == len({json.dumps(values, sort_keys=True) for values in all_runs})
     assert len(names) < len(all_runs)
-    assert planned(parameters, {"rules": 640}) + planned(parameters, {"ablations": 640}) == all_runs
+    assert planned(parameters, {"rules": 640}, 2) + planned(parameters, {"ablations": 640}, 2) == all_runs
     assert changes({"train.images": parameters.train.images, "score.alpha": 1.5}, parameters) == {"score.alpha": 1.5}
     assert len(ablations) == len(plan.ABLATIONS)
 
@@ -60,19 +63,37 @@ def test_equal_runs_have_one_name(parameters):
 @pytest.mark.parametrize("guidance", [2.2, 1.7])
 def test_every_ablation_holds_the_parameters_as_they_are(guidance):
     parameters = compose(["preset=digits", f"sample.guidance={guidance}"])
-    for title, runs in ablation_runs(parameters, 640).items():
-        assert [values for _, values in runs].count({"train.images": 640}) == 1, title
-    guided = ablation_runs(parameters, 640)["Guidance"]
+    for title, variants in ablation_runs(parameters, 640, 2).items():
+        assert [runs[0] for _, runs in variants].count({"train.images": 640}) == 1, title
+    guided = ablation_runs(parameters, 640, 2)["Guidance"]
     assert guided[0][0] == {"sample.guidance": 1.0 if guidance == 2.2 else 1.7}
 
 
 def test_every_run_is_valid(parameters, tmp_path):
     path = tmp_path / "params.yaml"
     path.write_text(to_yaml(parameters, "test"))
-    for values in planned(parameters, {"rules": 640, "ablations": 640}):
+    for values in planned(parameters, {"rules": 640, "ablations": 640}, 2):
         edit.check(path, values)
     with pytest.raises(ValueError, match=r"train\.images is 0 and train\.weights is empty"):
         edit.check(path, default_run(parameters, 0))
+
+
+def test_a_scale_is_never_chosen_on_reported_images(parameters):
+    scales = dict.fromkeys(plan.RULES, 1.5)
+    tried = [runs for each in rule_runs(parameters, 640, 3).values() for runs in each.values()]
+    reported = list(reported_runs(parameters, 640, 3, scales).values())
+    assert {values["sample.seed"] for runs in tried for values in runs} == {1_000_000}
+    assert not [values for runs in reported for values in runs if "sample.seed" in values]
+    assert all([values.get("train.seed", 0) for values in runs] == [0, 1, 2] for runs in tried + reported)
+
+
+def test_runs_of_one_training_are_neighbours(parameters):
+    """So that the training is in DVC's cache, and still the newest, when the next scale is sampled."""
+    keys = [
+        json.dumps({key: value for key, value in values.items() if not key.startswith("sample.")})
+        for values in planned(parameters, {"rules": 640}, 3)
+    ]
+    assert len([1 for before, after in itertools.pairwise(keys) if before != after]) + 1 == len(set(keys)) == 24
 
 
 def test_rules_name_files():
@@ -109,7 +130,7 @@ def published(folder: Path, **results) -> None:
 
 
 def test_a_part_made_alone_joins_the_other_of_the_same_commit(tmp_path):
-    budget = {"commit": "abc", "finetune_images": 10}
+    budget = {"commit": "abc", "finetune_images": 10, "seeds": 3}
     ablations = {"budget": {**budget, "train_images": {"ablations": 64}}, "ablations": {"Noise": []}}
     assert joined(ablations, tmp_path) == ablations
     rules = {"budget": {**budget, "train_images": {"rules": 128}}, "rules": [{"rule": "energy"}]}
@@ -120,8 +141,9 @@ def test_a_part_made_alone_joins_the_other_of_the_same_commit(tmp_path):
     assert whole["budget"]["train_images"] == {"rules": 128, "ablations": 64}
     again = {**rules, "rules": [{"rule": "kernel"}]}
     assert joined(again, tmp_path)["rules"] == again["rules"]
-    published(tmp_path, **{**rules, "budget": {**rules["budget"], "commit": "abd"}})
-    assert joined(ablations, tmp_path) == ablations
+    for other in ({"commit": "abd"}, {"seeds": 1}):
+        published(tmp_path, **{**rules, "budget": {**rules["budget"], **other}})
+        assert joined(ablations, tmp_path) == ablations
 
 
 def test_a_comparison_needs_a_classifier(parameters):
@@ -129,6 +151,28 @@ def test_a_comparison_needs_a_classifier(parameters):
     reference = parameters.reference.model_copy(update={"extractor": "inception"})
     with pytest.raises(ValueError, match=r"^reference\.extractor is inception, but .* set it to classifier\.$"):
         check_extractor(parameters.model_copy(update={"reference": reference}))
+
+
+def runs(*ratios: float) -> list[dict]:
+    return [
+        {"fid_ratio": ratio, "fid": 0.1, "class_accuracy": 0.9, "precision": 0.8, "recall": 0.7} for ratio in ratios
+    ]
+
+
+def test_differences_are_of_pairs_of_seeds():
+    """Seeds differ by more than the rules; what is common to both is not counted as their difference."""
+    assert page._difference(runs(3.0, 5.0, 7.0), runs(2.0, 4.1, 5.9)) == "+1.00 ± 0.06"
+    assert page._difference(runs(3.0, 5.0, 7.0), runs(2.0, 6.0, 7.0)) == "+0.00 ± 0.58, tie"
+    assert page._difference(runs(3.0), runs(2.0)) == "+1.00"
+    assert page._difference(runs(3.0, 5.0), runs(3.0, 5.0)) == ""
+    assert page._figures(runs(3.0, 5.0)) == [
+        "4.00 ± 1.41",
+        "0.100 ± 0.000",
+        "0.900 ± 0.000",
+        "0.800 ± 0.000",
+        "0.700 ± 0.000",
+    ]
+    assert page.best({1.0: runs(3.0, 5.0), 1.5: runs(2.0, 5.9), 2.2: runs(1.0, 9.0)}) == 1.5
 
 
 # --- real runs
@@ -180,19 +224,22 @@ def test_a_comparison_of_two_rules_goes_on_and_writes_its_page(tmp_path):
         "plan.RULES = {name: plan.RULES[name] for name in ('energy', 'logarithmic, full')}\n"
         "sys.exit(compare.main())"
     )
-    command = [sys.executable, "-c", program, "--images", "128", "--only", "rules"]
+    command = [sys.executable, "-c", program, "--images", "128", "--seeds", "2", "--only", "rules"]
     environment = {**repository.environment(), "NO_COLOR": "1"}
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.startswith("compare: 4 runs; see docs/scores.md")
+    assert done.stdout.startswith("compare: 8 runs; see docs/scores.md")
     results = json.loads((folder / "docs/scores/results.json").read_text())
     assert [rule["rule"] for rule in results["rules"]] == ["energy", "logarithmic, full"]
-    assert [run["guidance"] for run in results["rules"][0]["runs"]] == [1.0, 1.5]
-    assert len({run["fid"] for rule in results["rules"] for run in rule["runs"]}) == 4
+    assert [scale["guidance"] for scale in results["rules"][0]["choice"]] == [1.0, 1.5]
+    assert all(rule["guidance"] in (1.0, 1.5) for rule in results["rules"])
+    tried = [run["fid"] for rule in results["rules"] for scale in rule["choice"] for run in scale["runs"]]
+    reported = [run["fid"] for rule in results["rules"] for run in rule["runs"]]
+    assert len(set(tried + reported)) == 8 + 4
     assert (folder / "docs/scores.md").read_text() == page.page(results)
     assert Image.open(folder / "docs/scores/logarithmic-full.png").size > (100, 100)
-    # Every stage before train ran once; each rule was trained once.
-    assert [done.stderr.count(f"python -m stages.{stage}") for stage in ("cache", "train", "sample")] == [1, 2, 4]
+    # Every stage before train ran once; each rule was trained once for each seed.
+    assert [done.stderr.count(f"python -m stages.{stage}") for stage in ("cache", "train", "sample")] == [1, 4, 12]
 
     name = results["rules"][1]["runs"][0]["experiment"]
     subprocess.run([*repository.DVC, "exp", "remove", name], cwd=folder, env=environment, check=True)
