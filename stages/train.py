@@ -46,7 +46,8 @@ def work(parameters: Parameters, run: Run) -> None:
     set_precision(options.precision, device, key="train.precision")
     store = LatentStore("data/latents", "train")
     shape = Shape(store.shape, store.classes, parameters.model, parameters.score.chosen)
-    model = build_model(shape).initialise(randomness.generator(options.seed, "weights")).to(device)
+    generator = randomness.generator(options.seed, "weights")
+    model = build_model(shape).initialise(generator, options.embedding_sd).to(device)
     if options.weights:
         interop.load_into(model, options.weights)
     else:

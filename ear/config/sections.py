@@ -137,6 +137,9 @@ class Train(Section):
     """The first training phase."""
 
     weights: str = Field(description="published EAR checkpoint to start from, on its tokenizer's latents; empty: none")
+    embedding_sd: float = Field(
+        description="standard deviation of initial embeddings: classes, mask, positions; published: 0.02", gt=0
+    )
     images: int = Field(description="training images, counted with repetition; 0 keeps the initial weights", ge=0)
     global_batch_size: int = Field(description="images per optimiser step, over all processes", ge=1)
     micro_batch_size: int = Field(

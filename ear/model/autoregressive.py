@@ -26,7 +26,7 @@ from ear.runtime.randomness import Stream
 from ear.runtime.sharding import shard
 from ear.scores.score import Loss
 
-_INIT_SD = 0.02  # standard deviation of initial embeddings and position tables
+EMBEDDING_SD = 0.02  # standard deviation of initial embeddings and position tables, as published
 
 # Hidden states [R, n, W] and the number of tokens left to draw afterwards => tokens [B, n, D].
 DrawTokens = Callable[[Tensor, int], Tensor]
@@ -101,10 +101,14 @@ class AutoregressiveModel(nn.Module, ABC):
             ),
         )
 
-    def initialise(self, generator: torch.Generator) -> "AutoregressiveModel":
-        """Draw all weights: embeddings and tables N(0, 0.02^2), matrices Xavier-uniform, biases and head output 0."""
+    def initialise(self, generator: torch.Generator, embedding_sd: float = EMBEDDING_SD) -> "AutoregressiveModel":
+        """Draw all weights: embeddings and tables N(0, sd^2), matrices Xavier-uniform, biases and head output 0.
+
+        An embedded token of unit variance has a standard deviation of about a third. Beside it, positions of 0.02 are
+        hardly visible until training has made them larger, which takes a short training most of its steps.
+        """
         for tensor in (self.class_embedding.weight, *self.parameters(recurse=False)):
-            nn.init.normal_(tensor, std=_INIT_SD, generator=generator)
+            nn.init.normal_(tensor, std=embedding_sd, generator=generator)
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight, generator=generator)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ear.errors import UserError
-from ear.model.autoregressive import AutoregressiveModel, Conditions, DrawTokens, Plan
+from ear.model.autoregressive import EMBEDDING_SD, AutoregressiveModel, Conditions, DrawTokens, Plan
 from ear.model.masking import random_orders
 from ear.model.shape import Shape
 from ear.model.tokens import pick
@@ -32,9 +32,9 @@ class CausalModel(AutoregressiveModel):
         if not options.target_positions:
             self.target_positions = None
 
-    def initialise(self, generator: torch.Generator) -> "CausalModel":
+    def initialise(self, generator: torch.Generator, embedding_sd: float = EMBEDDING_SD) -> "CausalModel":
         """As `AutoregressiveModel.initialise`; the table of predicted positions starts at 0."""
-        super().initialise(generator)
+        super().initialise(generator, embedding_sd)
         if self.target_positions is not None:
             nn.init.zeros_(self.target_positions)
         return self

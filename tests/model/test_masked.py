@@ -30,6 +30,20 @@ def test_patch_that_does_not_divide_is_refused():
         tiny_model(patch_size=3)
 
 
+@pytest.mark.parametrize("attention", ["bidirectional", "causal"])
+def test_initial_embeddings_have_the_given_deviation_and_all_other_weights_do_not_change(attention):
+    model = tiny_model(attention=attention, trained=False)
+    small, large = (
+        {name: value.clone() for name, value in model.initialise(generator(3), *sd).state_dict().items()}
+        for sd in ((), (0.5,))
+    )
+    tables = {"class_embedding.weight", "null_class", "positions"}
+    tables |= {"mask_token"} if attention == "bidirectional" else set()
+    for name, value in large.items():
+        torch.testing.assert_close(value, small[name] * (25 if name in tables else 1), rtol=1e-5, atol=0)
+    assert large["positions"].std().item() == pytest.approx(0.5, rel=0.1)
+
+
 @torch.no_grad()
 def test_hidden_states_ignore_masked_tokens_and_see_visible_ones():
     model = tiny_model()
