@@ -68,6 +68,7 @@ def work(parameters: Parameters, run: Run) -> None:
     equal, floor = figures.get("fid_equal"), real["fid"]
     figures |= {"fid_floor": floor, "fid_equal_images": real["val_images"]}
     figures["fid_ratio"] = equal / floor if equal is not None and floor > 0 else None
+    figures["nearest_ratio"] = figures["nearest"] / real["nearest"] if real["nearest"] > 0 else None
     figures["reconstruction"] = read_json(RECONSTRUCTIONS)
     described = protocol.describe(
         generated.sampling,

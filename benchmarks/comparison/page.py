@@ -13,8 +13,8 @@ from jinja2 import Environment, StrictUndefined
 
 from benchmarks.comparison.plan import ABLATIONS, file_name
 
-FIGURES = ("fid_ratio", "fid", "class_accuracy", "precision", "recall")  # of one run
-_HEADS = ["FID / floor", "FID", "class accuracy", "precision", "recall"]
+FIGURES = ("fid_ratio", "fid", "class_accuracy", "precision", "recall", "nearest_ratio")  # of one run
+_HEADS = ["FID / floor", "FID", "class accuracy", "precision", "recall", "nearest"]
 _GRIDS_PER_ROW = 3
 
 

@@ -92,8 +92,21 @@ def precision_recall(generated: Tensor, real: Tensor, *, neighborhood: int) -> t
     return shares[metric_prc.KEY_METRIC_PRECISION], shares[metric_prc.KEY_METRIC_RECALL]
 
 
+def nearest_distance(features: Tensor, training: Tensor) -> float:
+    """Median distance from an image to the training image that is nearest to it, from features [N, D] and [M, D].
+
+    A model that repeats training images is much nearer to them than new real images are (Meehan et al. 2020, "A
+    non-parametric test to detect data-copying in generative models").
+    """
+    parts = [torch.cdist(part, training).amin(dim=1) for part in features.float().split(_ROWS_AT_ONCE)]
+    return float(torch.cat(parts).median())
+
+
 def floor(reference: Reference, held_out: Summary, *, seed: int) -> dict[str, float]:
-    """FID and KID between real training images and held-out ones: what a perfect generator of as many images gets."""
+    """FID and KID between real training images and held-out ones: what a perfect generator of as many images gets.
+
+    nearest: `nearest_distance` of the held-out images.
+    """
     size = min(_FLOOR_SUBSET, len(held_out.features), len(reference.features))
     mean, deviation = kernel_distance(held_out.features, reference.features, subset_size=size, seed=seed)
     return {
@@ -101,6 +114,7 @@ def floor(reference: Reference, held_out: Summary, *, seed: int) -> dict[str, fl
         "kid": mean,
         "kid_std": deviation,
         "kid_subset_size": size,
+        "nearest": nearest_distance(held_out.features, reference.features),
     }
 
 
@@ -162,6 +176,7 @@ def compare(
         "kid_std": kid_std,
         "precision": precision,
         "recall": recall,
+        "nearest": nearest_distance(features, reference.features),
     }
 
 

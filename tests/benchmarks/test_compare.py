@@ -155,7 +155,8 @@ def test_a_comparison_needs_a_classifier(parameters):
 
 def runs(*ratios: float) -> list[dict]:
     return [
-        {"fid_ratio": ratio, "fid": 0.1, "class_accuracy": 0.9, "precision": 0.8, "recall": 0.7} for ratio in ratios
+        {"fid_ratio": ratio, "fid": 0.1, "class_accuracy": 0.9, "precision": 0.8, "recall": 0.7, "nearest_ratio": 1.0}
+        for ratio in ratios
     ]
 
 
@@ -171,6 +172,7 @@ def test_differences_are_of_pairs_of_seeds():
         "0.900 ± 0.000",
         "0.800 ± 0.000",
         "0.700 ± 0.000",
+        "1.000 ± 0.000",
     ]
     assert page.best({1.0: runs(3.0, 5.0), 1.5: runs(2.0, 5.9), 2.2: runs(1.0, 9.0)}) == 1.5
 

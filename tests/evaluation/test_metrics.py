@@ -119,6 +119,15 @@ def test_precision_and_recall_of_far_and_of_equal_sets():
     assert metrics.precision_recall(real, real, neighborhood=3) == (1, 1)
 
 
+def test_the_nearest_distance_is_the_brute_force_median_and_small_for_copies():
+    generated, training = cloud(2500), cloud(300, seed=1)
+    distances = np.linalg.norm(generated.numpy()[:, None] - training.numpy(), axis=-1).min(1)
+    expected = np.sort(distances)[(len(distances) - 1) // 2]
+    assert metrics.nearest_distance(generated, training) == pytest.approx(expected, rel=1e-4)
+    copies = training[torch.arange(200) % 300] + 0.01 * cloud(200, seed=2)
+    assert metrics.nearest_distance(copies, training) < 0.1 * expected
+
+
 def test_class_accuracy():
     logits = torch.tensor([[2.0, 1.0], [0.0, 1.0], [5.0, 0.0], [0.0, 1.0]])
     assert class_accuracy(logits, torch.tensor([0, 1, 1, 1])) == 0.75
@@ -154,6 +163,7 @@ def test_compare_gives_every_figure_and_repeats_itself():
         "kid_std",
         "precision",
         "recall",
+        "nearest",
     ]
     assert figures == metrics.compare(generated, generated, reference(real), settings)
 
@@ -167,6 +177,7 @@ def test_floor_is_small_for_one_distribution_and_uses_subsets_that_fit():
     summary = Summary(gaussian(held_out), held_out, 0.9)
     floor = metrics.floor(reference(real), summary, seed=0)
     assert floor["kid_subset_size"] == 150
+    assert floor["nearest"] == metrics.nearest_distance(held_out, real)
     assert 0 < floor["fid"] < 0.05 * metrics.frechet_distance(gaussian(real + 2), gaussian(held_out))
 
 

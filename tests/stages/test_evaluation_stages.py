@@ -164,6 +164,7 @@ def test_held_out_digits_score_as_the_floor(repository, capsys):
     figures, real = evaluated(), json.loads(Path("data/reference/metrics.json").read_text())
     assert figures["fid"] == pytest.approx(real["fid"], rel=1e-4)
     assert figures["fid_ratio"] == pytest.approx(1, rel=1e-4)
+    assert figures["nearest_ratio"] == pytest.approx(1, rel=1e-4)
     assert figures["class_accuracy"] == pytest.approx(real["val_accuracy"], abs=1e-5)
     assert figures["inception_score"] > 6
     assert figures["precision"] > 0.7

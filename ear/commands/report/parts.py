@@ -71,6 +71,11 @@ def metrics() -> Part:
         ("KID", figures["kid"], "unbiased, so slightly negative values are possible"),
         ("precision", figures["precision"], "generated images within the manifold of real ones"),
         ("recall", figures["recall"], "real images within the manifold of generated ones"),
+        (
+            "nearest / held-out",
+            figures["nearest_ratio"],
+            "distance to the nearest training image, relative to that of held-out images; far below 1: copies",
+        ),
     ]
     table = Table(("metric", "value", "meaning"), tuple((name, _number(v), why) for name, v, why in rows))
     depends = Table(("depends on", "value"), tuple(_flat(how)))
