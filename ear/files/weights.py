@@ -1,5 +1,6 @@
 """Weights from elsewhere: pickled checkpoints read as plain tensors, and strict loading by name."""
 
+from argparse import Namespace
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
 def read_pickled(path: str | Path) -> object:
     """Read a file that `torch.save` wrote, onto the CPU; it may hold only tensors and plain containers.
 
+    Training programs also save their command line, an argparse.Namespace: reading one runs no code either.
+
     Raises MissingFileError; UserError if it is no such file, or would run code when unpickled.
     """
     import torch
@@ -24,7 +27,8 @@ def read_pickled(path: str | Path) -> object:
     if not path.is_file():
         raise MissingFileError(f"{path} does not exist; give the path of a file with published weights.")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals([Namespace]):
+            return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds of errors for other files; all mean the same to the user
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(

@@ -1,5 +1,6 @@
 """Published checkpoints: into a model of given sizes, and what is refused."""
 
+import argparse
 import pickle
 
 import pytest
@@ -34,6 +35,21 @@ def test_weights_fill_a_model_of_given_sizes(checkpoint):
     model = tiny_model(seed=0)
     interop.load_into(model, interop.published_tensors(other))
     assert torch.equal(model.positions, other.positions)
+
+
+def test_a_checkpoint_of_a_running_training_is_read(checkpoint):
+    """MAR's and EAR's programs save the optimiser, the gradient scaler and their command line with the weights."""
+    content = torch.load(checkpoint, weights_only=True)
+    weight = torch.nn.Parameter(torch.ones(2))
+    weight.sum().backward()
+    optimizer = torch.optim.AdamW([weight])
+    optimizer.step()
+    command_line = argparse.Namespace(lr=8e-4, output_dir="output", dist_url="env://", gpu=0, resume=None)
+    content |= {"optimizer": optimizer.state_dict(), "epoch": 799, "scaler": {"scale": 65536.0}, "args": command_line}
+    torch.save(content, checkpoint)
+    model, other = tiny_model(seed=0), tiny_model(seed=1)
+    interop.load_into(model, checkpoint)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
 
 
 def test_averaged_weights_are_taken_unless_others_are_named(checkpoint):
