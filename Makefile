@@ -8,7 +8,7 @@ export DO_NOT_TRACK := 1
 WORKERS ?= auto
 TEST := OMP_NUM_THREADS=1 python -m pytest -q --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 
-.PHONY: help demo playground test test-slow test-faults test-gpu coverage site lint format setup clean
+.PHONY: help demo playground test test-slow test-faults test-published test-gpu coverage site lint format setup clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -30,6 +30,9 @@ test-slow: $(BIN)/.test-ready  ## run the tests marked slow: full-length pipelin
 
 test-faults: setup  ## inject faults into the real pipeline, at most 10 minutes; FULL=1: all of docs/reliability.md, resumable
 	python -m tests.faults $(if $(FULL),--full --page)
+
+test-published: setup  ## score a generated checkpoint of the published form, size and names: an hour on 2 CPU cores
+	python -m tests.rehearsal
 
 test-gpu: setup  ## run the tests that need a CUDA device
 	python -m pytest -q -m gpu

@@ -8,9 +8,8 @@ import one_stage
 import pytest
 import torch
 from prepared_sets import pixels, write_prepared
-from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+from published_files import write_inception
 
-from ear.evaluation.extractors import INCEPTION
 from ear.evaluation.reference import Reference
 from ear.files.digests import sha256
 from ear.sampling import samples
@@ -36,24 +35,13 @@ def run(stage: str, **changes) -> None:
     one_stage.run(stage, {**PARAMETERS, **changes})
 
 
-def write_weights(path: str) -> None:
-    """Inception weights of torch's initial values, whose features are spread so that they differ between images."""
-    torch.save({}, "empty.pth")
-    with pytest.MonkeyPatch.context() as context:
-        context.setattr(FeatureExtractorInceptionV3, "load_state_dict", lambda *_: None)
-        torch.manual_seed(0)
-        module = FeatureExtractorInceptionV3(INCEPTION, ["2048"], feature_extractor_weights_path="empty.pth")
-    weights = module.state_dict()
-    torch.save({name: 3 * value if "conv.weight" in name else value for name, value in weights.items()}, path)
-
-
 def test_published_statistics_replace_the_training_images(tmp_path, monkeypatch, one_thread):
     for name in ("ear", "stages", "dvc.yaml"):
         (tmp_path / name).symlink_to(ROOT / name)
     monkeypatch.chdir(tmp_path)
     images = pixels(10)
     write_prepared(tmp_path / "data/prepared", images, (6,), 4)
-    write_weights("inception.pth")
+    write_inception(Path("inception.pth"))
     np.savez("adm.npz", mu=np.full(2048, 0.5), sigma=np.eye(2048), arr_0=np.zeros((1, 8, 8, 3), np.uint8))
     run("tokenizer")
     run("reference")

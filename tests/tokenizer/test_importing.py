@@ -2,41 +2,25 @@
 
 import json
 import pickle
-import zlib
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL
+from published_files import GOLDEN, kl16_weight, write_kl16
 from safetensors.torch import load_file, save_file
 
 from ear.files.digests import sha256
 from ear.tokenizer.autoencoder import KL, kl_structure, load_tokenizer, save_tokenizer
 from ear.tokenizer.importing import import_diffusers, import_published
 
-GOLDEN = Path(__file__).parents[1] / "golden"
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-def generated(name: str, shape: list[int]) -> torch.Tensor:
-    """A weight of the golden autoencoder; tests/golden/README.md says how it is made."""
-    source = np.random.RandomState(zlib.crc32(f"kl16/{name}".encode()) & 0x7FFFFFFF)
-    normal = source.standard_normal(shape)
-    if len(shape) > 1:
-        normal = normal / np.sqrt(np.prod(shape[1:]))
-    else:
-        normal = 1 + 0.1 * normal if name.endswith("weight") else 0.1 * normal
-    return torch.from_numpy(normal.astype(np.float32))
 
 
 @pytest.fixture(scope="module")
 def kl16(tmp_path_factory) -> Path:
     """A file in the published format with the golden weights."""
-    shapes = json.loads((GOLDEN / "kl16_parameters.json").read_text())
-    path = tmp_path_factory.mktemp("published") / "kl16.ckpt"
-    torch.save({"model": {name: generated(name, shape) for name, shape in shapes.items()}, "epoch": 49}, path)
-    return path
+    return write_kl16(tmp_path_factory.mktemp("published") / "kl16.ckpt")
 
 
 @torch.no_grad()
@@ -89,7 +73,7 @@ def small() -> dict[str, torch.Tensor]:
     weights = {}
     for name, (first, *rest) in SMALL.items():
         shape = [first, *rest[:1], *(rest[1:] * 2)]
-        weights |= {f"{name}.weight": generated(name, shape), f"{name}.bias": generated(name, [first])}
+        weights |= {f"{name}.weight": kl16_weight(name, shape), f"{name}.bias": kl16_weight(name, [first])}
     return weights
 
 
