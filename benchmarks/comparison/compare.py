@@ -27,6 +27,7 @@ from prefect.cache_policies import NO_CACHE
 from prefect.states import Completed, Failed
 
 from benchmarks.comparison import page, plan
+from benchmarks.comparison.figure import quality_against_time
 from benchmarks.comparison.plan import (
     Values,
     ablation_runs,
@@ -231,10 +232,13 @@ def outcome(values: Values) -> dict[str, Any]:
 
 
 def publish(results: Mapping[str, Any], folder: Path) -> None:
-    """Write the page, its grids and its data."""
+    """Write the page, its pictures and its data."""
     for rule in results.get("rules", []):
         target = folder / "scores" / f"{file_name(rule['rule'])}.png"
         experiments.fetch(rule["runs"][0]["experiment"], str(GRID), target)
+    if "rules" in results:
+        with whole_file(folder / "scores" / "time.png") as partial:
+            quality_against_time(results).savefig(partial, format="png", dpi=120)
     write_json(folder / "scores" / "results.json", results)
     text = page.page(results)
     with whole_file(folder / "scores.md") as partial:

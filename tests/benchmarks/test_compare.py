@@ -13,6 +13,7 @@ from PIL import Image
 
 from benchmarks.comparison import page, plan
 from benchmarks.comparison.compare import check_committed, check_extractor, joined, planned
+from benchmarks.comparison.figure import quality_against_time
 from benchmarks.comparison.plan import ablation_runs, changes, default_run, reported_runs, rule_runs, run_name
 from benchmarks.scores import Candidate
 from ear import config
@@ -160,6 +161,22 @@ def runs(*ratios: float) -> list[dict]:
     ]
 
 
+def test_the_figure_has_a_point_with_its_spread_for_each_rule():
+    rates = {"energy": {"sampling_images_per_second": 200.0}, "hyvarinen": {"sampling_images_per_second": 50.0}}
+    figure = quality_against_time(
+        {
+            "benchmarks": {"scores": {"figures": {"rules": rates}}},
+            "rules": [{"rule": "energy", "runs": runs(3.0, 5.0)}, {"rule": "hyvarinen", "runs": runs(2.0)}],
+        }
+    )
+    axes = figure.axes[0]
+    assert axes.get_legend_handles_labels()[1] == ["energy", "hyvarinen"]
+    points = [[*container.lines[0].get_xydata()[0]] for container in axes.containers]
+    assert points == [[5.0, 4.0], [20.0, 2.0]]
+    low, high = axes.containers[0].lines[2][0].get_segments()[0][:, 1]
+    assert (low, high) == pytest.approx((4 - 2**0.5, 4 + 2**0.5))
+
+
 def test_differences_are_of_pairs_of_seeds():
     """Seeds differ by more than the rules; what is common to both is not counted as their difference."""
     assert page._difference(runs(3.0, 5.0, 7.0), runs(2.0, 4.1, 5.9)) == "+1.00 ± 0.06"
@@ -240,6 +257,7 @@ def test_a_comparison_of_two_rules_goes_on_and_writes_its_page(tmp_path):
     assert len(set(tried + reported)) == 8 + 4
     assert (folder / "docs/scores.md").read_text() == page.page(results)
     assert Image.open(folder / "docs/scores/logarithmic-full.png").size > (100, 100)
+    assert Image.open(folder / "docs/scores/time.png").size == (864, 528)
     # Every stage before train ran once; each rule was trained once for each seed.
     assert [done.stderr.count(f"python -m stages.{stage}") for stage in ("cache", "train", "sample")] == [1, 4, 12]
 
