@@ -3,9 +3,9 @@
     python -m tests.rehearsal                  # EAR-B on a CPU; started again, it goes on where it stopped
     python -m tests.rehearsal --classes 1000   # as many as ImageNet has
 
-Each class has one small training image. The commands are those of docs/imagenet.md, with the keys that a CPU needs; fewer
-classes than ImageNet's are read as class folders. Prints the minutes of each stage, and why the figures cannot be compared
-with published ones.
+Each class has one small training image. The commands are those of docs/imagenet.md, with the keys that a CPU needs;
+fewer classes than ImageNet's are read as class folders. Prints the minutes of each stage, and why the figures cannot be
+compared with published ones.
 """
 
 import argparse
