@@ -31,7 +31,7 @@ test-slow: $(BIN)/.test-ready  ## run the tests marked slow: full-length pipelin
 test-faults: setup  ## inject faults into the real pipeline, at most 10 minutes; FULL=1: all of docs/reliability.md, resumable
 	python -m tests.faults $(if $(FULL),--full --page)
 
-test-published: setup  ## score a generated checkpoint of the published form, size and names: a quarter of an hour on 2 CPU cores
+test-published: setup  ## score a generated EAR-B checkpoint with the real file names and formats: 15 minutes on 2 CPU cores
 	python -m tests.rehearsal
 
 test-gpu: setup  ## run the tests that need a CUDA device

@@ -1,4 +1,4 @@
-"""Rehearse the scoring of a published checkpoint: files of the real names, formats and sizes, with generated weights.
+"""Rehearse the scoring of a published checkpoint at full width: real file names and formats, generated weights.
 
     python -m tests.rehearsal                  # EAR-B on a CPU; started again, it goes on where it stopped
     python -m tests.rehearsal --classes 1000   # as many as ImageNet has
@@ -20,16 +20,13 @@ import numpy as np
 import torch
 from PIL import Image
 
-sys.path.insert(0, str(Path(__file__).parent))  # as pytest does
-
-from published_files import write_inception, write_kl16
-from repositories import ROOT, STAGES, environment, fresh
-
 from ear.config.compose import compose
 from ear.model import interop
 from ear.model.files import build_model
 from ear.model.shape import Shape
 from ear.runtime.randomness import generator
+from tests.published_files import write_inception, write_kl16
+from tests.repositories import ROOT, STAGES, environment, fresh
 
 PRESET = "imagenet256_base"
 WEIGHTS = {"inception": "pt_inception-2015-12-05-6726825d.pth", "model": "checkpoint-last.pth"}

@@ -51,7 +51,7 @@ from flows.sweep import EVALUATION, run_all
 
 Part = Literal["rules", "ablations"]
 
-# A half and a sixth of the training images of the digits preset.
+# The training images of the digits preset, and about a third of them.
 IMAGES: dict[Part, int] = {"rules": 64_000, "ablations": 22_400}
 SEEDS = 3  # of training
 REFERENCE = "data/reference/metrics.json"

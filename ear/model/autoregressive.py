@@ -102,10 +102,10 @@ class AutoregressiveModel(nn.Module, ABC):
         )
 
     def initialise(self, generator: torch.Generator, embedding_sd: float = EMBEDDING_SD) -> "AutoregressiveModel":
-        """Draw all weights: embeddings and tables N(0, sd^2), matrices Xavier-uniform, biases and head output 0.
+        """Draw all weights: embeddings and tables N(0, embedding_sd^2), matrices Xavier-uniform, biases, head output 0.
 
-        An embedded token of unit variance has a standard deviation of about a third. Beside it, positions of 0.02 are
-        hardly visible until training has made them larger, which takes a short training most of its steps.
+        embedding_sd: above 0. A token of D channels of unit variance is embedded with variance 2 D / (D + W), and a
+        position embedding of 0.02 is small beside it; a short training does not change that (docs/method.md).
         """
         for tensor in (self.class_embedding.weight, *self.parameters(recurse=False)):
             nn.init.normal_(tensor, std=embedding_sd, generator=generator)

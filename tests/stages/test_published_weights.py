@@ -96,6 +96,14 @@ def test_training_can_go_on_from_a_checkpoint(checkpoint):
     assert description["statistics"]["std"] == pytest.approx(1 / 0.2325)
 
 
+@pytest.mark.parametrize("deviation", [0.02, 0.5])
+def test_new_weights_begin_with_the_embeddings_that_the_parameters_ask_for(checkpoint, deviation):
+    run("train", **{"train.weights": "", "train.images": 4, "train.warmup_images": 0, "train.embedding_sd": deviation})
+    loaded, _ = load_model("data/model/model.safetensors")
+    assert loaded.positions.std().item() == pytest.approx(deviation, rel=0.15)
+    assert loaded.class_embedding.weight.std().item() == pytest.approx(deviation, rel=0.3)
+
+
 def test_a_checkpoint_of_another_shape_leaves_the_earlier_model(checkpoint):
     run("train")
     before = sha256("data/model/model.safetensors")
