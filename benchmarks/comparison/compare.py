@@ -83,6 +83,7 @@ def compare(
         check_committed()
         parameters = config.load(PARAMETERS)
         check_extractor(parameters)
+        check_count(parameters)
         if seeds < 1:
             raise UserError(f"seeds is {seeds}, but must be at least 1.")
         runs = planned(parameters, budget, seeds)
@@ -117,6 +118,16 @@ def check_extractor(parameters: config.Parameters) -> None:
         raise UserError(
             f"reference.extractor is {parameters.reference.extractor}, but the comparison reports class accuracy; set "
             "it to classifier."
+        )
+
+
+def check_count(parameters: config.Parameters) -> None:
+    """Raise UserError if fewer images are generated than held out: FID / floor needs as many."""
+    held_out = read_json(REFERENCE)["val_images"] if Path(REFERENCE).is_file() else 0
+    if parameters.sample.count < held_out:
+        raise UserError(
+            f"sample.count is {parameters.sample.count}, but {held_out} images are held out, and the comparison needs "
+            f"FID at equal numbers; set it to {held_out} or more."
         )
 
 

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from benchmarks.comparison import page, plan
-from benchmarks.comparison.compare import check_committed, check_extractor, joined, planned
+from benchmarks.comparison.compare import check_committed, check_count, check_extractor, joined, planned
 from benchmarks.comparison.figure import quality_against_time
 from benchmarks.comparison.plan import ablation_runs, changes, default_run, reported_runs, rule_runs, run_name
 from benchmarks.scores import Candidate
@@ -30,7 +30,7 @@ TINY = [
     *("model.width=32", "model.depth=2", "model.heads=2", "model.head_width=32", "model.head_depth=1"),
     *("train.validate_images=256", "train.warmup_images=64", "finetune.images=64"),
     *("score.codes=16", "score.sampling_steps=5", "compute.threads=1", "runtime.workers=0", "runtime.device=cpu"),
-    *("sample.count=40", "sample.batch_size=20", "sample.steps=2", "evaluate.kid_subset_size=20"),
+    *("sample.count=360", "sample.batch_size=20", "sample.steps=2", "evaluate.kid_subset_size=20"),
 ]
 
 
@@ -192,6 +192,17 @@ def test_differences_are_of_pairs_of_seeds():
         "1.000 ± 0.000",
     ]
     assert page.best({1.0: runs(3.0, 5.0), 1.5: runs(2.0, 5.9), 2.2: runs(1.0, 9.0)}) == 1.5
+
+
+def test_a_comparison_needs_as_many_images_as_are_held_out(parameters, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    check_count(parameters)  # nothing is known yet
+    (tmp_path / "data/reference").mkdir(parents=True)
+    (tmp_path / "data/reference/metrics.json").write_text(json.dumps({"val_images": parameters.sample.count}))
+    check_count(parameters)
+    (tmp_path / "data/reference/metrics.json").write_text(json.dumps({"val_images": 1001}))
+    with pytest.raises(ValueError, match=r"^sample\.count is 1000, but 1001 .* to 1001 or more\.$"):
+        check_count(parameters)
 
 
 # --- real runs
