@@ -1,4 +1,7 @@
-"""Devices of this machine, each for one run at a time over all flows of a repository: a run waits for a free one."""
+"""Devices of this machine, each for one run at a time over all flows of a repository: a run waits for a free one.
+
+A device is a GPU or, without one, as many cores of the CPU as a run has threads.
+"""
 
 import contextlib
 import os
@@ -9,19 +12,23 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from ear import config
+from ear.runtime.cores import cores
 
 FOLDER = Path("work/devices")
-CPU = "cpu"  # all of its cores: one run at a time
+_CPU = "cpu"
 _VISIBLE = "CUDA_VISIBLE_DEVICES"
 _POLL_SECONDS = 1.0
 
 
 def devices(parameters: config.Parameters) -> list[str]:
-    """The CUDA devices that this process may use, as CUDA_VISIBLE_DEVICES names them, or the CPU."""
+    """The CUDA devices that this process may use, as CUDA_VISIBLE_DEVICES names them, or shares of the CPU.
+
+    A share has `compute.threads` cores; a CPU with fewer is one share.
+    """
     from ear.runtime import device
 
     if not device.uses_cuda(parameters.runtime.device):
-        return [CPU]
+        return [f"{_CPU}-{number}" for number in range(max(1, cores() // parameters.compute.threads))]
     import torch
 
     visible = os.environ.get(_VISIBLE)
@@ -30,7 +37,7 @@ def devices(parameters: config.Parameters) -> list[str]:
 
 def environment(held: Sequence[str]) -> dict[str, str]:
     """The variables that restrict a program to these devices."""
-    return {} if held == [CPU] else {_VISIBLE: ",".join(held)}
+    return {} if held[0].startswith(_CPU) else {_VISIBLE: ",".join(held)}
 
 
 @contextlib.contextmanager

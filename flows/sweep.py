@@ -3,9 +3,11 @@
     python -m flows.sweep --set sample.guidance=1.0,1.5,2.0 sample.temperature=0.7,1.0
 
 Experiments run in a copy of the workspace, which itself is not changed; edits made meanwhile do not reach them.
-`dvc exp apply NAME` brings one of them into the workspace, its sample.seed included. With several GPUs, `-j N` runs N
-at a time, one per GPU. The table is rewritten after each run, so a stopped sweep keeps its results so far. Started
-again, it restores what ran before and continues inside the stage that was stopped.
+`dvc exp apply NAME` brings one of them into the workspace, its sample.seed included. The table is rewritten after each
+run, so a stopped sweep keeps its results so far. Started again, it restores what ran before and continues inside the
+stage that was stopped. `-j N` runs N experiments at a time: one per GPU or, without one, one per `compute.threads`
+cores. Small models gain little from a second thread, so on a CPU one thread and as many jobs as cores take the least
+time.
 
 Seeds are repetitions: with `train.seed=0,1,2` among the keys, the best point is that of the best mean, and the table
 has means and standard deviations. The images on which a point is chosen are not those that are reported: unless
@@ -26,7 +28,7 @@ import itertools
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +80,7 @@ def sweep(
         parameters: {"section.key": values to try}.
         metric: a name in the metrics of the evaluation or of one other stage, or FILE:NAME.
         maximize: whether a higher metric is better (accuracy) rather than a lower one (FID).
-        jobs: experiments at a time, each on its own GPU; on a CPU one at a time.
+        jobs: experiments at a time, each on its own GPU, or on its own `compute.threads` cores.
         output: folder for table.csv and plot.png.
     """
     try:
@@ -131,11 +133,15 @@ def compare(
 def run_all(runs: Mapping[str, Mapping[str, Any]], jobs: int = 1) -> Iterator[tuple[str, State]]:
     """Run experiments of one snapshot of the workspace, `jobs` at a time => (name, final state), as they end.
 
-    Raises UserError if there are fewer devices than `jobs`.
+    Of runs that share a training, only one is at work as long as there are others: the next ones find its model in
+    DVC's cache. Raises UserError if there are fewer devices than `jobs`.
     """
-    among = devices(config.load(PARAMETERS))
+    among = min((devices(edit.check(PARAMETERS, values)) for values in runs.values()), key=len)
     if jobs > len(among):
-        raise UserError(f"jobs is {jobs}, but one device runs one experiment, and there are {len(among)}; lower it.")
+        raise UserError(
+            f"jobs is {jobs}, but this machine runs {len(among)} at a time: one per GPU or, without one, one per "
+            "compute.threads cores; lower jobs or compute.threads."
+        )
     with turn(get_run_logger().info):
         tree = experiments.snapshot()
     if jobs == 1:  # in this thread, which signals reach
@@ -147,13 +153,25 @@ def run_all(runs: Mapping[str, Mapping[str, Any]], jobs: int = 1) -> Iterator[tu
     try:
         while waiting or running:
             while waiting and len(running) < jobs:
-                name = waiting.pop(0)
+                name = _next(waiting, running, runs)
+                waiting.remove(name)
                 running[name] = run_experiment.submit(name, dict(runs[name]), tree, among)
             for name in [name for name, future in running.items() if future.state.is_final()]:
                 yield name, running.pop(name).state
             time.sleep(_POLL_SECONDS)
     finally:
         command.stop_all()
+
+
+def _next(waiting: Sequence[str], running: Collection[str], runs: Mapping[str, Mapping[str, Any]]) -> str:
+    """The first run whose training is not at work already, or the first one."""
+    busy = [_training(runs[name]) for name in running]
+    return next((name for name in waiting if _training(runs[name]) not in busy), waiting[0])
+
+
+def _training(values: Mapping[str, Any]) -> dict[str, Any]:
+    """What a run changes up to its trained model."""
+    return {key: value for key, value in values.items() if not key.startswith(("sample.", "evaluate."))}
 
 
 def find(metric: str, files: dict[str, dict]) -> float:
@@ -302,7 +320,9 @@ def main() -> int:
     parser.add_argument("--apply", action="store_true", help="write the best point of --output into params.yaml")
     parser.add_argument("--metric", default="fid", help="NAME in the evaluation, or FILE:NAME (default: fid)")
     parser.add_argument("--maximize", action="store_true", help="a higher metric is better")
-    parser.add_argument("-j", "--jobs", type=int, default=1, help="experiments at a time, one per GPU (default: 1)")
+    parser.add_argument(
+        "-j", "--jobs", type=int, default=1, help="experiments at a time, one per GPU or compute.threads cores (1)"
+    )
     parser.add_argument("--output", default="work/sweep", help="folder for table.csv and plot.png")
     arguments = parser.parse_args()
     try:

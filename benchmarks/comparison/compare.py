@@ -1,6 +1,6 @@
 """Train every score on the same latents at the same budget, and write docs/scores.md.
 
-    python -m benchmarks.comparison
+    python -m benchmarks.comparison --threads 1 -j 2
     python -m benchmarks.comparison --images 128000 --seeds 5 --only rules --output docs
 
 Every model is trained from several seeds. Each rule's guidance scale is the one with the lowest mean FID, on images
@@ -8,6 +8,9 @@ that are not reported. Each run is a DVC experiment on the current commit (see f
 changed, shared stages run once, and a stopped comparison resumes as long as the commit is the same. The page, its grids
 and its data (scores/results.json) are written after all runs have succeeded; rates are measured at the end. If only one
 part is run, the other part of the page is kept if it is of the same commit and has as many seeds.
+
+Models of this size gain little from a second thread: one thread each, and as many runs at a time as there are cores,
+take the least time. The number of threads changes results slightly (rounding).
 """
 
 # isort: off
@@ -50,6 +53,7 @@ from flows.repository import RepositoryError
 from flows.sweep import EVALUATION, run_all
 
 Part = Literal["rules", "ablations"]
+Budget = Mapping[Part, Values]  # the keys that all runs of a part share
 
 # The training images of the digits preset, and about a third of them.
 IMAGES: dict[Part, int] = {"rules": 64_000, "ablations": 22_400}
@@ -66,6 +70,8 @@ def compare(
     ablation_images: int = IMAGES["ablations"],
     seeds: int = SEEDS,
     only: Part | None = None,
+    threads: int | None = None,
+    jobs: int = 1,
     output: str = "docs",
 ) -> State:
     """Train all rules and ablations, and write the page.
@@ -75,13 +81,20 @@ def compare(
         ablation_images: training images of each model of the ablations.
         seeds: trainings of each model, from `train.seed` on.
         only: the rules, or the ablations of the energy score; none means both.
+        threads: `compute.threads` of every run; none: that of params.yaml.
+        jobs: runs at a time, each on its own GPU, or on its own `threads` cores.
         output: folder for scores.md and scores/.
     """
     whole: dict[Part, int] = {"rules": images, "ablations": ablation_images}
-    budget = {part: count for part, count in whole.items() if only in (None, part)}
     try:
         check_committed()
         parameters = config.load(PARAMETERS)
+        threads = threads or parameters.compute.threads
+        budget: Budget = {
+            part: {"train.images": count, "compute.threads": threads}
+            for part, count in whole.items()
+            if only in (None, part)
+        }
         check_extractor(parameters)
         check_count(parameters)
         if seeds < 1:
@@ -91,12 +104,13 @@ def compare(
             edit.check(PARAMETERS, values)
     except (UserError, RepositoryError) as error:
         return Failed(message=str(error))
-    if failure := failure_of(runs):
+    if failure := failure_of(runs, jobs):
         return Failed(message=failure)
     if "rules" in budget:
         # Only now is it known at which scale each rule is reported.
-        reported = reported_runs(parameters, images, seeds, chosen_scales(parameters, images, seeds))
-        if failure := failure_of([values for each in reported.values() for values in each]):
+        scales = chosen_scales(parameters, budget["rules"], seeds)
+        reported = reported_runs(parameters, budget["rules"], seeds, scales)
+        if failure := failure_of([values for each in reported.values() for values in each], jobs):
             return Failed(message=failure)
         state = measure_rates(return_state=True)
         if not state.is_completed():
@@ -131,7 +145,7 @@ def check_count(parameters: config.Parameters) -> None:
         )
 
 
-def planned(parameters: config.Parameters, budget: Mapping[Part, int], seeds: int) -> list[Values]:
+def planned(parameters: config.Parameters, budget: Budget, seeds: int) -> list[Values]:
     """The changes of params.yaml for all runs of the parts in `budget`; runs that share a training are adjacent.
 
     The runs that are reported of each rule are not among them: their scales are chosen by these.
@@ -146,21 +160,24 @@ def planned(parameters: config.Parameters, budget: Mapping[Part, int], seeds: in
     return runs
 
 
-def failure_of(runs: Sequence[Values]) -> str | None:
-    """Run the experiments; what ran before is restored => a sentence if some failed."""
+def failure_of(runs: Sequence[Values], jobs: int) -> str | None:
+    """Run the experiments, `jobs` at a time; what ran before is restored => a sentence if some failed."""
     named = {run_name(values): values for values in runs}
-    errors = {name: str(state.message) for name, state in run_all(named) if not state.is_completed()}
+    try:
+        errors = {name: str(state.message) for name, state in run_all(named, jobs) if not state.is_completed()}
+    except (UserError, RepositoryError) as error:
+        return str(error)
     if not errors:
         return None
     name, message = next(iter(errors.items()))
     return f"{len(errors)} of {len(named)} runs failed ({name}: {message}); nothing was written"
 
 
-def chosen_scales(parameters: config.Parameters, images: int, seeds: int) -> dict[str, float]:
+def chosen_scales(parameters: config.Parameters, budget: Values, seeds: int) -> dict[str, float]:
     """Rule => the guidance scale with its lowest mean FID over the training seeds."""
     return {
         rule: page.best({scale: outcomes(runs) for scale, runs in scales.items()})
-        for rule, scales in rule_runs(parameters, images, seeds).items()
+        for rule, scales in rule_runs(parameters, budget, seeds).items()
     }
 
 
@@ -174,12 +191,13 @@ def measure_rates() -> State:
     return Completed()
 
 
-def collect(parameters: config.Parameters, budget: Mapping[Part, int], seeds: int) -> dict[str, Any]:
+def collect(parameters: config.Parameters, budget: Budget, seeds: int) -> dict[str, Any]:
     """Everything that the page shows of the parts in `budget`."""
     results: dict[str, Any] = {
         "budget": {
             "commit": experiments.head(),
-            "train_images": dict(budget),
+            "train_images": {part: values["train.images"] for part, values in budget.items()},
+            "threads": next(iter(budget.values()))["compute.threads"],
             "finetune_images": parameters.finetune.images,
             "seeds": seeds,
         },
@@ -187,9 +205,9 @@ def collect(parameters: config.Parameters, budget: Mapping[Part, int], seeds: in
         "benchmarks": {name: read_json(f"benchmarks/results/{name}.json") for name in BENCHMARKS},
     }
     if "rules" in budget:
-        images = budget["rules"]
-        scales = chosen_scales(parameters, images, seeds)
-        reported = reported_runs(parameters, images, seeds, scales)
+        shared = budget["rules"]
+        scales = chosen_scales(parameters, shared, seeds)
+        reported = reported_runs(parameters, shared, seeds, scales)
         results["rules"] = [
             {
                 "rule": rule,
@@ -197,7 +215,7 @@ def collect(parameters: config.Parameters, budget: Mapping[Part, int], seeds: in
                 "runs": outcomes(reported[rule]),
                 "choice": [{"guidance": scale, "runs": outcomes(runs)} for scale, runs in tried.items()],
             }
-            for rule, tried in rule_runs(parameters, images, seeds).items()
+            for rule, tried in rule_runs(parameters, shared, seeds).items()
         ]
     if "ablations" in budget:
         default = default_run(parameters, budget["ablations"])
@@ -223,7 +241,7 @@ def joined(results: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     if not path.exists():
         return dict(results)
     before, now = read_json(path), results["budget"]
-    if any(before["budget"].get(key) != now[key] for key in ("commit", "finetune_images", "seeds")):
+    if any(before["budget"].get(key) != now[key] for key in ("commit", "finetune_images", "seeds", "threads")):
         return dict(results)
     budget = now | {"train_images": before["budget"]["train_images"] | now["train_images"]}
     kept: dict[str, Any] = {part: before[part] for part in IMAGES if part in before}
@@ -269,6 +287,10 @@ def main() -> int:
         parser.add_argument(option, type=int, default=count, help=f"training images per model of the {part} ({count})")
     parser.add_argument("--seeds", type=int, default=SEEDS, help=f"trainings of each model ({SEEDS})")
     parser.add_argument("--only", choices=("rules", "ablations"), help="default: both")
+    parser.add_argument("--threads", type=int, help="compute.threads of every run (default: that of params.yaml)")
+    parser.add_argument(
+        "-j", "--jobs", type=int, default=1, help="runs at a time, one per GPU or per THREADS cores (default: 1)"
+    )
     parser.add_argument("--output", default="docs", help="folder for scores.md and scores/ (default: docs)")
     arguments = parser.parse_args()
     return report("compare", lambda: compare(**vars(arguments), return_state=True))

@@ -14,7 +14,7 @@ from flows.sweep import APART
 
 Values = Mapping[str, Any]  # {"section.key": value}
 
-GUIDANCE = (1.0, 1.5, 2.2, 3.0)
+GUIDANCE = (1.0, 1.4, 1.8, 2.5)
 RULES: dict[str, Values] = {
     "energy": {"score.name": "energy"},
     "kernel": {"score.name": "kernel"},
@@ -63,6 +63,19 @@ ABLATIONS = (
     Ablation("Noise", "The distribution that the head turns into tokens.", _each("score.noise", "uniform", "gaussian")),
     Ablation("Width of the noise", "Its dimensions per token.", _each("score.noise_channels", 8, 32, 128)),
     Ablation(
+        "Optimiser",
+        "Muon for the matrices of the blocks, or AdamW for all, with rates around the best of each.",
+        (
+            *({"train.optimizer": "muon", "train.learning_rate": rate} for rate in (0.002, 0.004)),
+            *({"train.optimizer": "adamw", "train.learning_rate": rate} for rate in (0.001, 0.002)),
+        ),
+    ),
+    Ablation(
+        "Size of the embeddings",
+        "Standard deviation of embeddings of classes, positions and the mask before training; published: 0.02.",
+        _each("train.embedding_sd", 0.02, 0.5),
+    ),
+    Ablation(
         "Inference temperature",
         "Scales what the noise shifts in the head; the trained model is the same in all rows.",
         _each("sample.temperature", 0.7, 0.85, 1.0, 1.15),
@@ -76,37 +89,40 @@ ABLATIONS = (
 )
 
 
-def default_run(parameters: config.Parameters, images: int) -> Values:
+def default_run(parameters: config.Parameters, budget: Values) -> Values:
     """The energy score with only the budget changed."""
-    return changes({"score.name": "energy", "train.images": images}, parameters)
+    return changes({"score.name": "energy", **budget}, parameters)
 
 
-def rule_runs(parameters: config.Parameters, images: int, seeds: int) -> dict[str, dict[float, list[Values]]]:
-    """Rule => guidance scale => the changes of params.yaml for each training seed, to choose the scale by."""
+def rule_runs(parameters: config.Parameters, budget: Values, seeds: int) -> dict[str, dict[float, list[Values]]]:
+    """Rule => guidance scale => the changes of params.yaml for each training seed, to choose the scale by.
+
+    budget: the keys that all runs share.
+    """
     apart = {"sample.seed": parameters.sample.seed + APART}
     return {
-        rule: {scale: _seeded({**rule_at(rule, images, scale), **apart}, parameters, seeds) for scale in GUIDANCE}
+        rule: {scale: _seeded({**rule_at(rule, budget, scale), **apart}, parameters, seeds) for scale in GUIDANCE}
         for rule in RULES
     }
 
 
 def reported_runs(
-    parameters: config.Parameters, images: int, seeds: int, scales: Mapping[str, float]
+    parameters: config.Parameters, budget: Values, seeds: int, scales: Mapping[str, float]
 ) -> dict[str, list[Values]]:
     """Rule => the changes of params.yaml for each training seed, at the scale chosen for the rule."""
-    return {rule: _seeded(rule_at(rule, images, scale), parameters, seeds) for rule, scale in scales.items()}
+    return {rule: _seeded(rule_at(rule, budget, scale), parameters, seeds) for rule, scale in scales.items()}
 
 
-def rule_at(rule: str, images: int, scale: float) -> Values:
+def rule_at(rule: str, budget: Values, scale: float) -> Values:
     """The keys of a rule with its budget and its guidance scale."""
-    return {**RULES[rule], "train.images": images, "sample.guidance": scale}
+    return {**RULES[rule], **budget, "sample.guidance": scale}
 
 
 def ablation_runs(
-    parameters: config.Parameters, images: int, seeds: int
+    parameters: config.Parameters, budget: Values, seeds: int
 ) -> dict[str, list[tuple[Values, list[Values]]]]:
     """Ablation => its variants (including params.yaml itself), each with the changes of params.yaml for each seed."""
-    default = default_run(parameters, images)
+    default = default_run(parameters, budget)
     found: dict[str, list[tuple[Values, list[Values]]]] = {}
     for ablation in ABLATIONS:
         runs = [(variant, changes({**default, **variant}, parameters)) for variant in ablation.variants]

@@ -17,6 +17,7 @@ from ear.model.autoregressive import AutoregressiveModel
 from ear.model.files import build_model
 from ear.model.flops import at_depth, count, loss_without_data, training_flops, with_options
 from ear.model.shape import Shape
+from ear.model.training import block_matrices
 from ear.runtime import randomness
 from ear.sampling.sampler import sample
 from ear.sampling.settings import SamplingSettings
@@ -67,7 +68,7 @@ def pipeline_costs(parameters: config.Parameters, *, classes: int, images: int) 
         memory={
             "weights": weights,
             "gradients": weights,
-            "AdamW moments": 2 * weights,
+            "optimizer's moments": moments_bytes(shape, parameters.train.optimizer),
             "averaged weights": _AVERAGES * weights,
             "activations": plain,
         },
@@ -79,6 +80,14 @@ def pipeline_costs(parameters: config.Parameters, *, classes: int, images: int) 
         tokenizer_flops=3 * (encode + decode),
         disk=disk_bytes(parameters, shape, images=images, weights=weights),
     )
+
+
+def moments_bytes(shape: Shape, optimizer: str) -> int:
+    """Bytes of what the optimiser keeps of past gradients: two numbers per weight, Muon one per weight of its own."""
+    with FakeTensorMode():
+        model = build_model(shape)
+    matrices = block_matrices(model) if optimizer == "muon" else []
+    return (2 * _elements(model) - sum(matrix.numel() for matrix in matrices)) * _FLOAT
 
 
 def build_tokenizer(parameters: config.Parameters) -> Tokenizer:

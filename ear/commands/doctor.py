@@ -17,6 +17,7 @@ from pathlib import Path
 from ear import config
 from ear.config.edit import PARAMETERS
 from ear.errors import UserError
+from ear.runtime.cores import cores
 
 _SPACE = 10e9  # bytes that should be free; `ear describe` counts what a preset needs
 _SHARED_MEMORY = 1e9  # bytes that NCCL and worker processes may need
@@ -71,9 +72,8 @@ def python() -> Iterator[Finding]:
     """Python and the machine."""
     good = sys.version_info >= (3, 11)
     fix = "" if good else "install Python 3.11 or newer, then `make setup PYTHON=python3.11`"
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     yield Finding("Python", platform.python_version(), fix, serious=not good)
-    yield Finding("CPU cores", str(cores))
+    yield Finding("CPU cores", str(cores()))
 
 
 def torch_and_gpus() -> Iterator[Finding]:

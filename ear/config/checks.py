@@ -2,7 +2,7 @@
 
 import math
 
-from ear.config.sections import Data, Evaluate, Model, Reference, Sample, Tokenizer, Train
+from ear.config.sections import Data, Evaluate, Model, Reference, Runtime, Sample, Tokenizer, Train
 from ear.errors import UserError
 
 # Smallest image side, in pixels, that the networks of these losses accept.
@@ -80,8 +80,8 @@ def check_model(data: Data, tokenizer: Tokenizer, model: Model) -> None:
         )
 
 
-def check_train(train: Train) -> None:
-    """Micro-batches must divide the batch, and there must be weights or a training."""
+def check_train(train: Train, runtime: Runtime) -> None:
+    """Micro-batches must divide the batch, there must be weights or a training, and Muon needs whole matrices."""
     if train.global_batch_size % train.micro_batch_size:
         raise UserError(
             f"train.micro_batch_size is {train.micro_batch_size}, but must divide train.global_batch_size, "
@@ -91,6 +91,11 @@ def check_train(train: Train) -> None:
         raise UserError(
             "train.images is 0 and train.weights is empty, so there would be no model; raise train.images, or name a "
             "published checkpoint in train.weights."
+        )
+    if train.optimizer == "muon" and runtime.sharded:
+        raise UserError(
+            "train.optimizer is muon, which needs whole matrices, but runtime.sharded divides them among processes; "
+            "set train.optimizer to adamw, or runtime.sharded to false."
         )
 
 

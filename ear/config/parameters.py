@@ -50,7 +50,7 @@ class Parameters(Section):
     def _check_agreement(self) -> "Parameters":
         checks.check_tokenizer(self.data, self.tokenizer)
         checks.check_model(self.data, self.tokenizer, self.model)
-        checks.check_train(self.train)
+        checks.check_train(self.train, self.runtime)
         self.score.check()
         checks.check_data(self.data)
         checks.check_guidance(self.sample)

@@ -145,13 +145,16 @@ class Train(Section):
     micro_batch_size: int = Field(
         description="images per forward pass; must divide global_batch_size / number of processes", ge=1
     )
-    learning_rate: float = Field(description="peak rate of AdamW", gt=0)
+    optimizer: Literal["adamw", "muon"] = Field(
+        description="adamw, or muon (orthogonal updates) for the matrices of the blocks and AdamW for all others"
+    )
+    learning_rate: float = Field(description="peak rate", gt=0)
     warmup_images: int = Field(description="images over which the rate grows linearly from 0", ge=0)
     schedule: Literal["constant", "cosine"] = Field(description="rate after the warm-up: constant or cosine (to 0)")
     head_rate: float = Field(description="rate of the head's matrices relative to the rest", gt=0)
     beta1: float = Field(description="AdamW: decay of the first moment", ge=0, lt=1)
     beta2: float = Field(description="AdamW: decay of the second moment", ge=0, lt=1)
-    weight_decay: float = Field(description="AdamW: weight decay of the transformer's matrices", ge=0)
+    weight_decay: float = Field(description="weight decay of the transformer's matrices", ge=0)
     clip_norm: float = Field(description="gradient norm limit", gt=0)
     temperature: float = Field(description="training temperature of the score; only 1 is strictly proper", gt=0, le=1)
     ema_decay: float = Field(description="EMA decay per step, reached after a warm-up", ge=0, lt=1)
@@ -167,7 +170,7 @@ class Finetune(Section):
     """The short second phase; all other settings are those of train."""
 
     images: int = Field(description="training images, counted with repetition; 0 skips this phase", ge=0)
-    learning_rate: float = Field(description="rate of AdamW, without warm-up", gt=0)
+    learning_rate: float = Field(description="rate, without warm-up", gt=0)
     schedule: Literal["constant", "cosine"] = Field(description="constant or cosine (to 0)")
     temperature: float = Field(description="training temperature of the score, in (0, 1]", gt=0, le=1)
 

@@ -7,7 +7,6 @@ keep twice need no folder of pixels; each pass over the images costs their decod
 import dataclasses
 import hashlib
 import json
-import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -20,8 +19,9 @@ import numpy as np
 from ear.data.images import Encoding, center_crop
 from ear.data.manifest import Contents, Row
 from ear.errors import UserError
+from ear.runtime.cores import cores
 
-_THREADS = min(os.cpu_count() or 1, 16)  # Pillow releases Python's lock
+_THREADS = min(cores(), 16)  # Pillow releases Python's lock
 _AGAIN = "list the images again with `dvc repro --single-item --force fetch`."
 
 

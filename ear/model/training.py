@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ear import config
 from ear.display.live import Live
@@ -25,13 +25,13 @@ from ear.runtime.sharding import host_copies
 from ear.scores.score import Loss
 from ear.training import checkpoint
 from ear.training.ema import Average
-from ear.training.optimizer import Group, adamw, schedule
+from ear.training.optimizer import Group, MuonAdamW, adamw, schedule
 from ear.training.trainer import History, Trainer
 
 _VALIDATION_IMAGES = 4096  # at most; held-out shards are stored shuffled
 _CODEBOOK_IMAGES = 4096  # training images, at most, that a codebook is fitted on
 _REFERENCE_IMAGES = 512  # training images, at most, behind the losses to compare with
-_STATE_BYTES = 24  # per parameter: weight, gradient, two moments, two EMAs in float32
+_STATE_BYTES = 24  # per parameter: weight, gradient, at most two moments, two EMAs in float32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -241,7 +241,7 @@ def build_trainer(
     *,
     sharded: bool = False,  # divide weights, moments and EMAs among the ranks
 ) -> Trainer[AutoregressiveModel]:
-    """The trainer of a phase: AdamW over the published parameter groups, and two EMAs."""
+    """The trainer of a phase: AdamW or Muon over the published parameter groups, and two EMAs."""
     decays = {"averaged": options.ema_decay, "averaged_long": options.ema_decay_long}
     device = model.positions.device
     model = model.cpu() if sharded else model  # no device needs memory for whole copies
@@ -250,9 +250,11 @@ def build_trainer(
         for network in (model, *(average.module for average in averages.values())):
             network.shard(device)
     groups = parameter_groups(model, weight_decay=options.weight_decay, head_rate=options.head_rate)
+    rates = {"learning_rate": settings.learning_rate, "beta1": options.beta1, "beta2": options.beta2}
+    muon = options.optimizer == "muon"
     return Trainer(
         model,
-        optimizer=adamw(groups, learning_rate=settings.learning_rate, beta1=options.beta1, beta2=options.beta2),
+        optimizer=MuonAdamW(groups, block_matrices(model), **rates) if muon else adamw(groups, **rates),
         loss=loss,
         rate=schedule(settings.schedule, total_images=settings.images, warmup_images=settings.warmup_images),
         averages=averages,
@@ -273,6 +275,11 @@ def parameter_groups(model: AutoregressiveModel, *, weight_decay: float, head_ra
         Group([p for p in matrices if id(p) in head], weight_decay=0.0, rate=head_rate),
         Group([p for p in matrices if id(p) not in head], weight_decay=weight_decay),
     ]
+
+
+def block_matrices(model: AutoregressiveModel) -> list[nn.Parameter]:
+    """The matrices inside the blocks of transformer and head: those that neither read input nor write output."""
+    return [p for name, p in model.named_parameters() if ".blocks." in name and p.dim() == 2]
 
 
 def fit_codebook(model: AutoregressiveModel, store: LatentStore, seed: int) -> None:

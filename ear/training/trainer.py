@@ -65,7 +65,7 @@ class Trainer(Generic[Network]):
         self,
         module: Network,
         *,
-        optimizer: torch.optim.Optimizer,  # of ear.training.optimizer.adamw: fused, with base rates
+        optimizer: torch.optim.Optimizer,  # of ear.training.optimizer, with base rates
         loss: Callable[[object, int], tuple[Tensor, dict[str, Tensor]]],
         rate: Callable[[int], float],
         averages: Mapping[str, Average[Network]],  # EMAs of the module by name; the first one is to be published

@@ -34,6 +34,9 @@ TINY = [
 ]
 
 
+BUDGET = {"train.images": 640}
+
+
 @pytest.fixture(scope="module")
 def parameters() -> config.Parameters:
     return compose(["preset=digits"])
@@ -44,45 +47,45 @@ def parameters() -> config.Parameters:
 
 def test_equal_runs_have_one_name(parameters):
     scales = dict.fromkeys(plan.RULES, parameters.sample.guidance)
-    reported, ablations = reported_runs(parameters, 640, 2, scales), ablation_runs(parameters, 640, 2)
+    reported, ablations = reported_runs(parameters, BUDGET, 2, scales), ablation_runs(parameters, BUDGET, 2)
     first, second = reported["energy"]
-    assert first == default_run(parameters, 640) == {"train.images": 640}
+    assert first == default_run(parameters, BUDGET) == {"train.images": 640}
     assert second == {"train.images": 640, "train.seed": 1}
     assert run_name(first) == "compare-train.images=640"
-    assert run_name(rule_runs(parameters, 640, 1)["logarithmic, full"][1.0][0]) == (
+    assert run_name(rule_runs(parameters, BUDGET, 1)["logarithmic, full"][1.0][0]) == (
         "compare-score.name=logarithmic-score.covariance=full-train.images=640-sample.guidance=1.0-sample.seed=1000000"
     )
-    all_runs = planned(parameters, {"rules": 640, "ablations": 640}, 2)
+    all_runs = planned(parameters, {"rules": BUDGET, "ablations": BUDGET}, 2)
     names = {run_name(values) for values in all_runs}
     assert len(names) == len({json.dumps(values, sort_keys=True) for values in all_runs})
     assert len(names) < len(all_runs)
-    assert planned(parameters, {"rules": 640}, 2) + planned(parameters, {"ablations": 640}, 2) == all_runs
+    assert planned(parameters, {"rules": BUDGET}, 2) + planned(parameters, {"ablations": BUDGET}, 2) == all_runs
     assert changes({"train.images": parameters.train.images, "score.alpha": 1.5}, parameters) == {"score.alpha": 1.5}
     assert len(ablations) == len(plan.ABLATIONS)
 
 
-@pytest.mark.parametrize("guidance", [2.2, 1.7])
+@pytest.mark.parametrize("guidance", [1.8, 1.7])
 def test_every_ablation_holds_the_parameters_as_they_are(guidance):
     parameters = compose(["preset=digits", f"sample.guidance={guidance}"])
-    for title, variants in ablation_runs(parameters, 640, 2).items():
+    for title, variants in ablation_runs(parameters, BUDGET, 2).items():
         assert [runs[0] for _, runs in variants].count({"train.images": 640}) == 1, title
-    guided = ablation_runs(parameters, 640, 2)["Guidance"]
-    assert guided[0][0] == {"sample.guidance": 1.0 if guidance == 2.2 else 1.7}
+    guided = ablation_runs(parameters, BUDGET, 2)["Guidance"]
+    assert guided[0][0] == {"sample.guidance": 1.0 if guidance == 1.8 else 1.7}
 
 
 def test_every_run_is_valid(parameters, tmp_path):
     path = tmp_path / "params.yaml"
     path.write_text(to_yaml(parameters, "test"))
-    for values in planned(parameters, {"rules": 640, "ablations": 640}, 2):
+    for values in planned(parameters, {"rules": BUDGET, "ablations": BUDGET}, 2):
         edit.check(path, values)
     with pytest.raises(ValueError, match=r"train\.images is 0 and train\.weights is empty"):
-        edit.check(path, default_run(parameters, 0))
+        edit.check(path, default_run(parameters, {"train.images": 0}))
 
 
 def test_a_scale_is_never_chosen_on_reported_images(parameters):
     scales = dict.fromkeys(plan.RULES, 1.5)
-    tried = [runs for each in rule_runs(parameters, 640, 3).values() for runs in each.values()]
-    reported = list(reported_runs(parameters, 640, 3, scales).values())
+    tried = [runs for each in rule_runs(parameters, BUDGET, 3).values() for runs in each.values()]
+    reported = list(reported_runs(parameters, BUDGET, 3, scales).values())
     assert {values["sample.seed"] for runs in tried for values in runs} == {1_000_000}
     assert not [values for runs in reported for values in runs if "sample.seed" in values]
     assert all([values.get("train.seed", 0) for values in runs] == [0, 1, 2] for runs in tried + reported)
@@ -92,7 +95,7 @@ def test_runs_of_one_training_are_neighbours(parameters):
     """So that the training is in DVC's cache, and still the newest, when the next scale is sampled."""
     keys = [
         json.dumps({key: value for key, value in values.items() if not key.startswith("sample.")})
-        for values in planned(parameters, {"rules": 640}, 3)
+        for values in planned(parameters, {"rules": BUDGET}, 3)
     ]
     assert len([1 for before, after in itertools.pairwise(keys) if before != after]) + 1 == len(set(keys)) == 24
 
@@ -131,7 +134,7 @@ def published(folder: Path, **results) -> None:
 
 
 def test_a_part_made_alone_joins_the_other_of_the_same_commit(tmp_path):
-    budget = {"commit": "abc", "finetune_images": 10, "seeds": 3}
+    budget = {"commit": "abc", "finetune_images": 10, "seeds": 3, "threads": 1}
     ablations = {"budget": {**budget, "train_images": {"ablations": 64}}, "ablations": {"Noise": []}}
     assert joined(ablations, tmp_path) == ablations
     rules = {"budget": {**budget, "train_images": {"rules": 128}}, "rules": [{"rule": "energy"}]}
@@ -142,7 +145,7 @@ def test_a_part_made_alone_joins_the_other_of_the_same_commit(tmp_path):
     assert whole["budget"]["train_images"] == {"rules": 128, "ablations": 64}
     again = {**rules, "rules": [{"rule": "kernel"}]}
     assert joined(again, tmp_path)["rules"] == again["rules"]
-    for other in ({"commit": "abd"}, {"seeds": 1}):
+    for other in ({"commit": "abd"}, {"seeds": 1}, {"threads": 2}):
         published(tmp_path, **{**rules, "budget": {**rules["budget"], **other}})
         assert joined(ablations, tmp_path) == ablations
 
@@ -254,7 +257,7 @@ def test_a_comparison_of_two_rules_goes_on_and_writes_its_page(tmp_path):
         "plan.RULES = {name: plan.RULES[name] for name in ('energy', 'logarithmic, full')}\n"
         "sys.exit(compare.main())"
     )
-    command = [sys.executable, "-c", program, "--images", "128", "--seeds", "2", "--only", "rules"]
+    command = [sys.executable, "-c", program, "--images", "128", "--seeds", "2", "--only", "rules", "-j", "2"]
     environment = {**repository.environment(), "NO_COLOR": "1"}
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -75,11 +75,11 @@ def test_configure_never_replaces_an_edited_file_silently(tmp_path):
     path = tmp_path / "params.yaml"
     assert configured(tmp_path, "preset=digits") == (0, "wrote params.yaml")
     assert configured(tmp_path, "preset=digits_smoke") == (0, "wrote params.yaml")
-    path.write_text(path.read_text().replace("  guidance: 2.2 ", "  guidance: 4.4 ") + "# mine\n")
+    path.write_text(path.read_text().replace("  guidance: 1.8 ", "  guidance: 4.4 ") + "# mine\n")
     edited = path.read_text()
     code, said = configured(tmp_path, "preset=digits")
     assert code == 1
-    assert said.startswith("configure: params.yaml has been edited (sample.guidance: 2.2, now 4.4); add --force")
+    assert said.startswith("configure: params.yaml has been edited (sample.guidance: 1.8, now 4.4); add --force")
     assert path.read_text() == edited
     assert configured(tmp_path, "sample.steps=5") == (0, "changed sample.steps in params.yaml")
     assert path.read_text() == edited.replace("  steps: 8 ", "  steps: 5 ")

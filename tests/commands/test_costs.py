@@ -148,6 +148,14 @@ def test_dropout_adds_its_masks_as_cuda_keeps_them():
     assert with_ - bare == sum(tensor.numel() for tensor in masks.values()) > 0
 
 
+def test_muon_keeps_one_number_for_a_matrix_of_a_block():
+    shape = costs.model_shape(compose(["preset=digits"]), costs.build_tokenizer(compose(["preset=digits"])), classes=10)
+    both = {name: costs.moments_bytes(shape, name) for name in ("adamw", "muon")}
+    assert both["adamw"] == 8 * costs.count_parameters(shape)["all"]
+    in_blocks = 4 * (3 + 1 + 4 + 4) * 128**2 + 3 * (2 + 3) * 128**2
+    assert both["adamw"] - both["muon"] == 4 * in_blocks
+
+
 def test_activations_shrink_with_precision_and_checkpointing():
     _, shape = deeper(depth=8)
     plain, checkpointed = costs.activation_bytes(shape, images=16, precision="float32")

@@ -70,6 +70,7 @@ def test_written_parameters_read_back_equal(tmp_path):
         ("train.learning_rte", 1.0, ["train.learning_rte is not a known key", "did you mean train.learning_rate?"]),
         ("model.patch_size", 3, ["model.patch_size is 3", "latent side, 4"]),
         ("model.heads", 3, ["model.heads is 3", "model.width, 128"]),
+        ("runtime.sharded", True, ["train.optimizer is muon", "whole matrices", "runtime.sharded to false"]),
         ("train.micro_batch_size", 48, ["train.micro_batch_size is 48", "train.global_batch_size, 64"]),
         ("tokenizer.micro_batch_size", 48, ["tokenizer.micro_batch_size is 48", "tokenizer.batch_size, 64"]),
         ("tokenizer.downsample", 3, ["tokenizer.downsample is 3", "power of two"]),

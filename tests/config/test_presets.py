@@ -43,6 +43,7 @@ def test_published_recipe(name):
     assert (train.temperature, finetune.temperature) == (1.0, 0.99)
     assert (train.beta1, train.beta2, train.weight_decay, train.clip_norm) == (0.9, 0.95, 0.02, 3.0)
     assert (train.head_rate, train.ema_decay, train.embedding_sd) == (0.25, 0.9999, 0.02)
+    assert train.optimizer == "adamw"
     assert (sample.count, sample.steps, sample.schedule, sample.temperature) == (50_000, 64, "linear", 0.7)
     assert sample.guidance == (4.0 if "512" in name else 3.0)
     assert p.data.mirror
@@ -57,7 +58,7 @@ def test_smoke_forms_differ_in_size_not_in_structure(name):
     kept = {
         "model": ("attention", "order", "patch_size", "mlp_ratio", "dropout", "label_dropout", "mask_ratio_min"),
         "score": ("name", "samples", "pairs", "targets", "noise", "alpha"),
-        "train": ("schedule", "embedding_sd", "head_rate", "beta2", "weight_decay", "clip_norm", "temperature"),
+        "train": ("schedule", "embedding_sd", "optimizer", "head_rate", "beta2", "weight_decay", "clip_norm", "temperature"),
         "finetune": ("schedule", "temperature"),
         "sample": ("guidance", "schedule", "temperature"),
     }

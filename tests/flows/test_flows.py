@@ -17,11 +17,12 @@ import psutil
 import pytest
 
 from ear.config import edit
+from ear.config.compose import compose
 from ear.errors import UserError
 from flows import command, devices, experiments, repository
 from flows.pipeline import main, pipeline
 from flows.search import Range, search, space_of
-from flows.sweep import find, grid, mark_best, sweep, write, write_back
+from flows.sweep import _next, find, grid, mark_best, sweep, write, write_back
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -612,6 +613,15 @@ def test_a_device_is_waited_for(repo):
     assert said[1:] == ["held 0,1"]
 
 
+def test_a_cpu_is_shared_by_runs_of_few_threads(monkeypatch):
+    monkeypatch.setattr(devices, "cores", lambda: 5)
+    names = {
+        threads: devices.devices(compose([f"compute.threads={threads}", "runtime.device=cpu"])) for threads in (2, 8)
+    }
+    assert names == {2: ["cpu-0", "cpu-1"], 8: ["cpu-0"]}
+    assert devices.environment(["cpu-0", "cpu-1"]) == {}
+
+
 def hold_both(said: list[str]) -> None:
     with devices.hold(2, ["0", "1"], said.append) as held:
         said.append(f"held {devices.environment(held)['CUDA_VISIBLE_DEVICES']}")
@@ -713,13 +723,26 @@ def test_experiments_run_on_several_devices_at_once(repo, client, monkeypatch):
     assert sorted(path.name for path in experiments.COPIES.iterdir()) == ["0", "1"]
 
 
+def test_jobs_train_different_models_first():
+    """Two runs of one training would wait for each other."""
+    runs = {
+        "a": {"train.seed": 0, "sample.guidance": 1.0},
+        "b": {"train.seed": 0, "sample.guidance": 2.0},
+        "c": {"train.seed": 1, "sample.guidance": 1.0, "evaluate.repeats": 2},
+    }
+    assert _next(["b", "c"], ["a"], runs) == "c"
+    assert _next(["b", "c"], [], runs) == "b"
+    assert _next(["b"], ["a"], runs) == "b"
+
+
 def test_a_sweep_refuses_what_it_cannot_do_before_it_runs(repo, client):
     options = {"parameters": {"sample.guidance": [1.0]}, "return_state": True}
     assert sweep(metric="fdi", **options).message == (
         "metric 'fdi' is in no metrics file; there are: metrics.json:fid, metrics.json:nested.count."
     )
     assert sweep(jobs=2, **options).message == (
-        "jobs is 2, but one device runs one experiment, and there are 1; lower it."
+        "jobs is 2, but this machine runs 1 at a time: one per GPU or, without one, one per compute.threads cores; "
+        "lower jobs or compute.threads."
     )
     assert not experiments.COPIES.exists()
 

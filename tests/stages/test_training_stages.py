@@ -43,6 +43,9 @@ TINY = {
     "model.head_width": 24,
     "model.head_depth": 1,
     "train.images": 192,
+    "train.optimizer": "adamw",
+    "train.learning_rate": 0.001,
+    "finetune.learning_rate": 0.0002,
     "train.global_batch_size": 16,
     "train.micro_batch_size": 4,
     "train.warmup_images": 32,
@@ -111,6 +114,21 @@ def test_two_processes_train_and_finetune_like_one(repository, options):
     validation = one["train"][1]
     assert list(validation[0]) == ["images", "loss", "averaged_loss", "averaged_long_loss"]
     assert [row["images"] for row in validation] == [64, 128, 192]
+
+
+def test_two_processes_train_with_muon_nearly_like_one(repository):
+    """Nearly: Muon orthogonalises in bfloat16, which makes rounding differences larger."""
+    figures = []
+    for execute in (lambda work: work(), together):
+        execute(lambda: run("train", **{"train.optimizer": "muon"}))
+        figures.append([row["loss"] for row in table("data/model/validation.tsv")])
+    assert figures[1] == pytest.approx(figures[0], rel=0.01)
+    assert figures[0][-1] < figures[0][0]
+    moments = {name for name in read_tensors("data/model/state.safetensors")[0] if name.startswith("optimizer.")}
+    assert "optimizer.momentum_buffer.transformer.blocks.0.attention.qkv.weight" in moments
+    assert "optimizer.exp_avg_sq.token_embedding.weight" in moments
+    assert "optimizer.exp_avg.transformer.blocks.0.attention.qkv.weight" not in moments
+    run("finetune", **{"train.optimizer": "muon"})
 
 
 @pytest.mark.parametrize("sharded", [(True, False), (False, True)])

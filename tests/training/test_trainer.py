@@ -19,14 +19,14 @@ from ear.training import checkpoint
 from ear.training.ema import Average, decay_at
 from ear.training.gradients import SharedGradients
 from ear.training.means import Means
-from ear.training.optimizer import Group, adamw, schedule, set_rate
+from ear.training.optimizer import Group, MuonAdamW, adamw, schedule, set_rate
 from ear.training.trainer import Trainer, check_shares
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def trainer(*, micro=4, rate=lambda images: 1.0, target=0.0, **options) -> Trainer:
-    """A linear map trained towards `target` on noise that is a function of the position."""
+def trainer(*, micro=4, rate=lambda images: 1.0, target=0.0, muon=False, **options) -> Trainer:
+    """A linear map trained towards `target` on noise that is a function of the position; muon: for its matrix."""
     module = nn.Linear(3, 2)
     nn.init.normal_(module.weight, generator=generator(0, "weights"))
     nn.init.zeros_(module.bias)
@@ -37,7 +37,8 @@ def trainer(*, micro=4, rate=lambda images: 1.0, target=0.0, **options) -> Train
         error = (module(rows) - target).square().mean()
         return error, {"twice": 2 * error.detach()}
 
-    optimizer = adamw([Group(list(module.parameters()), 0.0)], learning_rate=0.05, beta1=0.9, beta2=0.95)
+    groups, rates = [Group(list(module.parameters()), 0.0)], {"learning_rate": 0.05, "beta1": 0.9, "beta2": 0.95}
+    optimizer = MuonAdamW(groups, [module.weight], **rates) if muon else adamw(groups, **rates)
     settings = {"clip_norm": 1e6, "global_batch_size": 8, "micro_batch_size": micro}
     averages = {"average": Average(module, 0.9)}
     return Trainer(module, optimizer=optimizer, averages=averages, loss=loss, rate=rate, **{**settings, **options})
@@ -138,8 +139,9 @@ def test_only_two_checkpoints_are_kept(tmp_path):
     ]
 
 
-def test_nan_stops_before_the_weights_are_harmed(tmp_path):
-    t = trainer()
+@pytest.mark.parametrize("muon", [False, True])
+def test_nan_stops_before_the_weights_are_harmed(tmp_path, muon):
+    t = trainer(muon=muon)
     clean = t.loss
 
     def poisoned(batch, position):
@@ -147,7 +149,7 @@ def test_nan_stops_before_the_weights_are_harmed(tmp_path):
         return loss * (float("nan") if position == 84 else 1.0), figures
 
     t.loss = poisoned
-    reference = fit(trainer(), tmp_path / "clean", total=80)
+    reference = fit(trainer(muon=muon), tmp_path / "clean", total=80)
     with pytest.raises(ValueError, match="in the step that starts at image 80"):
         fit(t, tmp_path / "poisoned")
     assert torch.equal(t.module.weight, reference.module.weight)
@@ -164,16 +166,17 @@ def test_validation_runs_at_its_interval_and_at_the_end(tmp_path):
     assert t2.history.validation[-1] == {"images": 400, "loss": 400.0}
 
 
-def test_killed_process_resumes_to_the_same_bytes(tmp_path):
+@pytest.mark.parametrize("muon", [False, True])
+def test_killed_process_resumes_to_the_same_bytes(tmp_path, muon):
     """SIGKILL in the middle, started again: the final checkpoint equals the uninterrupted one's bytes."""
 
     def slow():
-        t = trainer()
+        t = trainer(muon=muon)
         loss = t.loss
         t.loss = lambda batch, position: time.sleep(0.01) or loss(batch, position)
         fit(t, tmp_path / "killed")
 
-    fit(trainer(), tmp_path / "whole")
+    fit(trainer(muon=muon), tmp_path / "whole")
     child = multiprocessing.get_context("fork").Process(target=slow)
     child.start()
     while not list((tmp_path / "killed").glob("checkpoint-*.safetensors")):
@@ -181,7 +184,7 @@ def test_killed_process_resumes_to_the_same_bytes(tmp_path):
     child.kill()
     child.join()
     assert checkpoint.newest(tmp_path / "killed").name < "checkpoint-000000000400.safetensors"
-    fit(trainer(), tmp_path / "killed")
+    fit(trainer(muon=muon), tmp_path / "killed")
     name = "checkpoint-000000000400.safetensors"
     assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
@@ -230,6 +233,30 @@ def test_groups_keep_their_relative_rates():
     optimizer = adamw(groups, learning_rate=1.0, beta1=0.9, beta2=0.95)
     set_rate(optimizer, 0.5)
     assert [(g["lr"], g["weight_decay"]) for g in optimizer.param_groups] == [(0.5, 0.0), (0.125, 0.02)]
+
+
+def test_muon_moves_a_matrix_alike_in_all_directions():
+    """Its update is nearly orthogonal and of the length that AdamW's has; vectors are AdamW's; both decay."""
+    source = generator(0, "gradients")
+    matrix, vector = (nn.Parameter(torch.ones(shape)) for shape in [(8, 4), (4,)])
+    groups = [Group([matrix, vector], weight_decay=0.5, rate=0.5)]
+    optimizer = MuonAdamW(groups, [matrix], learning_rate=0.2, beta1=0.9, beta2=0.95)
+    set_rate(optimizer, 0.1)
+    matrix.grad, vector.grad = torch.randn(8, 4, generator=source), torch.tensor([1.0, -1.0, 5.0, -5.0])
+    optimizer.found_inf = torch.zeros(())
+    optimizer.step()
+    rate = 0.2 * 0.5 * 0.1
+    torch.testing.assert_close(vector, (1 - rate * 0.5) - rate * vector.grad.sign())
+    update = (matrix.detach() - (1 - rate * 0.5)) / -rate
+    assert torch.linalg.svdvals(matrix.grad).max() > 2.5 * torch.linalg.svdvals(matrix.grad).min()
+    values = torch.linalg.svdvals(update) / (0.2 * 8**0.5)
+    assert values.min() > 0.6
+    assert values.max() < 1.3
+    assert (update * matrix.grad).sum() > 0
+    before = [p.detach().clone() for p in (matrix, vector)]
+    matrix.grad, optimizer.found_inf = torch.full((8, 4), float("nan")), torch.ones(())
+    optimizer.step()
+    assert all(torch.equal(p, old) for p, old in zip((matrix, vector), before, strict=True))
 
 
 def test_tables_are_tab_separated_with_a_header(tmp_path):
