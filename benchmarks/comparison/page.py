@@ -42,7 +42,7 @@ def best(runs: Mapping[float, Sequence[Mapping]]) -> float:
 
 
 def _budget(budget: Mapping) -> str:
-    """Training images by part: 64,000 (scores) and 22,400 (ablations)."""
+    """Training images by part: 51,200 (scores) and 22,400 (ablations)."""
     names = {"rules": "scores", "ablations": "ablations"}
     return " and ".join(f"{count:,} ({names[part]})" for part, count in budget["train_images"].items())
 
