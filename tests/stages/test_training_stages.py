@@ -123,7 +123,6 @@ def test_two_processes_train_with_muon_nearly_like_one(repository):
         execute(lambda: run("train", **{"train.optimizer": "muon"}))
         figures.append([row["loss"] for row in table("data/model/validation.tsv")])
     assert figures[1] == pytest.approx(figures[0], rel=0.01)
-    assert figures[0][-1] < figures[0][0]
     moments = {name for name in read_tensors("data/model/state.safetensors")[0] if name.startswith("optimizer.")}
     assert "optimizer.momentum_buffer.transformer.blocks.0.attention.qkv.weight" in moments
     assert "optimizer.exp_avg_sq.token_embedding.weight" in moments
