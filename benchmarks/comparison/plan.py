@@ -23,7 +23,6 @@ RULES: dict[str, Values] = {
     "hyvarinen": {"score.name": "hyvarinen"},
     "categorical": {"score.name": "categorical"},
     "energy, causal raster": {"score.name": "energy", "model.attention": "causal", "model.order": "raster"},
-    "energy, causal random": {"score.name": "energy", "model.attention": "causal", "model.order": "random"},
 }
 
 
@@ -62,6 +61,14 @@ ABLATIONS = (
     ),
     Ablation("Noise", "The distribution that the head turns into tokens.", _each("score.noise", "uniform", "gaussian")),
     Ablation("Width of the noise", "Its dimensions per token.", _each("score.noise_channels", 8, 32, 128)),
+    Ablation(
+        "Attention and order",
+        "Masked tokens, several per step, or one token after the other.",
+        (
+            {"model.attention": "bidirectional", "model.order": "random"},
+            *({"model.attention": "causal", "model.order": order} for order in ("random", "raster")),
+        ),
+    ),
     Ablation(
         "Optimiser",
         "Muon for the matrices of the blocks, or AdamW for all, with rates around the best of each.",
