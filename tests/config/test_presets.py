@@ -58,7 +58,10 @@ def test_smoke_forms_differ_in_size_not_in_structure(name):
     kept = {
         "model": ("attention", "order", "patch_size", "mlp_ratio", "dropout", "label_dropout", "mask_ratio_min"),
         "score": ("name", "samples", "pairs", "targets", "noise", "alpha"),
-        "train": ("schedule", "embedding_sd", "optimizer", "head_rate", "beta2", "weight_decay", "clip_norm", "temperature"),
+        "train": (
+            *("schedule", "embedding_sd", "optimizer", "head_rate", "beta2", "weight_decay"),
+            *("clip_norm", "temperature"),
+        ),
         "finetune": ("schedule", "temperature"),
         "sample": ("guidance", "schedule", "temperature"),
     }
