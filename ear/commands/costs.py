@@ -68,7 +68,7 @@ def pipeline_costs(parameters: config.Parameters, *, classes: int, images: int) 
         memory={
             "weights": weights,
             "gradients": weights,
-            "optimizer's moments": moments_bytes(shape, parameters.train.optimizer),
+            "optimizer moments": moments_bytes(shape, parameters.train.optimizer),
             "averaged weights": _AVERAGES * weights,
             "activations": plain,
         },
@@ -188,7 +188,7 @@ def tokenizer_memory(tokenizer: KL, options: config.Tokenizer) -> dict[str, int]
     return {
         "weights": weights,
         "gradients": weights,
-        "AdamW moments": 2 * weights,
+        "optimizer moments": 2 * weights,
         "averaged weights": weights,
         "activations": activations,
     }

@@ -9,10 +9,11 @@ from factories import tiny_model
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from ear.latents.statistics import Statistics
-from ear.model.training import BatchLoss
+from ear.model.training import BatchLoss, block_matrices, parameter_groups
 from ear.runtime.randomness import image_streams
 from ear.sampling.sampler import sample
 from ear.sampling.settings import SamplingSettings
+from ear.training.optimizer import MuonAdamW
 
 GPU = torch.device("cuda")
 SCORES = ["energy", "kernel", "logarithmic", "hyvarinen", "categorical"]
@@ -57,3 +58,16 @@ def test_sampling_stays_on_the_gpu(name, guidance, attention):
     settings = SamplingSettings(steps=3, guidance=guidance)
     latents = sample(model, [0, 1, 0], settings, source=image_streams(0, range(3)))
     assert (latents.shape, latents.device.type) == ((3, *model.shape.latent), "cuda")
+
+
+def test_a_step_of_muon_stays_on_the_gpu():
+    model = on_gpu()
+    groups = parameter_groups(model, weight_decay=0.02, head_rate=0.25)
+    optimizer = MuonAdamW(groups, block_matrices(model), learning_rate=0.01, beta1=0.9, beta2=0.95)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.found_inf = torch.zeros((), device=GPU)
+    for _ in range(2):  # the second one has averages to keep or clear
+        optimizer.step()
+    averages = [optimizer.state[matrix]["momentum_buffer"] for matrix in block_matrices(model)]
+    assert {(average.device.type, average.dim()) for average in averages} == {("cuda", 2)}

@@ -1,4 +1,4 @@
-"""From the files of the stages to images: `ear.load`, `ear.generate` and what they refuse."""
+"""`ear.load` and `ear.generate`: images from the outputs of the stages, and errors for bad input."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""The reference and the evaluate stage on the digits, in a repository of their own."""
+"""`reference` and `evaluate` on real digits, each test in its own repository."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""The training loop: sums over micro-batches and ranks, checkpoints, resuming, signals, broken gradients."""
+"""The training loop: gradient accumulation, several ranks, checkpoints, resume, signals, non-finite gradients."""
 
 import multiprocessing
 import os
