@@ -1,10 +1,11 @@
-"""Devices of this machine, each for one run at a time over all flows of a repository: a run waits for a free one.
+"""Devices of this machine, each for one run at a time over all flows of a repository: a run waits for free ones.
 
-A device is a GPU or, without one, as many cores of the CPU as a run has threads.
+A device is a GPU or, without one, a core of the CPU.
 """
 
 import contextlib
 import os
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -20,19 +21,26 @@ _VISIBLE = "CUDA_VISIBLE_DEVICES"
 _POLL_SECONDS = 1.0
 
 
-def devices(parameters: config.Parameters) -> list[str]:
-    """The CUDA devices that this process may use, as CUDA_VISIBLE_DEVICES names them, or shares of the CPU.
+class StoppedError(Exception):
+    """A run was stopped while it waited."""
 
-    A share has `compute.threads` cores; a CPU with fewer is one share.
-    """
+
+def devices(parameters: config.Parameters) -> list[str]:
+    """The CUDA devices that this process may use, as CUDA_VISIBLE_DEVICES names them, or the cores of the CPU."""
     from ear.runtime import device
 
     if not device.uses_cuda(parameters.runtime.device):
-        return [f"{_CPU}-{number}" for number in range(max(1, cores() // parameters.compute.threads))]
+        return [f"{_CPU}-{number}" for number in range(cores())]
     import torch
 
     visible = os.environ.get(_VISIBLE)
     return visible.split(",") if visible else [str(number) for number in range(torch.cuda.device_count())]
+
+
+def needed(parameters: config.Parameters, among: Sequence[str]) -> int:
+    """How many of the devices a run holds: a GPU per process, or a core per thread of each process, at most all."""
+    per_process = parameters.compute.threads if among[0].startswith(_CPU) else 1
+    return min(parameters.runtime.processes * per_process, len(among))
 
 
 def environment(held: Sequence[str]) -> dict[str, str]:
@@ -41,15 +49,20 @@ def environment(held: Sequence[str]) -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def hold(count: int, among: Sequence[str], say: Callable[[str], None]) -> Iterator[list[str]]:
+def hold(
+    count: int, among: Sequence[str], say: Callable[[str], None], stopped: threading.Event | None = None
+) -> Iterator[list[str]]:
     """Hold `count` of the devices `among`, waiting without a limit of time; `say` tells once that they are in use.
 
-    All are taken together or none, so that two waiting runs cannot block each other.
+    All are taken together or none, so that two waiting runs cannot block each other. Raises StoppedError once
+    `stopped` is set.
     """
     FOLDER.mkdir(parents=True, exist_ok=True)
     waiting = False
     while True:
         with contextlib.ExitStack() as locks:
+            if stopped and stopped.is_set():
+                raise StoppedError("stopped before it had a device")
             held = _free(min(count, len(among)), among, locks)
             if held:
                 yield held

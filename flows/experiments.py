@@ -11,6 +11,7 @@ import os
 import shutil
 import subprocess
 import tempfile
+import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from ear.files.atomic import whole_file, whole_folder
 from ear.lineage.declaration import declarations, stages_of
 from ear.lineage.run import SHARED_WORK, WORK, clear_finished
 from flows import repository
-from flows.devices import environment, hold
+from flows.devices import StoppedError, environment, hold, needed
 from flows.repository import RepositoryError
 
 COPIES = Path("work/experiments")
@@ -48,14 +49,22 @@ def snapshot() -> str:
         return _git("write-tree", variables=index).strip()
 
 
-def run(name: str, values: Mapping[str, Any], *, tree: str, among: list[str], line: Callable[[str], None]) -> None:
+def run(
+    name: str,
+    values: Mapping[str, Any],
+    *,
+    tree: str,
+    among: list[str],
+    line: Callable[[str], None],
+    stopped: threading.Event | None = None,
+) -> None:
     """Run the pipeline of the snapshot `tree` as the DVC experiment `name` with {"section.key": value} changed.
 
-    It waits for one of the devices `among`, or as many as `runtime.processes` says. An experiment of this name on the
-    same commit is replaced. Raises UserError for a wrong value, RepositoryError.
+    It waits for as many of the devices `among` as it needs. An experiment of this name on the same commit is replaced.
+    Raises UserError for a wrong value, RepositoryError, and StoppedError if `stopped` is set before it has begun.
     """
     parameters = edit.check(PARAMETERS, values)
-    with hold(parameters.runtime.processes, among, line) as held:
+    with hold(needed(parameters, among), among, line, stopped) as held:
         copy = COPIES / held[0]
         _bring_up(copy, tree)
         _show_inputs(copy, parameters)
@@ -63,6 +72,8 @@ def run(name: str, values: Mapping[str, Any], *, tree: str, among: list[str], li
         if name in _names(copy):
             repository.act("exp", "remove", name, line=line, folder=copy)
         shared = {SHARED_WORK: str(Path.cwd() / WORK), **environment(held)}
+        if stopped and stopped.is_set():
+            raise StoppedError("stopped before it began")
         repository.act("exp", "run", "--name", name, line=line, folder=copy, variables=shared)
         clear_finished(declarations().values(), copy)
         _git("fetch", "--quiet", str(copy), f"+{_refs()}{name}:{_refs()}{name}")

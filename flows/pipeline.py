@@ -41,7 +41,7 @@ from ear.lineage.declaration import declarations
 from ear.lineage.run import clear_finished
 from flows import readiness, repository
 from flows.artifacts import REPORT, Shown, show_made, show_outcomes, write_report
-from flows.devices import devices, environment, hold
+from flows.devices import devices, environment, hold, needed
 from flows.form import Overrides, Stages
 from flows.inputs import changed_images
 from flows.program import report
@@ -135,7 +135,8 @@ def pipeline(
         parameters = edit.check(PARAMETERS, overrides or {})
         readiness.check(parameters, overrides or {})
         say = get_run_logger().info
-        with turn(say), hold(parameters.runtime.processes, devices(parameters), say) as held:
+        among = devices(parameters)
+        with turn(say), hold(needed(parameters, among), among, say) as held:
             edit.apply(PARAMETERS, overrides or {})
             return bring_up_to_date(graph, order, forced, environment(held))
     except (UserError, RepositoryError) as error:

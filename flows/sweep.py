@@ -27,6 +27,7 @@ import csv
 import itertools
 import statistics
 import sys
+import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -44,7 +45,7 @@ from ear.errors import UserError
 from ear.files.atomic import whole_file
 from flows import command, experiments, readiness, repository
 from flows.artifacts import metric_rows
-from flows.devices import devices
+from flows.devices import StoppedError, devices, needed
 from flows.experiments import experiment_name
 from flows.program import report
 from flows.repository import RepositoryError
@@ -57,11 +58,13 @@ EVALUATION = "data/evaluation/metrics.json"  # a metric without a file is looked
 
 
 @task(task_run_name="{name}", cache_policy=NO_CACHE)
-def run_experiment(name: str, values: dict[str, Any], tree: str, among: list[str]) -> State:
-    """Run one combination as a DVC experiment of the snapshot `tree`, on one of the devices `among`."""
+def run_experiment(
+    name: str, values: dict[str, Any], tree: str, among: list[str], stopped: threading.Event | None = None
+) -> State:
+    """Run one combination as a DVC experiment of the snapshot `tree`, on devices `among`; not once `stopped` is set."""
     try:
-        experiments.run(name, values, tree=tree, among=among, line=get_run_logger().info)
-    except (UserError, RepositoryError) as error:
+        experiments.run(name, values, tree=tree, among=among, line=get_run_logger().info, stopped=stopped)
+    except (UserError, RepositoryError, StoppedError) as error:
         return Failed(message=str(error))
     return Completed(message=f"`dvc exp apply {name}` brings it into the workspace")
 
@@ -134,13 +137,15 @@ def run_all(runs: Mapping[str, Mapping[str, Any]], jobs: int = 1) -> Iterator[tu
     """Run experiments of one snapshot of the workspace, `jobs` at a time => (name, final state), as they end.
 
     Of runs that share a training, only one is at work as long as there are others: the next ones find its model in
-    DVC's cache. Raises UserError if there are fewer devices than `jobs`.
+    DVC's cache. Raises UserError if the devices do not suffice for `jobs`.
     """
-    among = min((devices(edit.check(PARAMETERS, values)) for values in runs.values()), key=len)
-    if jobs > len(among):
+    checked = [edit.check(PARAMETERS, values) for values in runs.values()]
+    among = min((devices(parameters) for parameters in checked), key=len)
+    most = min(len(among) // needed(parameters, among) for parameters in checked)
+    if not 1 <= jobs <= most:
         raise UserError(
-            f"jobs is {jobs}, but this machine runs {len(among)} at a time: one per GPU or, without one, one per "
-            "compute.threads cores; lower jobs or compute.threads."
+            f"jobs is {jobs}, but this machine runs 1 to {most} at a time: each has runtime.processes GPUs or, without "
+            "a GPU, as many times compute.threads cores; choose another number, or lower compute.threads."
         )
     with turn(get_run_logger().info):
         tree = experiments.snapshot()
@@ -150,16 +155,18 @@ def run_all(runs: Mapping[str, Mapping[str, Any]], jobs: int = 1) -> Iterator[tu
         return
     waiting = list(runs)
     running: dict[str, Any] = {}
+    stopped = threading.Event()
     try:
         while waiting or running:
             while waiting and len(running) < jobs:
                 name = _next(waiting, running, runs)
                 waiting.remove(name)
-                running[name] = run_experiment.submit(name, dict(runs[name]), tree, among)
+                running[name] = run_experiment.submit(name, dict(runs[name]), tree, among, stopped)
             for name in [name for name, future in running.items() if future.state.is_final()]:
                 yield name, running.pop(name).state
             time.sleep(_POLL_SECONDS)
     finally:
+        stopped.set()  # for those that still wait for a device
         command.stop_all()
 
 

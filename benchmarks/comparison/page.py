@@ -42,8 +42,10 @@ def best(runs: Mapping[float, Sequence[Mapping]]) -> float:
 
 
 def _budget(budget: Mapping) -> str:
-    """Training images by part: 51,200 (scores) and 22,400 (ablations)."""
+    """Training images by part: 51,200 (scores) and 22,400 (ablations); of a single part, the number alone."""
     names = {"rules": "scores", "ablations": "ablations"}
+    if len(budget["train_images"]) == 1:
+        return f"{next(iter(budget['train_images'].values())):,}"
     return " and ".join(f"{count:,} ({names[part]})" for part, count in budget["train_images"].items())
 
 
@@ -65,7 +67,7 @@ def _best_table(rules: list[Mapping]) -> str:
         [rule["rule"], f"{rule['guidance']:g}", *_figures(rule["runs"]), _difference(rule["runs"], first["runs"])]
         for rule in rules
     ]
-    return table(["score", "guidance", *_HEADS, f"from {first['rule']}"], rows)
+    return table(["score", "guidance", *_HEADS, f"minus {first['rule']}"], rows)
 
 
 def _guidance_table(rules: list[Mapping]) -> str:
@@ -142,7 +144,7 @@ def _ablations(results: Mapping) -> list[dict[str, Any]]:
             {
                 "title": ablation.title,
                 "text": ablation.text,
-                "table": table([ablation.title, *_HEADS, "from the bold"], rows),
+                "table": table([ablation.title, *_HEADS, "minus the bold"], rows),
                 "variance": _variance_table(results["benchmarks"]["variance"]["figures"]) if pairs else "",
             }
         )

@@ -218,8 +218,9 @@ def disk_bytes(parameters: config.Parameters, shape: Shape, *, images: int, weig
     channels, h, w = shape.latent
     side = parameters.data.image_size
     pixels = 3 * side**2 if parameters.prepare.compression != "links" else _LINK
-    state = (1 + 2 + _AVERAGES) * weights  # weights, moments, EMAs
-    arrays = {"data/raw": images * pixels} if parameters.data.source in ("idx", "npz") else {}  # at most: grey is less
+    state = (1 + _AVERAGES) * weights + moments_bytes(shape, parameters.train.optimizer)
+    # The arrays' own size is not known here; grey images need a third.
+    arrays = {"data/raw": images * 3 * side**2} if parameters.data.source in ("idx", "npz") else {}
     return {
         **arrays,
         "data/prepared": images * (pixels + _FLOAT),

@@ -278,7 +278,7 @@ def parameter_groups(model: AutoregressiveModel, *, weight_decay: float, head_ra
 
 
 def block_matrices(model: AutoregressiveModel) -> list[nn.Parameter]:
-    """The matrices inside the blocks of transformer and head: those that neither read input nor write output."""
+    """The matrices inside the residual blocks of transformer and head; embeddings and projections are outside."""
     return [p for name, p in model.named_parameters() if ".blocks." in name and p.dim() == 2]
 
 

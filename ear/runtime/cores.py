@@ -1,8 +1,8 @@
 """The CPU cores that this process may use."""
 
-import os
-
 
 def cores() -> int:
-    """Their number: those that the scheduler allows, where the system can say so, else those of the machine."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Their number: those that the affinity of the process and the CPU quota of its container allow."""
+    from joblib import cpu_count
+
+    return cpu_count()

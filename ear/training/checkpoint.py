@@ -13,6 +13,7 @@ from ear.files.tensors import read_description, write_tensors
 from ear.files.weights import check_weights
 from ear.runtime import distributed
 from ear.runtime.sharding import host_copies, own_part
+from ear.training.optimizer import moment_names
 
 _KEPT = 2  # checkpoints: the newest, and one to fall back to
 
@@ -37,8 +38,11 @@ def unpack(tensors: dict[str, torch.Tensor], modules: dict[str, nn.Module], opti
     moments = _under(tensors, "optimizer.")
     for name, parameter in _trained(modules).named_parameters():
         state = _of_parameter(moments, name)
-        if not state and moments:
-            raise UserError(f"the training state lacks optimizer.*.{name}; use an earlier checkpoint, or start again.")
+        if moments and (missing := moment_names(optimizer, parameter) - state.keys()):
+            raise UserError(
+                f"the training state lacks optimizer.{min(missing)}.{name}; if train.optimizer has changed, run the "
+                "train stage again, else use an earlier checkpoint, or start again."
+            )
         optimizer.state[parameter] = {
             key: own_part(value, parameter) if value.dim() else value.to(parameter.device).clone()
             for key, value in state.items()

@@ -27,15 +27,23 @@ def adamw(groups: list[Group], *, learning_rate: float, beta1: float, beta2: flo
     return torch.optim.AdamW(_declared(groups, learning_rate), betas=(beta1, beta2), fused=True)
 
 
+def moment_names(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> set[str]:
+    """The names under which `adamw` or MuonAdamW keeps what it needs of the past gradients of a parameter."""
+    if isinstance(optimizer, MuonAdamW) and id(parameter) in optimizer.matrices:
+        return {"momentum_buffer"}
+    return {"step", "exp_avg", "exp_avg_sq"}
+
+
 class MuonAdamW(torch.optim.Optimizer):
     """Muon for some matrices and fused AdamW for all other parameters, as one optimiser.
 
     Muon (Jordan et al. 2024) replaces the update of a matrix, an average of its gradients, by an orthogonal matrix near
     it. Updates are scaled to the length of AdamW's (Liu et al. 2025, arXiv:2502.16982), so rates and weight decays mean
-    the same for both. Matrices must be whole: no sharding.
+    the same for both. Matrices must be whole: no sharding. Orthogonalisation rounds to bfloat16, so ranks need the same
+    kind of device to keep the same weights.
     """
 
-    found_inf: Tensor  # [], 1 if this step must change nothing; set before each step
+    found_inf: Tensor  # [], 1 if this step must not change the parameters; set before each step
     grad_scale: None  # no loss is scaled
 
     def __init__(
@@ -47,7 +55,7 @@ class MuonAdamW(torch.optim.Optimizer):
         beta1: float,  # of AdamW
         beta2: float,
     ):
-        chosen = {id(matrix) for matrix in matrices}
+        self.matrices = chosen = {id(matrix) for matrix in matrices}
         inside, outside = (
             [replace(g, parameters=[p for p in g.parameters if (id(p) in chosen) == wanted]) for g in groups]
             for wanted in (True, False)
@@ -64,7 +72,10 @@ class MuonAdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure=None):
-        """Update all parameters, or none if `found_inf` is 1; the host does not wait for it. No closure is called."""
+        """Update all parameters, or none if `found_inf` is 1; the host does not wait for it. No closure is called.
+
+        With `found_inf`, Muon's averages become 0: the training is expected to end.
+        """
         self._adamw.found_inf, self._adamw.grad_scale = self.found_inf, None  # type: ignore[attr-defined]
         self._adamw.step()
         kept = 1 - self.found_inf

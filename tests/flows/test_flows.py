@@ -16,6 +16,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from ear import config
 from ear.config import edit
 from ear.config.compose import compose
 from ear.errors import UserError
@@ -613,13 +614,35 @@ def test_a_device_is_waited_for(repo):
     assert said[1:] == ["held 0,1"]
 
 
-def test_a_cpu_is_shared_by_runs_of_few_threads(monkeypatch):
+def test_runs_on_a_cpu_hold_a_core_per_thread(monkeypatch):
     monkeypatch.setattr(devices, "cores", lambda: 5)
-    names = {
-        threads: devices.devices(compose([f"compute.threads={threads}", "runtime.device=cpu"])) for threads in (2, 8)
-    }
-    assert names == {2: ["cpu-0", "cpu-1"], 8: ["cpu-0"]}
+    names = ["cpu-0", "cpu-1", "cpu-2", "cpu-3", "cpu-4"]
+    for threads, processes, expected in ((2, 1, 2), (2, 2, 4), (8, 1, 5)):
+        values = (f"compute.threads={threads}", f"runtime.processes={processes}", "runtime.device=cpu")
+        parameters = compose([*values])
+        assert devices.devices(parameters) == names
+        assert devices.needed(parameters, names) == expected
+        assert devices.needed(parameters, ["0", "1", "2"]) == processes  # GPUs
     assert devices.environment(["cpu-0", "cpu-1"]) == {}
+
+
+def test_a_run_that_waits_does_not_begin_after_a_stop(repo):
+    stopped, ended = threading.Event(), []
+
+    def wait() -> None:
+        with pytest.raises(devices.StoppedError), devices.hold(1, ["0"], ended.append, stopped):
+            raise AssertionError("it has begun")
+        ended.append("stopped")
+
+    with devices.hold(1, ["0"], print):
+        waiting = threading.Thread(target=wait)
+        waiting.start()
+        wait_for(lambda: ended, 10)
+        stopped.set()
+    waiting.join(20)
+    assert ended == ["other runs use 0; this one starts when they end", "stopped"]
+    with pytest.raises(devices.StoppedError):
+        experiments.run("late", {}, tree="HEAD", among=["0"], line=print, stopped=stopped)
 
 
 def hold_both(said: list[str]) -> None:
@@ -740,10 +763,14 @@ def test_a_sweep_refuses_what_it_cannot_do_before_it_runs(repo, client):
     assert sweep(metric="fdi", **options).message == (
         "metric 'fdi' is in no metrics file; there are: metrics.json:fid, metrics.json:nested.count."
     )
-    assert sweep(jobs=2, **options).message == (
-        "jobs is 2, but this machine runs 1 at a time: one per GPU or, without one, one per compute.threads cores; "
-        "lower jobs or compute.threads."
-    )
+    parameters = config.load("params.yaml")
+    cores = devices.devices(parameters)
+    most = len(cores) // devices.needed(parameters, cores)
+    for jobs in (0, most + 1):
+        assert sweep(jobs=jobs, **options).message == (
+            f"jobs is {jobs}, but this machine runs 1 to {most} at a time: each has runtime.processes GPUs or, without "
+            "a GPU, as many times compute.threads cores; choose another number, or lower compute.threads."
+        )
     assert not experiments.COPIES.exists()
 
 

@@ -10,6 +10,7 @@ import torch
 from processes import together
 from torch import nn
 
+from ear.errors import UserError
 from ear.files.tables import write_table
 from ear.files.tensors import read_tensors
 from ear.files.weights import load_weights
@@ -257,6 +258,14 @@ def test_muon_moves_a_matrix_alike_in_all_directions():
     matrix.grad, optimizer.found_inf = torch.full((8, 4), float("nan")), torch.ones(())
     optimizer.step()
     assert all(torch.equal(p, old) for p, old in zip((matrix, vector), before, strict=True))
+
+
+@pytest.mark.parametrize("muon", [False, True])
+def test_the_moments_of_another_optimiser_are_refused(tmp_path, muon):
+    tensors = fit(trainer(muon=muon), tmp_path, total=8).state()
+    missing = "exp_avg" if muon else "momentum_buffer"
+    with pytest.raises(UserError, match=rf"lacks optimizer\.{missing}\.weight; if train\.optimizer has changed, run"):
+        trainer(muon=not muon).restore(tensors, images=8)
 
 
 def test_tables_are_tab_separated_with_a_header(tmp_path):
