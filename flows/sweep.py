@@ -144,8 +144,8 @@ def run_all(runs: Mapping[str, Mapping[str, Any]], jobs: int = 1) -> Iterator[tu
     most = min(len(among) // needed(parameters, among) for parameters in checked)
     if not 1 <= jobs <= most:
         raise UserError(
-            f"jobs is {jobs}, but this machine runs 1 to {most} at a time: each has runtime.processes GPUs or, without "
-            "a GPU, as many times compute.threads cores; choose another number, or lower compute.threads."
+            f"jobs is {jobs}, but must be 1 to {most} on this machine: each takes runtime.processes GPUs or, without "
+            "GPUs, runtime.processes x compute.threads cores; choose another number, or lower compute.threads."
         )
     with turn(get_run_logger().info):
         tree = experiments.snapshot()

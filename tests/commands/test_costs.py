@@ -156,6 +156,17 @@ def test_muon_keeps_one_number_for_a_matrix_of_a_block():
     assert both["adamw"] - both["muon"] == 4 * in_blocks
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_disk_has_the_pixels_of_arrays_and_the_moments_of_the_optimiser(optimizer):
+    parameters = compose(["preset=fashion", f"train.optimizer={optimizer}"])
+    shape = costs.model_shape(parameters, costs.build_tokenizer(parameters), classes=10)
+    weights = 4 * costs.count_parameters(shape)["all"]
+    disk = costs.disk_bytes(parameters, shape, images=70_000, weights=weights)
+    assert disk["data/raw"] == 70_000 * 3 * 28**2
+    state = 3 * weights + costs.moments_bytes(shape, optimizer)  # weights and two EMAs
+    assert (disk["data/model"], disk["work, while a phase trains"]) == (weights + state, 3 * state)
+
+
 def test_activations_shrink_with_precision_and_checkpointing():
     _, shape = deeper(depth=8)
     plain, checkpointed = costs.activation_bytes(shape, images=16, precision="float32")

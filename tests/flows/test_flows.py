@@ -768,8 +768,8 @@ def test_a_sweep_refuses_what_it_cannot_do_before_it_runs(repo, client):
     most = len(cores) // devices.needed(parameters, cores)
     for jobs in (0, most + 1):
         assert sweep(jobs=jobs, **options).message == (
-            f"jobs is {jobs}, but this machine runs 1 to {most} at a time: each has runtime.processes GPUs or, without "
-            "a GPU, as many times compute.threads cores; choose another number, or lower compute.threads."
+            f"jobs is {jobs}, but must be 1 to {most} on this machine: each takes runtime.processes GPUs or, without "
+            "GPUs, runtime.processes x compute.threads cores; choose another number, or lower compute.threads."
         )
     assert not experiments.COPIES.exists()
 

@@ -1,4 +1,4 @@
-"""`ear.load` and `ear.generate`: images from the outputs of the stages, and errors for bad input."""
+"""Test `ear.load` and `ear.generate` on outputs of the stages, and their errors for bad input."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""`reference` and `evaluate` on real digits, each test in its own repository."""
+"""Run the stages `reference` and `evaluate` on real digits; each test has its own repository."""
 
 import json
 import os

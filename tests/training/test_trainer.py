@@ -1,4 +1,4 @@
-"""The training loop: gradient accumulation, several ranks, checkpoints, resume, signals, non-finite gradients."""
+"""Test the training loop: accumulation, several ranks, checkpoints, resume, signals, non-finite gradients."""
 
 import multiprocessing
 import os
