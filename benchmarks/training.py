@@ -5,9 +5,9 @@
 Untrained models of the presets' sizes on random latents. A step is the posterior draw, noise, dropout, forward,
 backward, clipping, optimiser, EMAs and log on one global batch. The plain loop works as published code: the head on all
 tokens, one pass of the head per noise sample, optimiser and EMA parameter by parameter, the loss read at every step.
-Both take turns, so other work on the machine affects both; the median turn counts. Without --preset: digits or, on a
-CUDA device, the three published ImageNet sizes with their own precision and compilation. share_of_peak is the rate of
-the step's matrix products over that of one large product, measured here; mfu over the data sheet's.
+Both use AdamW and take turns, so other work on the machine affects both; the median turn counts. Without --preset:
+digits or, on a CUDA device, the three published ImageNet sizes with their own precision and compilation. share_of_peak
+is the rate of the step's matrix products over that of one large product, measured here; mfu over the data sheet's.
 """
 
 import contextlib
@@ -84,9 +84,9 @@ def plain_loop(model: MaskedModel, parameters: Parameters, batch: Batch, autocas
 
 
 def parameters_of(preset: str, device: torch.device) -> Parameters:
-    """The preset's parameters; on a CPU in float32."""
+    """The preset's parameters, with the optimiser of published code; on a CPU in float32."""
     fast = ["train.precision=float32"] if device.type == "cpu" else []
-    return compose([f"preset={preset}", *INPUTS, *fast])
+    return compose([f"preset={preset}", *INPUTS, "train.optimizer=adamw", *fast])
 
 
 def baseline(preset: str, device: torch.device) -> Callable[[], object]:
@@ -174,7 +174,7 @@ def main() -> None:
     parser = measure.arguments(__doc__)
     measure.add_device(parser)
     parser.add_argument("--preset", nargs="+", metavar="NAME", help="default: digits, or the published sizes on CUDA")
-    parser.add_argument("--rounds", type=int, default=5, help="turns of which the median counts (default: 5)")
+    parser.add_argument("--rounds", type=int, default=9, help="turns of which the median counts (default: 9)")
     arguments = parser.parse_args()
     device = measure.device_of(arguments.device)
     presets = arguments.preset or (PUBLISHED if device.type == "cuda" else ["digits"])
