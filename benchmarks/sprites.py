@@ -20,7 +20,7 @@ _FOLD = 5
 
 
 def unit(path: Path) -> str:
-    """The unit that a picture shows, given relative to its people: fighter+female-die-2.png and fighter/run.png => fighter."""
+    """The unit in a picture; path below its people: fighter+female-die-2.png, fighter/run-1.png => fighter."""
     return re.split(r"[-+.]", path.parts[0])[0]
 
 
