@@ -85,7 +85,7 @@ def main() -> None:
         del candidate.training[0], candidate.sampling[0]
     figures = {rule: candidate.figures() for rule, candidate in candidates.items()}
     options = {key: getattr(parameters.sample, key) for key in ("steps", "guidance", "batch_size")}
-    measure.report("scores", {"sampling": options, "rules": figures}, save=arguments.save)
+    measure.report("scores", {"sampling": options, "rules": figures}, save=arguments.save, results=arguments.results)
 
 
 if __name__ == "__main__":

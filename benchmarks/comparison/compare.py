@@ -1,13 +1,14 @@
 """Train every score on the same latents at the same budget, and write docs/scores.md.
 
     python -m benchmarks.comparison --threads 1 -j 2
-    python -m benchmarks.comparison --images 128000 --seeds 5 --only rules --output docs
+    python -m benchmarks.comparison --only rules --rules energy hyvarinen --guidance 2.5 4 --output docs/fashion
 
 Every model is trained from several seeds. Each rule's guidance scale is the one with the lowest mean FID, on images
 that are not reported. Each run is a DVC experiment on the current commit (see flows.experiments): the workspace is not
-changed, shared stages run once, and a stopped comparison resumes as long as the commit is the same. The page, its grids
-and its data (scores/results.json) are written after all runs have succeeded; rates are measured at the end. If only one
-part is run, the other part of the page is kept if it is of the same commit and has as many seeds.
+changed, shared stages run once, and a stopped comparison resumes as long as the commit is the same. The page, its
+grids, its data (scores/results.json) and params.yaml as it was (scores/params.yaml) are written after all runs have
+succeeded; rates are measured at the end. If only one part is run, the other part of the page is kept if it is of the
+same commit and parameters.
 
 Models of this size gain little from a second thread: one thread each, and as many runs at a time as there are cores,
 take the least time. The number of threads changes results slightly (rounding).
@@ -19,7 +20,9 @@ import flows.settings  # noqa: F401 - first: Prefect reads its settings when it 
 # isort: on
 import argparse
 import json
+import shutil
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -29,9 +32,12 @@ from prefect.artifacts import create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
 from prefect.states import Completed, Failed
 
-from benchmarks.comparison import page, plan
+from benchmarks.comparison import page
 from benchmarks.comparison.figure import quality_against_time
 from benchmarks.comparison.plan import (
+    GUIDANCE,
+    RULES,
+    Scope,
     Values,
     ablation_runs,
     default_run,
@@ -57,18 +63,19 @@ Budget = Mapping[Part, Values]  # the keys that all runs of a part share
 
 # The training images of the digits preset, and about a third of them.
 IMAGES: dict[Part, int] = {"rules": 51_200, "ablations": 22_400}
-SEEDS = 3  # of training
 REFERENCE = "data/reference/metrics.json"
-BENCHMARKS = ("heads", "scores", "variance")  # files in benchmarks/results/; `scores` is measured by this program
-# Results may differ from the commit that the page names.
-_RESULTS = ("dvc.lock", "data/", "docs/", "benchmarks/results/")
+BENCHMARKS = ("heads", "variance")  # files in benchmarks/results/
+# Results may differ from the commit that the page names; parameters are kept beside it.
+_MAY_DIFFER = ("dvc.lock", "data/", "docs/", "benchmarks/results/", str(PARAMETERS))
 
 
 @flow(name="compare")
 def compare(
     images: int = IMAGES["rules"],
     ablation_images: int = IMAGES["ablations"],
-    seeds: int = SEEDS,
+    seeds: int = Scope.seeds,
+    rules: Sequence[str] = tuple(RULES),
+    guidance: Sequence[float] = GUIDANCE,
     only: Part | None = None,
     threads: int | None = None,
     jobs: int = 1,
@@ -80,6 +87,8 @@ def compare(
         images: training images of each rule's model.
         ablation_images: training images of each model of the ablations.
         seeds: trainings of each model, from `train.seed` on.
+        rules: names of plan.RULES; the others are compared with the first.
+        guidance: the scales that each rule is tried at.
         only: the rules, or the ablations of the energy score; none means both.
         threads: `compute.threads` of every run; none: that of params.yaml.
         jobs: runs at a time, each on its own GPU, or on its own `threads` cores.
@@ -97,33 +106,46 @@ def compare(
         }
         check_extractor(parameters)
         check_count(parameters)
-        if seeds < 1:
-            raise UserError(f"seeds is {seeds}, but must be at least 1.")
-        runs = planned(parameters, budget, seeds)
+        scope = checked_scope(rules, guidance, seeds)
+        runs = planned(parameters, budget, scope)
         for values in runs:
             edit.check(PARAMETERS, values)
     except (UserError, RepositoryError) as error:
         return Failed(message=str(error))
     if failure := failure_of(runs, jobs):
         return Failed(message=failure)
+    rates: dict[str, Any] = {}
     if "rules" in budget:
         # Only now is it known at which scale each rule is reported.
-        scales = chosen_scales(parameters, budget["rules"], seeds)
-        reported = reported_runs(parameters, budget["rules"], seeds, scales)
+        scales = chosen_scales(parameters, budget["rules"], scope)
+        reported = reported_runs(parameters, budget["rules"], scope, scales)
         if failure := failure_of([values for each in reported.values() for values in each], jobs):
             return Failed(message=failure)
-        state = measure_rates(return_state=True)
-        if not state.is_completed():
-            return Failed(message=state.message)
-    publish(joined(collect(parameters, budget, seeds), Path(output)), Path(output))
+        try:
+            rates = {"scores": measure_rates(scope.rules)}
+        except UserError as error:
+            return Failed(message=str(error))
+    publish(joined(collect(parameters, budget, scope, rates), Path(output)), Path(output))
     return Completed(message=f"{len(runs)} runs; see {output}/scores.md")
 
 
 def check_committed() -> None:
     """Raise UserError if code or parameters differ from the last commit, since the page names the commit."""
-    edited = [path for path in experiments.edited() if not path.startswith(_RESULTS)]
+    edited = [path for path in experiments.edited() if not path.startswith(_MAY_DIFFER)]
     if edited:
         raise UserError(f"{edited[0]} is not as the last commit has it; commit it, so that the page can name its code.")
+
+
+def checked_scope(rules: Sequence[str], guidance: Sequence[float], seeds: int) -> Scope:
+    """What is compared. Raises UserError for an unknown rule, no rule or scale, or no seed."""
+    unknown = [rule for rule in rules if rule not in RULES]
+    if unknown:
+        raise UserError(f"{unknown[0]!r} is not among the rules; name some of {', '.join(map(repr, RULES))}.")
+    if not rules or not guidance or seeds < 1:
+        raise UserError(
+            f"{len(rules)} rules, {len(guidance)} scales and {seeds} seeds, but at least 1 of each is needed."
+        )
+    return Scope(tuple(dict.fromkeys(rules)), tuple(dict.fromkeys(guidance)), seeds)
 
 
 def check_extractor(parameters: config.Parameters) -> None:
@@ -145,17 +167,17 @@ def check_count(parameters: config.Parameters) -> None:
         )
 
 
-def planned(parameters: config.Parameters, budget: Budget, seeds: int) -> list[Values]:
+def planned(parameters: config.Parameters, budget: Budget, scope: Scope) -> list[Values]:
     """The changes of params.yaml for all runs of the parts in `budget`; runs that share a training are adjacent.
 
     The runs that are reported of each rule are not among them: their scales are chosen by these.
     """
     runs: list[Values] = []
     if "rules" in budget:
-        for scales in rule_runs(parameters, budget["rules"], seeds).values():
+        for scales in rule_runs(parameters, budget["rules"], scope).values():
             runs += [values for of_one_seed in zip(*scales.values(), strict=True) for values in of_one_seed]
     if "ablations" in budget:
-        variants = ablation_runs(parameters, budget["ablations"], seeds).values()
+        variants = ablation_runs(parameters, budget["ablations"], scope).values()
         runs += [values for each in variants for _, of_one_variant in each for values in of_one_variant]
     return runs
 
@@ -173,41 +195,43 @@ def failure_of(runs: Sequence[Values], jobs: int) -> str | None:
     return f"{len(errors)} of {len(named)} runs failed ({name}: {message}); nothing was written"
 
 
-def chosen_scales(parameters: config.Parameters, budget: Values, seeds: int) -> dict[str, float]:
+def chosen_scales(parameters: config.Parameters, budget: Values, scope: Scope) -> dict[str, float]:
     """Rule => the guidance scale with its lowest mean FID over the training seeds."""
     return {
         rule: page.best({scale: outcomes(runs) for scale, runs in scales.items()})
-        for rule, scales in rule_runs(parameters, budget, seeds).items()
+        for rule, scales in rule_runs(parameters, budget, scope).items()
     }
 
 
 @task(task_run_name="measure rates", cache_policy=NO_CACHE)
-def measure_rates() -> State:
-    """Time training and sampling of every rule in one run, and save the results to benchmarks/results/."""
+def measure_rates(rules: Sequence[str]) -> dict[str, Any]:
+    """Time training and sampling of the rules in one run => the report of benchmarks.scores. Raises UserError."""
     lines: list[str] = []
-    program = [sys.executable, "-m", "benchmarks.scores", "--save", "--rules", *plan.RULES]
-    if command.stream(program, line=lines.append, environment=repository.environment()):
-        return Failed(message=f"benchmarks.scores failed: {lines[-1] if lines else 'it said nothing'}")
-    return Completed()
+    with tempfile.TemporaryDirectory() as folder:
+        program = [sys.executable, "-m", "benchmarks.scores", "--save", "--results", folder, "--rules", *rules]
+        if command.stream(program, line=lines.append, environment=repository.environment()):
+            raise UserError(f"benchmarks.scores failed: {lines[-1] if lines else 'it said nothing'}.")
+        return read_json(Path(folder) / "scores.json")
 
 
-def collect(parameters: config.Parameters, budget: Budget, seeds: int) -> dict[str, Any]:
-    """Everything that the page shows of the parts in `budget`."""
+def collect(parameters: config.Parameters, budget: Budget, scope: Scope, rates: Mapping[str, Any]) -> dict[str, Any]:
+    """Everything that the page shows of the parts in `budget`. rates: {"scores": report}, if rules are among them."""
     results: dict[str, Any] = {
         "budget": {
             "commit": experiments.head(),
             "train_images": {part: values["train.images"] for part, values in budget.items()},
             "threads": next(iter(budget.values()))["compute.threads"],
             "finetune_images": parameters.finetune.images,
-            "seeds": seeds,
+            "seeds": scope.seeds,
         },
+        "parameters": parameters.model_dump(mode="json"),
         "sampling": parameters.sample.model_dump(),
-        "benchmarks": {name: read_json(f"benchmarks/results/{name}.json") for name in BENCHMARKS},
+        "benchmarks": {**{name: read_json(f"benchmarks/results/{name}.json") for name in BENCHMARKS}, **rates},
     }
     if "rules" in budget:
         shared = budget["rules"]
-        scales = chosen_scales(parameters, shared, seeds)
-        reported = reported_runs(parameters, shared, seeds, scales)
+        scales = chosen_scales(parameters, shared, scope)
+        reported = reported_runs(parameters, shared, scope, scales)
         results["rules"] = [
             {
                 "rule": rule,
@@ -215,7 +239,7 @@ def collect(parameters: config.Parameters, budget: Budget, seeds: int) -> dict[s
                 "runs": outcomes(reported[rule]),
                 "choice": [{"guidance": scale, "runs": outcomes(runs)} for scale, runs in tried.items()],
             }
-            for rule, tried in rule_runs(parameters, shared, seeds).items()
+            for rule, tried in rule_runs(parameters, shared, scope).items()
         ]
     if "ablations" in budget:
         default = default_run(parameters, budget["ablations"])
@@ -224,9 +248,9 @@ def collect(parameters: config.Parameters, budget: Budget, seeds: int) -> dict[s
                 {"values": dict(variant), "default": runs[0] == default, "runs": outcomes(runs)}
                 for variant, runs in variants
             ]
-            for title, variants in ablation_runs(parameters, budget["ablations"], seeds).items()
+            for title, variants in ablation_runs(parameters, budget["ablations"], scope).items()
         }
-    any_run = run_name(planned(parameters, budget, seeds)[0])
+    any_run = run_name(planned(parameters, budget, scope)[0])
     figures, real = (json.loads(experiments.read(any_run, path)) for path in (EVALUATION, REFERENCE))
     return results | {
         "floor": figures["fid_floor"],
@@ -241,11 +265,13 @@ def joined(results: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     if not path.exists():
         return dict(results)
     before, now = read_json(path), results["budget"]
-    if any(before["budget"].get(key) != now[key] for key in ("commit", "finetune_images", "seeds", "threads")):
+    same = all(before["budget"].get(key) == now[key] for key in ("commit", "seeds", "threads"))
+    if not same or before.get("parameters") != results["parameters"]:
         return dict(results)
     budget = now | {"train_images": before["budget"]["train_images"] | now["train_images"]}
     kept: dict[str, Any] = {part: before[part] for part in IMAGES if part in before}
-    return {**kept, **results, "budget": budget}
+    benchmarks = before["benchmarks"] | results["benchmarks"]
+    return {**kept, **results, "budget": budget, "benchmarks": benchmarks}
 
 
 def outcomes(runs: Sequence[Values]) -> list[dict[str, Any]]:
@@ -261,7 +287,7 @@ def outcome(values: Values) -> dict[str, Any]:
 
 
 def publish(results: Mapping[str, Any], folder: Path) -> None:
-    """Write the page, its pictures and its data."""
+    """Write the page, its pictures, its data and its parameters."""
     for rule in results.get("rules", []):
         target = folder / "scores" / f"{file_name(rule['rule'])}.png"
         experiments.fetch(rule["runs"][0]["experiment"], str(GRID), target)
@@ -269,6 +295,8 @@ def publish(results: Mapping[str, Any], folder: Path) -> None:
         with whole_file(folder / "scores" / "time.png") as partial:
             quality_against_time(results).savefig(partial, format="png", dpi=120)
     write_json(folder / "scores" / "results.json", results)
+    with whole_file(folder / "scores" / "params.yaml") as partial:
+        shutil.copyfile(PARAMETERS, partial)
     text = page.page(results)
     with whole_file(folder / "scores.md") as partial:
         partial.write_text(text)
@@ -285,7 +313,13 @@ def main() -> int:
     for part, count in IMAGES.items():
         option = "--images" if part == "rules" else "--ablation-images"
         parser.add_argument(option, type=int, default=count, help=f"training images per model of the {part} ({count})")
-    parser.add_argument("--seeds", type=int, default=SEEDS, help=f"trainings of each model ({SEEDS})")
+    parser.add_argument("--seeds", type=int, default=Scope.seeds, help=f"trainings of each model ({Scope.seeds})")
+    parser.add_argument(
+        "--rules", nargs="+", choices=RULES, default=[*RULES], metavar="RULE", help=f"of {', '.join(map(repr, RULES))}"
+    )
+    parser.add_argument(
+        "--guidance", nargs="+", type=float, default=[*GUIDANCE], metavar="SCALE", help=f"scales to try ({GUIDANCE})"
+    )
     parser.add_argument("--only", choices=("rules", "ablations"), help="default: both")
     parser.add_argument("--threads", type=int, help="compute.threads of every run (default: that of params.yaml)")
     parser.add_argument(

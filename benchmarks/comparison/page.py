@@ -26,7 +26,7 @@ def page(results: Mapping[str, Any]) -> str:
     return template.render(
         budget={**results["budget"], "train_images": _budget(results["budget"])},
         rules=_rules(results) if "rules" in results else None,
-        rates=_rates(benchmarks["scores"]),
+        rates=_rates(benchmarks["scores"]) if "rules" in results else None,
         heads=_heads(benchmarks["heads"]["figures"]),
         ablations=_ablations(results) if "ablations" in results else None,
         sampling=results["sampling"],

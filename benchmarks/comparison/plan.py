@@ -4,7 +4,7 @@ Each rule is sampled at several guidance scales, since the best scale differs; t
 Scales are chosen on images of another sampling seed than those reported. Every model is trained from several seeds.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +24,15 @@ RULES: dict[str, Values] = {
     "categorical": {"score.name": "categorical"},
     "energy, causal raster": {"score.name": "energy", "model.attention": "causal", "model.order": "raster"},
 }
+
+
+@dataclass(frozen=True)
+class Scope:
+    """What is compared: rules, each at these guidance scales, from so many training seeds."""
+
+    rules: Sequence[str] = tuple(RULES)
+    scales: Sequence[float] = GUIDANCE
+    seeds: int = 3
 
 
 @dataclass(frozen=True)
@@ -101,23 +110,23 @@ def default_run(parameters: config.Parameters, budget: Values) -> Values:
     return changes({"score.name": "energy", **budget}, parameters)
 
 
-def rule_runs(parameters: config.Parameters, budget: Values, seeds: int) -> dict[str, dict[float, list[Values]]]:
+def rule_runs(parameters: config.Parameters, budget: Values, scope: Scope) -> dict[str, dict[float, list[Values]]]:
     """Rule => guidance scale => the changes of params.yaml for each training seed, to choose the scale by.
 
     budget: the keys that all runs share.
     """
     apart = {"sample.seed": parameters.sample.seed + APART}
     return {
-        rule: {scale: _seeded({**rule_at(rule, budget, scale), **apart}, parameters, seeds) for scale in GUIDANCE}
-        for rule in RULES
+        rule: {scale: _seeded({**rule_at(rule, budget, scale), **apart}, parameters, scope) for scale in scope.scales}
+        for rule in scope.rules
     }
 
 
 def reported_runs(
-    parameters: config.Parameters, budget: Values, seeds: int, scales: Mapping[str, float]
+    parameters: config.Parameters, budget: Values, scope: Scope, scales: Mapping[str, float]
 ) -> dict[str, list[Values]]:
     """Rule => the changes of params.yaml for each training seed, at the scale chosen for the rule."""
-    return {rule: _seeded(rule_at(rule, budget, scale), parameters, seeds) for rule, scale in scales.items()}
+    return {rule: _seeded(rule_at(rule, budget, scale), parameters, scope) for rule, scale in scales.items()}
 
 
 def rule_at(rule: str, budget: Values, scale: float) -> Values:
@@ -126,7 +135,7 @@ def rule_at(rule: str, budget: Values, scale: float) -> Values:
 
 
 def ablation_runs(
-    parameters: config.Parameters, budget: Values, seeds: int
+    parameters: config.Parameters, budget: Values, scope: Scope
 ) -> dict[str, list[tuple[Values, list[Values]]]]:
     """Ablation => its variants (including params.yaml itself), each with the changes of params.yaml for each seed."""
     default = default_run(parameters, budget)
@@ -135,14 +144,14 @@ def ablation_runs(
         runs = [(variant, changes({**default, **variant}, parameters)) for variant in ablation.variants]
         if default not in [values for _, values in runs]:
             runs.insert(0, ({key: _value(parameters, key) for key in ablation.variants[0]}, default))
-        found[ablation.title] = [(variant, _seeded(values, parameters, seeds)) for variant, values in runs]
+        found[ablation.title] = [(variant, _seeded(values, parameters, scope)) for variant, values in runs]
     return found
 
 
-def _seeded(values: Values, parameters: config.Parameters, seeds: int) -> list[Values]:
+def _seeded(values: Values, parameters: config.Parameters, scope: Scope) -> list[Values]:
     """The changes for each of the training seeds, which begin at that of params.yaml."""
     first = parameters.train.seed
-    return [changes({**values, "train.seed": seed}, parameters) for seed in range(first, first + seeds)]
+    return [changes({**values, "train.seed": seed}, parameters) for seed in range(first, first + scope.seeds)]
 
 
 def changes(values: Values, parameters: config.Parameters) -> Values:

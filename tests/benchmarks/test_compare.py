@@ -12,14 +12,22 @@ import torch
 from PIL import Image
 
 from benchmarks.comparison import page, plan
-from benchmarks.comparison.compare import check_committed, check_count, check_extractor, joined, planned
+from benchmarks.comparison.compare import (
+    check_committed,
+    check_count,
+    check_extractor,
+    checked_scope,
+    joined,
+    planned,
+)
 from benchmarks.comparison.figure import quality_against_time
-from benchmarks.comparison.plan import ablation_runs, changes, default_run, reported_runs, rule_runs, run_name
+from benchmarks.comparison.plan import Scope, ablation_runs, changes, default_run, reported_runs, rule_runs, run_name
 from benchmarks.scores import Candidate
 from ear import config
 from ear.config import edit
 from ear.config.compose import compose
 from ear.config.document import to_yaml
+from ear.errors import UserError
 from flows import repository
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -35,6 +43,7 @@ TINY = [
 
 
 BUDGET = {"train.images": 640}
+TWO_SEEDS = Scope(seeds=2)
 
 
 @pytest.fixture(scope="module")
@@ -47,19 +56,25 @@ def parameters() -> config.Parameters:
 
 def test_equal_runs_have_one_name(parameters):
     scales = dict.fromkeys(plan.RULES, parameters.sample.guidance)
-    reported, ablations = reported_runs(parameters, BUDGET, 2, scales), ablation_runs(parameters, BUDGET, 2)
+    reported, ablations = (
+        reported_runs(parameters, BUDGET, TWO_SEEDS, scales),
+        ablation_runs(parameters, BUDGET, TWO_SEEDS),
+    )
     first, second = reported["energy"]
     assert first == default_run(parameters, BUDGET) == {"train.images": 640}
     assert second == {"train.images": 640, "train.seed": 1}
     assert run_name(first) == "compare-train.images=640"
-    assert run_name(rule_runs(parameters, BUDGET, 1)["logarithmic, full"][1.0][0]) == (
+    assert run_name(rule_runs(parameters, BUDGET, Scope(seeds=1))["logarithmic, full"][1.0][0]) == (
         "compare-score.name=logarithmic-score.covariance=full-train.images=640-sample.guidance=1.0-sample.seed=1000000"
     )
-    all_runs = planned(parameters, {"rules": BUDGET, "ablations": BUDGET}, 2)
+    all_runs = planned(parameters, {"rules": BUDGET, "ablations": BUDGET}, TWO_SEEDS)
     names = {run_name(values) for values in all_runs}
     assert len(names) == len({json.dumps(values, sort_keys=True) for values in all_runs})
     assert len(names) < len(all_runs)
-    assert planned(parameters, {"rules": BUDGET}, 2) + planned(parameters, {"ablations": BUDGET}, 2) == all_runs
+    assert (
+        planned(parameters, {"rules": BUDGET}, TWO_SEEDS) + planned(parameters, {"ablations": BUDGET}, TWO_SEEDS)
+        == all_runs
+    )
     assert changes({"train.images": parameters.train.images, "score.alpha": 1.5}, parameters) == {"score.alpha": 1.5}
     assert len(ablations) == len(plan.ABLATIONS)
 
@@ -67,16 +82,30 @@ def test_equal_runs_have_one_name(parameters):
 @pytest.mark.parametrize("guidance", [1.8, 1.7])
 def test_every_ablation_holds_the_parameters_as_they_are(guidance):
     parameters = compose(["preset=digits", f"sample.guidance={guidance}"])
-    for title, variants in ablation_runs(parameters, BUDGET, 2).items():
+    for title, variants in ablation_runs(parameters, BUDGET, TWO_SEEDS).items():
         assert [runs[0] for _, runs in variants].count({"train.images": 640}) == 1, title
-    guided = ablation_runs(parameters, BUDGET, 2)["Guidance"]
+    guided = ablation_runs(parameters, BUDGET, TWO_SEEDS)["Guidance"]
     assert guided[0][0] == {"sample.guidance": 1.0 if guidance == 1.8 else 1.7}
+
+
+def test_some_rules_at_some_scales(parameters):
+    scope = checked_scope(["hyvarinen", "energy"], [2.0, 4.0], 2)
+    found = planned(parameters, {"rules": BUDGET}, scope)
+    assert [(run.get("score.name", "energy"), run["sample.guidance"], run.get("train.seed", 0)) for run in found] == [
+        *(("hyvarinen", scale, seed) for seed in (0, 1) for scale in (2.0, 4.0)),
+        *(("energy", scale, seed) for seed in (0, 1) for scale in (2.0, 4.0)),
+    ]
+    with pytest.raises(UserError, match=r"^'givt' is not among the rules; name some of 'energy', 'kernel', "):
+        checked_scope(["energy", "givt"], [2.0], 2)
+    for rules, scales, seeds in (([], [2.0], 1), (["energy"], [], 1), (["energy"], [2.0], 0)):
+        with pytest.raises(UserError, match="at least 1 of each is needed"):
+            checked_scope(rules, scales, seeds)
 
 
 def test_every_run_is_valid(parameters, tmp_path):
     path = tmp_path / "params.yaml"
     path.write_text(to_yaml(parameters, "test"))
-    for values in planned(parameters, {"rules": BUDGET, "ablations": BUDGET}, 2):
+    for values in planned(parameters, {"rules": BUDGET, "ablations": BUDGET}, TWO_SEEDS):
         edit.check(path, values)
     with pytest.raises(ValueError, match=r"train\.images is 0 and train\.weights is empty"):
         edit.check(path, default_run(parameters, {"train.images": 0}))
@@ -84,8 +113,8 @@ def test_every_run_is_valid(parameters, tmp_path):
 
 def test_a_scale_is_never_chosen_on_reported_images(parameters):
     scales = dict.fromkeys(plan.RULES, 1.5)
-    tried = [runs for each in rule_runs(parameters, BUDGET, 3).values() for runs in each.values()]
-    reported = list(reported_runs(parameters, BUDGET, 3, scales).values())
+    tried = [runs for each in rule_runs(parameters, BUDGET, Scope()).values() for runs in each.values()]
+    reported = list(reported_runs(parameters, BUDGET, Scope(), scales).values())
     assert {values["sample.seed"] for runs in tried for values in runs} == {1_000_000}
     assert not [values for runs in reported for values in runs if "sample.seed" in values]
     assert all([values.get("train.seed", 0) for values in runs] == [0, 1, 2] for runs in tried + reported)
@@ -95,7 +124,7 @@ def test_runs_of_one_training_are_neighbours(parameters):
     """So that the training is in DVC's cache, and still the newest, when the next scale is sampled."""
     keys = [
         json.dumps({key: value for key, value in values.items() if not key.startswith("sample.")})
-        for values in planned(parameters, {"rules": BUDGET}, 3)
+        for values in planned(parameters, {"rules": BUDGET}, Scope())
     ]
     assert len([1 for before, after in itertools.pairwise(keys) if before != after]) + 1 == len(set(keys)) == 21
 
@@ -134,20 +163,34 @@ def published(folder: Path, **results) -> None:
 
 
 def test_a_part_made_alone_joins_the_other_of_the_same_commit(tmp_path):
+    shared = {"parameters": {"finetune": {"images": 10}}}
     budget = {"commit": "abc", "finetune_images": 10, "seeds": 3, "threads": 1}
-    ablations = {"budget": {**budget, "train_images": {"ablations": 64}}, "ablations": {"Noise": []}}
+    ablations = {
+        **shared,
+        "budget": {**budget, "train_images": {"ablations": 64}},
+        "ablations": {"Noise": []},
+        "benchmarks": {"heads": 2},
+    }
     assert joined(ablations, tmp_path) == ablations
-    rules = {"budget": {**budget, "train_images": {"rules": 128}}, "rules": [{"rule": "energy"}]}
+    rules = {
+        **shared,
+        "budget": {**budget, "train_images": {"rules": 128}},
+        "rules": [{"rule": "energy"}],
+        "benchmarks": {"heads": 1, "scores": 1},
+    }
     published(tmp_path, **rules)
     whole = joined(ablations, tmp_path)
     assert whole["rules"] == rules["rules"]
     assert whole["ablations"] == ablations["ablations"]
     assert whole["budget"]["train_images"] == {"rules": 128, "ablations": 64}
+    assert whole["benchmarks"] == {"heads": 2, "scores": 1}
     again = {**rules, "rules": [{"rule": "kernel"}]}
     assert joined(again, tmp_path)["rules"] == again["rules"]
     for other in ({"commit": "abd"}, {"seeds": 1}, {"threads": 2}):
         published(tmp_path, **{**rules, "budget": {**rules["budget"], **other}})
         assert joined(ablations, tmp_path) == ablations
+    published(tmp_path, **{**rules, "parameters": {"finetune": {"images": 20}}})
+    assert joined(ablations, tmp_path) == ablations
 
 
 def test_a_comparison_needs_a_classifier(parameters):
@@ -241,6 +284,7 @@ def test_code_that_is_not_committed_is_refused(tmp_path, monkeypatch):
     monkeypatch.chdir(repository_of(tmp_path))
     (tmp_path / "docs").mkdir(exist_ok=True)
     (tmp_path / "docs/scores.md").write_text("a result")
+    (tmp_path / "params.yaml").write_text("kept beside the page")
     check_committed()
     (tmp_path / "ear/new.py").write_text("")
     with pytest.raises(ValueError, match=r"^ear/new\.py is not as the last commit has it; commit it"):
@@ -251,13 +295,8 @@ def test_code_that_is_not_committed_is_refused(tmp_path, monkeypatch):
 def test_a_comparison_of_two_rules_goes_on_and_writes_its_page(tmp_path):
     """Two runs at two scales; one experiment is taken away, as a kill would leave it, and made again alone."""
     folder = repository_of(tmp_path)
-    program = (
-        "import sys; from benchmarks.comparison import compare, plan\n"
-        "plan.GUIDANCE = (1.0, 1.5)\n"
-        "plan.RULES = {name: plan.RULES[name] for name in ('energy', 'logarithmic, full')}\n"
-        "sys.exit(compare.main())"
-    )
-    command = [sys.executable, "-c", program, "--images", "128", "--seeds", "2", "--only", "rules", "-j", "2"]
+    options = ["--images", "128", "--seeds", "2", "--only", "rules", "-j", "2", "--guidance", "1", "1.5"]
+    command = [sys.executable, "-m", "benchmarks.comparison", "--rules", "energy", "logarithmic, full", *options]
     environment = {**repository.environment(), "NO_COLOR": "1"}
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -272,6 +311,7 @@ def test_a_comparison_of_two_rules_goes_on_and_writes_its_page(tmp_path):
     assert (folder / "docs/scores.md").read_text() == page.page(results)
     assert Image.open(folder / "docs/scores/logarithmic-full.png").size > (100, 100)
     assert Image.open(folder / "docs/scores/time.png").size == (864, 528)
+    assert (folder / "docs/scores/params.yaml").read_bytes() == (folder / "params.yaml").read_bytes()
     # Every stage before train ran once; each rule was trained once for each seed.
     assert [done.stderr.count(f"python -m stages.{stage}") for stage in ("cache", "train", "sample")] == [1, 4, 12]
 

@@ -14,7 +14,7 @@ PUBLISHED = {  # depth, width, heads, head depth, head width
     "imagenet256_huge": (40, 1280, 16, 12, 1536),
     "imagenet512_base": (24, 768, 12, 6, 1024),
 }
-FULL = ("digits", "fashion", "folder64", *PUBLISHED)
+FULL = ("digits", "fashion", "folder64", "folder64_cpu", *PUBLISHED)
 
 
 def composed(name: str, *overrides: str):
@@ -73,7 +73,7 @@ def test_smoke_forms_differ_in_size_not_in_structure(name):
     assert smoke.model.depth * smoke.model.width**2 < 50_000
 
 
-@pytest.mark.parametrize("name", ["folder64", "folder64_smoke"])
+@pytest.mark.parametrize("name", ["folder64", "folder64_smoke", "folder64_cpu", "folder64_cpu_smoke"])
 def test_a_preset_for_images_of_the_user_asks_for_their_path(name):
     with pytest.raises(ValueError, match=r"data\.path is empty, but data\.source is \w+; name the folder"):
         compose([f"preset={name}"])
