@@ -65,16 +65,15 @@ def main() -> None:
     names = arguments.only or ON[arguments.device]
     with tempfile.TemporaryDirectory() as folder:
         reports = [run(name, arguments.device, Path(folder)) for name in names]
+        gpus = [report["machine"]["gpu"] for report in reports if report["machine"].get("gpu")]
+        gpu = gpus[0] if gpus and arguments.device == "cuda" else None
         if arguments.save:
-            gpu = (
-                next((report["machine"].get("gpu") for report in reports), None) if arguments.device == "cuda" else None
-            )
             kept = RESULTS / re.sub(r"\W+", "-", gpu).lower() if gpu else RESULTS
             kept.mkdir(exist_ok=True)
             for path in Path(folder).iterdir():
                 (kept / path.name).write_bytes(path.read_bytes())
     machine = reports[0]["machine"]
-    device = machine.get("gpu") if arguments.device == "cuda" else machine["cpu"]
+    device = gpu or machine["cpu"]
     print(f"\n{device}, {machine['cores']} cores, load {machine['load']}\n")
     print(table(reports))
 

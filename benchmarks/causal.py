@@ -72,7 +72,7 @@ def main() -> None:
     torch.set_num_threads(parameters.compute.threads)
     grids = [compare(parameters, grid, arguments.images, arguments.repeats) for grid in _GRIDS]
     sizes = {key: getattr(parameters.model, key) for key in ("width", "depth", "heads", "buffer_size")}
-    measure.report("causal", {"model": sizes, "images": arguments.images, "grids": grids}, save=arguments.save)
+    measure.report("causal", {"model": sizes, "images": arguments.images, "grids": grids}, arguments)
 
 
 if __name__ == "__main__":

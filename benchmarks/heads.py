@@ -70,7 +70,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(compose([]).compute.threads)
     figures = {name: costs(*size, arguments.steps, arguments.repeats) for name, size in SIZES.items()}
-    measure.report("heads", figures, save=arguments.save)
+    measure.report("heads", figures, arguments)
 
 
 if __name__ == "__main__":

@@ -223,7 +223,7 @@ def main() -> None:
     for rows in (count for count in _GROWTH if 2 * count * ROW_BYTES < memory):
         with tempfile.TemporaryDirectory() as folder:
             figures["growth"].append(grown(Path(folder) / "store", rows, options.workers))
-    report("latents", figures, save=options.save, results=options.results)
+    report("latents", figures, options)
 
 
 if __name__ == "__main__":

@@ -43,7 +43,7 @@ def main() -> None:
         stage: known["bytes"][source] / measured["bytes_per_cpu_second"] / known["cpu_seconds"][work]
         for stage, (source, work) in STAGES.items()
     }
-    report("lineage", {**measured, "share_of_cpu_seconds": shares}, save=options.save)
+    report("lineage", {**measured, "share_of_cpu_seconds": shares}, options)
 
 
 if __name__ == "__main__":

@@ -94,7 +94,7 @@ def main() -> None:
         },
         "peak_memory_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6,
     }
-    measure.report("listing", figures, save=arguments.save)
+    measure.report("listing", figures, arguments)
 
 
 if __name__ == "__main__":

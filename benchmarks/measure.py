@@ -181,9 +181,9 @@ def add_device(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: CUDA if there is")
 
 
-def report(name: str, figures: dict, *, save: bool = False, results: Path | None = None) -> None:
-    """Print figures and machine facts as JSON; if `save`, also write NAME.json into `results` (default: RESULTS)."""
+def report(name: str, figures: dict, options: argparse.Namespace) -> None:
+    """Print figures and machine facts as JSON; with --save, also write NAME.json into --results (default: RESULTS)."""
     content = {"benchmark": name, "figures": rounded(figures), "machine": machine()}
     print(json.dumps(content, indent=1))
-    if save:
-        write_json((results or RESULTS) / f"{name}.json", content)
+    if options.save:
+        write_json((options.results or RESULTS) / f"{name}.json", content)

@@ -118,10 +118,15 @@ def compared(times: dict[str, np.ndarray], count: int) -> dict:
             "images_per_second": count / np.median(part[:, 0]),
             "images_per_cpu_second": count / np.median(part[:, 1]),
             "speed_per_core_against_plain": np.median(times["plain"][:, 1] / part[:, 1]),
-            "range_against_plain": sorted(times["plain"][:, 1] / part[:, 1])[:: len(part) - 1],
+            "range_against_plain": spread(times["plain"][:, 1] / part[:, 1]),
         }
         for name, part in times.items()
     }
+
+
+def spread(ratios: np.ndarray) -> list[float]:
+    """The smallest and the largest."""
+    return [float(ratios.min()), float(ratios.max())]
 
 
 def stored_bytes(manifest: Manifest, compression: str) -> dict:
@@ -186,7 +191,7 @@ def main() -> None:
         },
         "stored": stored,
     }
-    measure.report("prepare", figures, save=arguments.save, results=arguments.results)
+    measure.report("prepare", figures, arguments)
 
 
 if __name__ == "__main__":

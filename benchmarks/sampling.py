@@ -3,10 +3,10 @@
     python -m benchmarks.sampling [--device cuda] [--preset NAME ...] [--batch N] [--save]
 
 Untrained models and tokenizers of the presets' sizes draw images as the sample stage does, with the presets' own steps,
-guidance and precision. The baseline runs the transformer on all tokens of all rows and the head on all tokens in every
-step, as published code does, and discards most results; its decoder computes in float32. Both take turns, on a CPU in
-processes of their own, since stages keep freed memory and published code does not; the median turn counts. Without
---preset: digits or, on a CUDA device, the three published ImageNet sizes.
+guidance and precision. The baseline works as published code does: in every step, all blocks run on all tokens, with and
+without the class, and the head on the tokens of this step; the decoder computes in the sampling's precision. Both take
+turns, on a CPU in processes of their own, since stages keep freed memory and published code does not; the median turn
+counts. Without --preset: digits or, on a CUDA device, the three published ImageNet sizes.
 """
 
 import contextlib
@@ -34,7 +34,7 @@ from ear.sampling.settings import SamplingSettings
 
 @torch.inference_mode()
 def naive(model: MaskedModel, labels: Tensor, settings: SamplingSettings, source: Stream) -> Tensor:
-    """Guided sampling that runs the head on all tokens in every step => tokens [B, L, D]."""
+    """Guided sampling that runs all blocks on all tokens in every step => tokens [B, L, D]."""
     images, length, device = len(labels), model.tokens, labels.device
     orders = random_orders(images, length, source, device)
     tokens = torch.zeros(images, length, model.token_embedding.in_features, device=device)
@@ -42,17 +42,16 @@ def naive(model: MaskedModel, labels: Tensor, settings: SamplingSettings, source
     null, masked = torch.arange(2 * images, device=device) >= images, length
     for left in masked_after(length, settings.steps):
         hidden = model.hidden(tokens.repeat(2, 1, 1), mask.repeat(2, 1), labels.repeat(2), null)
-        conditional, unconditional = hidden.flatten(0, 1).chunk(2)
+        conditional, unconditional = hidden.chunk(2)
         scale = scale_at("linear", settings.guidance, tokens=length, masked=left)
-        drawn = model.score.sample(
-            conditional,
+        revealed = torch.zeros_like(mask).scatter_(1, orders[:, left:masked], True)
+        tokens[revealed] = model.score.sample(
+            conditional[revealed],
             source=source,
             temperature=settings.temperature,
-            unconditional=unconditional,
+            unconditional=unconditional[revealed],
             guidance=scale,
-        )
-        revealed = torch.zeros_like(mask).scatter_(1, orders[:, left:masked], True)
-        tokens = torch.where(revealed[..., None], drawn.unflatten(0, (images, length)).float(), tokens)
+        ).float()
         mask, masked = mask & ~revealed, left
     return tokens
 
@@ -99,7 +98,7 @@ class Case:
         labels = torch.tensor(self.labels, device=self.sampler.device)
         with precise(self.settings.precision, self.sampler.device):
             tokens = naive(model, labels, self.settings, image_streams(0, numbers))
-        plain = dataclasses.replace(self.settings, decoder_precision="float32")
+        plain = dataclasses.replace(self.settings, decoder_precision=self.settings.precision)
         self.sampler.pixels(unpatchify(tokens, model.patch, model.shape.latent), numbers, plain)
 
 
@@ -169,12 +168,12 @@ def main() -> None:
     measure.add_device(parser)
     parser.add_argument("--preset", nargs="+", metavar="NAME", help="default: digits, or the published sizes on CUDA")
     parser.add_argument("--batch", type=int, default=128, help="images at once (default: 128)")
-    parser.add_argument("--rounds", type=int, default=5, help="turns of which the median counts (default: 5)")
+    parser.add_argument("--rounds", type=int, default=9, help="turns of which the median counts (default: 9)")
     arguments = parser.parse_args()
     device = measure.device_of(arguments.device)
     presets = arguments.preset or (PUBLISHED if device.type == "cuda" else ["digits"])
     figures = {name: measured(name, arguments.batch, device, arguments.rounds) for name in presets}
-    measure.report("sampling", figures, save=arguments.save, results=arguments.results)
+    measure.report("sampling", figures, arguments)
 
 
 if __name__ == "__main__":

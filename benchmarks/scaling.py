@@ -242,7 +242,7 @@ def main() -> None:
     if not arguments.saved:
         torch.set_num_threads(1)
         parameters = compose([f"preset={PRESET}", "data.path=/images", "tokenizer.weights=/kl16.ckpt"])  # not read
-        measure.report("scaling", measured(Timer(arguments.repeats), parameters), save=arguments.save)
+        measure.report("scaling", measured(Timer(arguments.repeats), parameters), arguments)
     if arguments.write:
         saved = {name: read_json(measure.RESULTS / f"{name}.json") for name in scaling_page.NEEDED}
         arguments.write.write_text(scaling_page.fill(arguments.write.read_text(), scaling_page.tables(saved)))

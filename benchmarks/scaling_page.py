@@ -70,7 +70,7 @@ def tables(saved: Mapping[str, dict]) -> dict[str, str]:
     disk |= {name: stored[name] for name in ("data/prepared", "data/latents")}
     memory = {
         "fetch, prepare; with links, later stages per process: the listed images": stored["manifest row in memory"],
-        "train, per process: the order of an epoch": 8,
+        "train, per process: the permutation of an epoch": 8,
         "train, per process: the labels": 8,
     }
     facts = f"{machine['cpu']}, {machine['cores']} cores, load {machine['load']}; torch {machine['torch']}; "
@@ -94,7 +94,7 @@ def _cost_table(stages: list[Work], seconds: dict) -> str:
         counted = (operations(work.flop), f"{work.flop / work.seconds / 1e9:.0f}") if work.flop else ("", "")
         rows.append((work.stage, work.unit, f"{work.seconds:.3g}", *counted))
     rows += [
-        ("train", "the order of 10^6 images, every epoch", f"{seconds['order of a million']:.2g}", "", ""),
+        ("train", "a permutation of 10^6 images, every epoch", f"{seconds['order of a million']:.2g}", "", ""),
         (
             "evaluate",
             f"a Frechet distance in {FRECHET_FEATURES} features",

@@ -17,7 +17,7 @@ from benchmarks.comparison import plan
 from benchmarks.models import Training, untrained
 from ear import config
 from ear.config import edit
-from ear.runtime.device import prepare_device
+from ear.runtime.device import device_name, precise, prepare_device
 from ear.runtime.randomness import image_streams
 from ear.sampling.sampler import network_evaluations, sample
 from ear.sampling.settings import SamplingSettings
@@ -43,7 +43,9 @@ class Candidate:
             self._training.step()
         between = self._now()
         source = image_streams(0, range(len(self.labels)))
-        sample(self.model.eval(), self.labels.tolist(), SamplingSettings.of(self.options.sample), source=source)
+        options = self.options.sample
+        with precise(options.precision, self.device):
+            sample(self.model.eval(), self.labels.tolist(), SamplingSettings.of(options), source=source)
         self.training.append((between - start) / (_STEPS * self.options.train.global_batch_size))
         self.sampling.append((self._now() - between) / len(self.labels))
 
@@ -72,11 +74,12 @@ def main() -> None:
     """Measure the rules of the comparison."""
     parser = measure.arguments(__doc__)
     parser.add_argument("--params", default="params.yaml", help="parameter file (default: params.yaml)")
+    parser.add_argument("--threads", type=int, help="CPU threads (default: compute.threads of the parameter file)")
     parser.add_argument("--rounds", type=int, default=5, help="turns of which the median counts (default: 5)")
     parser.add_argument("--rules", nargs="+", choices=plan.RULES, default=[*plan.RULES], metavar="RULE")
     arguments = parser.parse_args()
     parameters = config.load(arguments.params)
-    device = prepare_device(parameters.runtime.device, parameters.compute.threads)
+    device = prepare_device(parameters.runtime.device, arguments.threads or parameters.compute.threads)
     candidates = {rule: Candidate(changed(arguments.params, plan.RULES[rule]), device) for rule in arguments.rules}
     for _ in range(1 + arguments.rounds):
         for candidate in candidates.values():
@@ -84,8 +87,9 @@ def main() -> None:
     for candidate in candidates.values():  # the first turn is a warm-up
         del candidate.training[0], candidate.sampling[0]
     figures = {rule: candidate.figures() for rule, candidate in candidates.items()}
-    options = {key: getattr(parameters.sample, key) for key in ("steps", "guidance", "batch_size")}
-    measure.report("scores", {"sampling": options, "rules": figures}, save=arguments.save, results=arguments.results)
+    options = {key: getattr(parameters.sample, key) for key in ("steps", "guidance", "batch_size", "precision")}
+    options |= {"device": device_name(device), "threads": torch.get_num_threads()}
+    measure.report("scores", {"sampling": options, "rules": figures}, arguments)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.measure import arguments, median_seconds, report
+from benchmarks.measure import arguments, device_of, median_seconds, report
 from ear.latents.caching import Encoder
 from ear.tokenizer.autoencoder import KL, kl_structure, new_kl
 
@@ -79,8 +79,8 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=1, help="images at once (default: 1)")
     parser.add_argument("--repeats", type=int, default=3, help="timings of which the median counts (default: 3)")
     options = parser.parse_args()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    report("tokenizer", measure(options.size, options.batch, device, options.repeats), save=options.save)
+    device = device_of("auto")
+    report("tokenizer", measure(options.size, options.batch, device, options.repeats), options)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@
 
 Untrained models of the presets' sizes on random latents. A step is the posterior draw, noise, dropout, forward,
 backward, clipping, optimiser, EMAs and log on one global batch. The plain loop works as published code: the head on all
-tokens, one pass of the head per noise sample, optimiser and EMA parameter by parameter, the loss read at every step.
+tokens, the EMA parameter by parameter, the loss read at every step.
 Both use AdamW and take turns, so other work on the machine affects both; the median turn counts. Without --preset:
 digits or, on a CUDA device, the three published ImageNet sizes with their own precision and compilation. share_of_peak
 is the rate of the step's matrix products over that of one large product, measured here; mfu over the data sheet's.
@@ -38,17 +38,16 @@ _COUNTED = 20  # steps over which operations are averaged, since the number of m
 
 
 def plain_loss(model: MaskedModel, latents: Tensor, labels: Tensor, source: Stream) -> Tensor:
-    """The loss of `AutoregressiveModel.loss` with the head on all tokens, once per noise sample."""
+    """The loss of `AutoregressiveModel.loss` with the head on all tokens."""
     tokens, rule = patchify(latents, model.patch), model.score
     assert isinstance(rule, SampleBasedScore)
     orders = random_orders(len(tokens), model.tokens, source, tokens.device)
     mask = mask_first(orders, masked_count(model.tokens, model.mask_ratio_min, source))
     null = uniform((len(tokens),), source, tokens.device) < model.label_dropout
-    hidden = model.hidden(tokens, mask, labels, null).flatten(0, 1)
-    samples = [
-        rule.generate(hidden, rule.draw_noise((len(hidden),), source, hidden.device)) for _ in range(rule.samples)
-    ]
-    per_token = pairwise_loss(torch.stack(samples), tokens.flatten(0, 1)[None], rule.distance, pairs=rule.pairs)
+    hidden = model.hidden(tokens, mask, labels, null).flatten(0, 1).repeat(rule.samples, 1)
+    samples = rule.generate(hidden, rule.draw_noise((len(hidden),), source, hidden.device))
+    samples = samples.unflatten(0, (rule.samples, -1))
+    per_token = pairwise_loss(samples, tokens.flatten(0, 1)[None], rule.distance, pairs=rule.pairs)
     return (per_token * mask.flatten()).sum() / mask.sum()
 
 
@@ -59,7 +58,7 @@ def plain_loop(model: MaskedModel, parameters: Parameters, batch: Batch, autocas
     latents = moments.float().chunk(2, dim=1)[0]
     groups = parameter_groups(model, weight_decay=options.weight_decay, head_rate=options.head_rate)
     declared = [{"params": g.parameters, "weight_decay": g.weight_decay} for g in groups]
-    adamw = torch.optim.AdamW(declared, lr=1e-6, betas=(options.beta1, options.beta2), foreach=False)
+    adamw = torch.optim.AdamW(declared, lr=1e-6, betas=(options.beta1, options.beta2))
     averages = [Average(model, options.ema_decay).module for _ in range(2)]
     parts = options.global_batch_size // options.micro_batch_size
 
@@ -72,7 +71,7 @@ def plain_loop(model: MaskedModel, parameters: Parameters, batch: Batch, autocas
                 loss = plain_loss(model, latents, labels, stream(0, "loss", position, part)) / parts
             loss.backward()
             total += loss.item()
-        nn.utils.clip_grad_norm_(model.parameters(), options.clip_norm, foreach=False)
+        nn.utils.clip_grad_norm_(model.parameters(), options.clip_norm)
         adamw.step()
         with torch.no_grad():
             for average in averages:
@@ -179,7 +178,7 @@ def main() -> None:
     device = measure.device_of(arguments.device)
     presets = arguments.preset or (PUBLISHED if device.type == "cuda" else ["digits"])
     figures = {name: measured(name, device, arguments.rounds) for name in presets}
-    measure.report("training", figures, save=arguments.save, results=arguments.results)
+    measure.report("training", figures, arguments)
 
 
 if __name__ == "__main__":

@@ -105,7 +105,7 @@ def main() -> None:
         f"m={m}": {"perfect_forecast": of_location_and_scale(m), "head_weights": of_weights(parameters, m)}
         for m in counts
     }
-    measure.report("variance", figures, save=arguments.save)
+    measure.report("variance", figures, arguments)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import subprocess
 import tempfile
 import threading
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -37,8 +38,29 @@ def experiment_name(values: Mapping[str, Any], prefix: str) -> str:
     return "-".join([prefix, *(f"{key}={quote(str(value), safe='')}" for key, value in values.items())])
 
 
-def snapshot() -> str:
-    """A tree of git with the workspace as it is: edits, and new files that git does not ignore. Returns its name.
+@dataclass(frozen=True)
+class Snapshot:
+    """The workspace at one moment: the commit that it stood on, and a tree of git with its edits.
+
+    DVC files experiments under a commit, so all that belongs to one snapshot keeps its commit, whatever is committed
+    in the workspace meanwhile.
+    """
+
+    commit: str
+    tree: str
+
+    @property
+    def references(self) -> str:
+        """Where DVC keeps the experiments of the commit."""
+        return f"refs/exps/{self.commit[:2]}/{self.commit[2:]}/"
+
+    def text(self, path: str) -> str:
+        """The text of a file of the tree. Raises RepositoryError."""
+        return _git("show", f"{self.tree}:{path}")
+
+
+def take_snapshot() -> Snapshot:
+    """The workspace as it is, with new files that git does not ignore.
 
     Nothing in the workspace, its index or its branches changes. Raises RepositoryError.
     """
@@ -46,67 +68,71 @@ def snapshot() -> str:
         index = {"GIT_INDEX_FILE": str(Path(folder) / "index")}
         _git("read-tree", "HEAD", variables=index)
         _git("add", "--all", variables=index)
-        return _git("write-tree", variables=index).strip()
+        return Snapshot(_git("rev-parse", "HEAD").strip(), _git("write-tree", variables=index).strip())
 
 
 def run(
     name: str,
     values: Mapping[str, Any],
     *,
-    tree: str,
+    snapshot: Snapshot,
     among: list[str],
     line: Callable[[str], None],
     stopped: threading.Event | None = None,
 ) -> None:
-    """Run the pipeline of the snapshot `tree` as the DVC experiment `name` with {"section.key": value} changed.
+    """Run the pipeline of the snapshot as the DVC experiment `name` with {"section.key": value} changed.
 
-    It waits for as many of the devices `among` as it needs. An experiment of this name on the same commit is replaced.
+    It waits for as many of the devices `among` as it needs. An experiment of this name on its commit is replaced.
     Raises UserError for a wrong value, RepositoryError, and StoppedError if `stopped` is set before it has begun.
     """
     parameters = edit.check(PARAMETERS, values)
     with hold(needed(parameters, among), among, line, stopped) as held:
         copy = COPIES / held[0]
-        _bring_up(copy, tree)
+        _bring_up(copy, snapshot)
         _show_inputs(copy, parameters)
         edit.apply(copy / PARAMETERS, values)
-        if name in _names(copy):
+        if name in _names(snapshot, copy):
             repository.act("exp", "remove", name, line=line, folder=copy)
         shared = {SHARED_WORK: str(Path.cwd() / WORK), **environment(held)}
         if stopped and stopped.is_set():
             raise StoppedError("stopped before it began")
         repository.act("exp", "run", "--name", name, line=line, folder=copy, variables=shared)
         clear_finished(declarations().values(), copy)
-        _git("fetch", "--quiet", str(copy), f"+{_refs()}{name}:{_refs()}{name}")
+        reference = f"{snapshot.references}{name}"
+        _git("fetch", "--quiet", str(copy), f"+{reference}:{reference}")
 
 
-def read(name: str, path: str) -> str:
-    """The text of a file that git tracks, in the experiment `name`. Raises RepositoryError."""
-    return _git("show", f"{_refs()}{name}:{path}")
+def read(snapshot: Snapshot, name: str, path: str) -> str:
+    """The text of a file that git tracks, in the experiment `name` of the snapshot. Raises RepositoryError."""
+    return _git("show", f"{snapshot.references}{name}:{path}")
 
 
-def fetch(name: str, path: str, target: Path) -> None:
-    """Copy an output of the experiment `name` from DVC's cache. Raises RepositoryError."""
-    revision = _git("rev-parse", f"{_refs()}{name}").strip()
+def fetch(snapshot: Snapshot, name: str, path: str, target: Path) -> None:
+    """Copy an output of the experiment `name` of the snapshot from DVC's cache. Raises RepositoryError."""
+    revision = _git("rev-parse", f"{snapshot.references}{name}").strip()
     with tempfile.TemporaryDirectory() as folder, whole_file(target) as partial:
         fetched = Path(folder) / "output"
         repository.ask("get", ".", path, "--rev", revision, "--out", str(fetched))
         shutil.copyfile(fetched, partial)  # DVC may have hard-linked its cached file there
 
 
-def metrics(name: str) -> dict[str, dict]:
-    """Metrics file => its content, in the experiment `name`. Raises RepositoryError."""
-    outputs = {output["path"] for stage in stages_of(read(name, LOCK)).values() for output in stage.get("outs", [])}
-    tracked = _git("ls-tree", "-r", "--name-only", "-z", f"{_refs()}{name}").split("\0")
-    return {path: json.loads(read(name, path)) for path in tracked if path in outputs and path.endswith(".json")}
+def metrics(snapshot: Snapshot, name: str) -> dict[str, dict]:
+    """Metrics file => its content, in the experiment `name` of the snapshot. Raises RepositoryError."""
+    stages = stages_of(read(snapshot, name, LOCK))
+    outputs = {output["path"] for stage in stages.values() for output in stage.get("outs", [])}
+    tracked = _git("ls-tree", "-r", "--name-only", "-z", f"{snapshot.references}{name}").split("\0")
+    paths = [path for path in tracked if path in outputs and path.endswith(".json")]
+    return {path: json.loads(read(snapshot, name, path)) for path in paths}
 
 
-def _bring_up(copy: Path, tree: str) -> None:
-    """Bring the copy to the snapshot, on the workspace's commit."""
+def _bring_up(copy: Path, snapshot: Snapshot) -> None:
+    """Bring the copy to the snapshot, on its commit, whose objects it shares with the workspace."""
     if not copy.is_dir():
         _create(copy)
-    _git("fetch", "--quiet", "--prune", str(Path.cwd()), "HEAD", f"+{_refs()}*:{_refs()}*", folder=copy)
-    _git("checkout", "--quiet", "--force", "--detach", head(), folder=copy)
-    _git("read-tree", "--reset", "-u", tree, folder=copy)
+    references = f"{snapshot.references}*"
+    _git("fetch", "--quiet", "--prune", str(Path.cwd()), f"+{references}:{references}", folder=copy)
+    _git("checkout", "--quiet", "--force", "--detach", snapshot.commit, folder=copy)
+    _git("read-tree", "--reset", "-u", snapshot.tree, folder=copy)
     _git("clean", "--quiet", "--force", "-d", folder=copy)
 
 
@@ -142,21 +168,10 @@ def edited() -> list[str]:
     return [path for path in listed.split("\0") if path]
 
 
-def _names(folder: Path) -> list[str]:
-    """The experiments of the current commit."""
-    listed = _git("for-each-ref", "--format=%(refname)", _refs(), folder=folder)
-    return [reference.removeprefix(_refs()) for reference in listed.split()]
-
-
-def _refs() -> str:
-    """Where DVC keeps the experiments of the current commit."""
-    commit = head()
-    return f"refs/exps/{commit[:2]}/{commit[2:]}/"
-
-
-def head() -> str:
-    """The current commit."""
-    return _git("rev-parse", "HEAD").strip()
+def _names(snapshot: Snapshot, folder: Path) -> list[str]:
+    """The experiments of the snapshot's commit."""
+    listed = _git("for-each-ref", "--format=%(refname)", snapshot.references, folder=folder)
+    return [reference.removeprefix(snapshot.references) for reference in listed.split()]
 
 
 def _git(*arguments: str, folder: Path = Path(), variables: Mapping[str, str] | None = None) -> str:

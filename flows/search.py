@@ -35,7 +35,7 @@ from flows import experiments, readiness, repository
 from flows.experiments import experiment_name
 from flows.program import report
 from flows.repository import RepositoryError
-from flows.sweep import APART, find, run_all
+from flows.sweep import APART, find, quiet_snapshot, run_all
 
 _STUDY = "study"
 
@@ -140,7 +140,8 @@ def attempt(study: Any, space: Mapping[str, Range | list[Any]], metric: str) -> 
     apart = {"sample.seed": config.load(PARAMETERS).sample.seed + APART}
     try:
         readiness.check(edit.check(PARAMETERS, values), values)
-        ((_, state),) = run_all({name: {**apart, **values}})
+        snapshot = quiet_snapshot()
+        ((_, state),) = run_all({name: {**apart, **values}}, snapshot)
     except UserError as error:  # values that contradict each other
         get_run_logger().warning("%s: %s", name, error)
         study.tell(trial, state=optuna.trial.TrialState.FAIL)
@@ -148,7 +149,7 @@ def attempt(study: Any, space: Mapping[str, Range | list[Any]], metric: str) -> 
     if not state.is_completed():
         study.tell(trial, state=optuna.trial.TrialState.FAIL)
         return False
-    study.tell(trial, find(metric, experiments.metrics(name)))
+    study.tell(trial, find(metric, experiments.metrics(snapshot, name)))
     return True
 
 

@@ -46,7 +46,7 @@ from ear.files.atomic import whole_file
 from flows import command, experiments, readiness, repository
 from flows.artifacts import metric_rows
 from flows.devices import StoppedError, devices, needed
-from flows.experiments import experiment_name
+from flows.experiments import Snapshot, experiment_name
 from flows.program import report
 from flows.repository import RepositoryError
 from flows.turns import turn
@@ -59,11 +59,11 @@ EVALUATION = "data/evaluation/metrics.json"  # a metric without a file is looked
 
 @task(task_run_name="{name}", cache_policy=NO_CACHE)
 def run_experiment(
-    name: str, values: dict[str, Any], tree: str, among: list[str], stopped: threading.Event | None = None
+    name: str, values: dict[str, Any], snapshot: Snapshot, among: list[str], stopped: threading.Event | None = None
 ) -> State:
-    """Run one combination as a DVC experiment of the snapshot `tree`, on devices `among`; not once `stopped` is set."""
+    """Run one combination as a DVC experiment of the snapshot, on devices `among`; not once `stopped` is set."""
     try:
-        experiments.run(name, values, tree=tree, among=among, line=get_run_logger().info, stopped=stopped)
+        experiments.run(name, values, snapshot=snapshot, among=among, line=get_run_logger().info, stopped=stopped)
     except (UserError, RepositoryError, StoppedError) as error:
         return Failed(message=str(error))
     return Completed(message=f"`dvc exp apply {name}` brings it into the workspace")
@@ -123,8 +123,9 @@ def compare(
     metrics file has `metric`.
     """
     rows: dict[str, dict] = {}
-    for name, state in run_all(runs, jobs):
-        found = find(metric, experiments.metrics(name)) if state.is_completed() else None
+    snapshot = quiet_snapshot()
+    for name, state in run_all(runs, snapshot, jobs):
+        found = find(metric, experiments.metrics(snapshot, name)) if state.is_completed() else None
         error = "" if state.is_completed() else state.message
         rows[name] = {"experiment": name, **runs[name], metric: found, **_STATISTICS, "best": False, "error": error}
         ordered = [rows[each] for each in runs if each in rows]
@@ -133,8 +134,14 @@ def compare(
     return [rows[name] for name in runs]
 
 
-def run_all(runs: Mapping[str, Mapping[str, Any]], jobs: int = 1) -> Iterator[tuple[str, State]]:
-    """Run experiments of one snapshot of the workspace, `jobs` at a time => (name, final state), as they end.
+def quiet_snapshot() -> Snapshot:
+    """The workspace while no flow writes to it. Raises RepositoryError."""
+    with turn(get_run_logger().info):
+        return experiments.take_snapshot()
+
+
+def run_all(runs: Mapping[str, Mapping[str, Any]], snapshot: Snapshot, jobs: int = 1) -> Iterator[tuple[str, State]]:
+    """Run experiments of the snapshot, `jobs` at a time => (name, final state), as they end.
 
     Of runs that share a training, only one is at work as long as there are others: the next ones find its model in
     DVC's cache. Raises UserError if the devices do not suffice for `jobs`.
@@ -147,11 +154,9 @@ def run_all(runs: Mapping[str, Mapping[str, Any]], jobs: int = 1) -> Iterator[tu
             f"jobs is {jobs}, but must be 1 to {most} on this machine: each takes runtime.processes GPUs or, without "
             "GPUs, runtime.processes x compute.threads cores; choose another number, or lower compute.threads."
         )
-    with turn(get_run_logger().info):
-        tree = experiments.snapshot()
     if jobs == 1:  # in this thread, which signals reach
         for name, values in runs.items():
-            yield name, run_experiment(name, dict(values), tree, among, return_state=True)
+            yield name, run_experiment(name, dict(values), snapshot, among, return_state=True)
         return
     waiting = list(runs)
     running: dict[str, Any] = {}
@@ -161,7 +166,7 @@ def run_all(runs: Mapping[str, Mapping[str, Any]], jobs: int = 1) -> Iterator[tu
             while waiting and len(running) < jobs:
                 name = _next(waiting, running, runs)
                 waiting.remove(name)
-                running[name] = run_experiment.submit(name, dict(runs[name]), tree, among, stopped)
+                running[name] = run_experiment.submit(name, dict(runs[name]), snapshot, among, stopped)
             for name in [name for name, future in running.items() if future.state.is_final()]:
                 yield name, running.pop(name).state
             time.sleep(_POLL_SECONDS)

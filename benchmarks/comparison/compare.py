@@ -3,10 +3,10 @@
     python -m benchmarks.comparison --threads 1 -j 2
     python -m benchmarks.comparison --only rules --rules energy hyvarinen --guidance 2.5 4 --output docs/fashion
 
-Every model is trained from several seeds. Each rule's guidance scale is the one with the lowest mean FID, on images
-that are not reported. Each run is a DVC experiment on the current commit (see flows.experiments): the workspace is not
-changed, shared stages run once, and a stopped comparison resumes as long as the commit is the same. The page, its
-grids, its data (scores/results.json) and params.yaml as it was (scores/params.yaml) are written after all runs have
+Every model is trained from several seeds. Each rule's guidance scale is the one with the lowest mean FID / floor, on
+images that are not reported. Each run is a DVC experiment on the current commit (see flows.experiments): the workspace
+is not changed, shared stages run once, and a stopped comparison resumes as long as the commit is the same. The page,
+its grids, its data (scores/results.json) and params.yaml as it was (scores/params.yaml) are written after all runs have
 succeeded; rates are measured at the end. If only one part is run, the other part of the page is kept if it is of the
 same commit and parameters.
 
@@ -20,14 +20,13 @@ import flows.settings  # noqa: F401 - first: Prefect reads its settings when it 
 # isort: on
 import argparse
 import json
-import shutil
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from prefect import State, flow, task
+from prefect import State, flow, get_run_logger, task
 from prefect.artifacts import create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
 from prefect.states import Completed, Failed
@@ -54,9 +53,11 @@ from ear.files.atomic import whole_file
 from ear.files.json_files import read_json, write_json
 from flows import command, experiments, repository
 from flows.artifacts import GRID
+from flows.devices import devices, hold
+from flows.experiments import Snapshot
 from flows.program import report
 from flows.repository import RepositoryError
-from flows.sweep import EVALUATION, run_all
+from flows.sweep import EVALUATION, quiet_snapshot, run_all
 
 Part = Literal["rules", "ablations"]
 Budget = Mapping[Part, Values]  # the keys that all runs of a part share
@@ -97,6 +98,7 @@ def compare(
     whole: dict[Part, int] = {"rules": images, "ablations": ablation_images}
     try:
         check_committed()
+        snapshot = quiet_snapshot()
         parameters = config.load(PARAMETERS)
         threads = threads or parameters.compute.threads
         budget: Budget = {
@@ -110,27 +112,23 @@ def compare(
         runs = planned(parameters, budget, scope)
         for values in runs:
             edit.check(PARAMETERS, values)
+        run_without_failure(runs, snapshot, jobs)
+        measured: dict[str, Any] = {}
+        if "rules" in budget:
+            # Only now is it known at which scale each rule is reported.
+            scales = chosen_scales(snapshot, parameters, budget["rules"], scope)
+            reported = reported_runs(parameters, budget["rules"], scope, scales)
+            run_without_failure([values for each in reported.values() for values in each], snapshot, jobs)
+            measured["scores"] = measure_rates(scope.rules, threads, parameters)
+        results = collect(snapshot, parameters, budget, scope, measured)
+        publish(snapshot, joined(results, Path(output)), Path(output))
     except (UserError, RepositoryError) as error:
         return Failed(message=str(error))
-    if failure := failure_of(runs, jobs):
-        return Failed(message=failure)
-    rates: dict[str, Any] = {}
-    if "rules" in budget:
-        # Only now is it known at which scale each rule is reported.
-        scales = chosen_scales(parameters, budget["rules"], scope)
-        reported = reported_runs(parameters, budget["rules"], scope, scales)
-        if failure := failure_of([values for each in reported.values() for values in each], jobs):
-            return Failed(message=failure)
-        try:
-            rates = {"scores": measure_rates(scope.rules)}
-        except UserError as error:
-            return Failed(message=str(error))
-    publish(joined(collect(parameters, budget, scope, rates), Path(output)), Path(output))
     return Completed(message=f"{len(runs)} runs; see {output}/scores.md")
 
 
 def check_committed() -> None:
-    """Raise UserError if code or parameters differ from the last commit, since the page names the commit."""
+    """Raise UserError if code differs from the last commit, since the page names the commit."""
     edited = [path for path in experiments.edited() if not path.startswith(_MAY_DIFFER)]
     if edited:
         raise UserError(f"{edited[0]} is not as the last commit has it; commit it, so that the page can name its code.")
@@ -182,43 +180,46 @@ def planned(parameters: config.Parameters, budget: Budget, scope: Scope) -> list
     return runs
 
 
-def failure_of(runs: Sequence[Values], jobs: int) -> str | None:
-    """Run the experiments, `jobs` at a time; what ran before is restored => a sentence if some failed."""
+def run_without_failure(runs: Sequence[Values], snapshot: Snapshot, jobs: int) -> None:
+    """Run the experiments, `jobs` at a time; what ran before is restored. Raises UserError if some failed."""
     named = {run_name(values): values for values in runs}
-    try:
-        errors = {name: str(state.message) for name, state in run_all(named, jobs) if not state.is_completed()}
-    except (UserError, RepositoryError) as error:
-        return str(error)
-    if not errors:
-        return None
-    name, message = next(iter(errors.items()))
-    return f"{len(errors)} of {len(named)} runs failed ({name}: {message}); nothing was written"
+    errors = {name: str(state.message) for name, state in run_all(named, snapshot, jobs) if not state.is_completed()}
+    if errors:
+        name, message = next(iter(errors.items()))
+        raise UserError(f"{len(errors)} of {len(named)} runs failed ({name}: {message}); nothing was written")
 
 
-def chosen_scales(parameters: config.Parameters, budget: Values, scope: Scope) -> dict[str, float]:
-    """Rule => the guidance scale with its lowest mean FID over the training seeds."""
+def chosen_scales(snapshot: Snapshot, parameters: config.Parameters, budget: Values, scope: Scope) -> dict[str, float]:
+    """Rule => the guidance scale with its lowest mean FID / floor over the training seeds."""
     return {
-        rule: page.best({scale: outcomes(runs) for scale, runs in scales.items()})
+        rule: page.best({scale: outcomes(snapshot, runs) for scale, runs in scales.items()})
         for rule, scales in rule_runs(parameters, budget, scope).items()
     }
 
 
 @task(task_run_name="measure rates", cache_policy=NO_CACHE)
-def measure_rates(rules: Sequence[str]) -> dict[str, Any]:
-    """Time training and sampling of the rules in one run => the report of benchmarks.scores. Raises UserError."""
+def measure_rates(rules: Sequence[str], threads: int, parameters: config.Parameters) -> dict[str, Any]:
+    """Time training and sampling of the rules in one run, with no other run of this repository beside it.
+
+    Returns the report of benchmarks.scores. Raises UserError.
+    """
     lines: list[str] = []
-    with tempfile.TemporaryDirectory() as folder:
-        program = [sys.executable, "-m", "benchmarks.scores", "--save", "--results", folder, "--rules", *rules]
+    among, say = devices(parameters), get_run_logger().info
+    with tempfile.TemporaryDirectory() as folder, hold(len(among), among, say):
+        program = [sys.executable, "-m", "benchmarks.scores", "--save", "--results", folder]
+        program += ["--threads", str(threads), "--rules", *rules]
         if command.stream(program, line=lines.append, environment=repository.environment()):
             raise UserError(f"benchmarks.scores failed: {lines[-1] if lines else 'it said nothing'}.")
         return read_json(Path(folder) / "scores.json")
 
 
-def collect(parameters: config.Parameters, budget: Budget, scope: Scope, rates: Mapping[str, Any]) -> dict[str, Any]:
-    """Everything that the page shows of the parts in `budget`. rates: {"scores": report}, if rules are among them."""
+def collect(
+    snapshot: Snapshot, parameters: config.Parameters, budget: Budget, scope: Scope, measured: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Everything that the page shows of the parts in `budget`. measured: {"scores": report} if rules are among them."""
     results: dict[str, Any] = {
         "budget": {
-            "commit": experiments.head(),
+            "commit": snapshot.commit,
             "train_images": {part: values["train.images"] for part, values in budget.items()},
             "threads": next(iter(budget.values()))["compute.threads"],
             "finetune_images": parameters.finetune.images,
@@ -226,18 +227,18 @@ def collect(parameters: config.Parameters, budget: Budget, scope: Scope, rates: 
         },
         "parameters": parameters.model_dump(mode="json"),
         "sampling": parameters.sample.model_dump(),
-        "benchmarks": {**{name: read_json(f"benchmarks/results/{name}.json") for name in BENCHMARKS}, **rates},
+        "benchmarks": {**{name: read_json(f"benchmarks/results/{name}.json") for name in BENCHMARKS}, **measured},
     }
     if "rules" in budget:
         shared = budget["rules"]
-        scales = chosen_scales(parameters, shared, scope)
+        scales = chosen_scales(snapshot, parameters, shared, scope)
         reported = reported_runs(parameters, shared, scope, scales)
         results["rules"] = [
             {
                 "rule": rule,
                 "guidance": scales[rule],
-                "runs": outcomes(reported[rule]),
-                "choice": [{"guidance": scale, "runs": outcomes(runs)} for scale, runs in tried.items()],
+                "runs": outcomes(snapshot, reported[rule]),
+                "choice": [{"guidance": scale, "runs": outcomes(snapshot, runs)} for scale, runs in tried.items()],
             }
             for rule, tried in rule_runs(parameters, shared, scope).items()
         ]
@@ -245,13 +246,13 @@ def collect(parameters: config.Parameters, budget: Budget, scope: Scope, rates: 
         default = default_run(parameters, budget["ablations"])
         results["ablations"] = {
             title: [
-                {"values": dict(variant), "default": runs[0] == default, "runs": outcomes(runs)}
+                {"values": dict(variant), "default": runs[0] == default, "runs": outcomes(snapshot, runs)}
                 for variant, runs in variants
             ]
             for title, variants in ablation_runs(parameters, budget["ablations"], scope).items()
         }
     any_run = run_name(planned(parameters, budget, scope)[0])
-    figures, real = (json.loads(experiments.read(any_run, path)) for path in (EVALUATION, REFERENCE))
+    figures, real = (json.loads(experiments.read(snapshot, any_run, path)) for path in (EVALUATION, REFERENCE))
     return results | {
         "floor": figures["fid_floor"],
         "equal_images": figures["fid_equal_images"],
@@ -274,29 +275,29 @@ def joined(results: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     return {**kept, **results, "budget": budget, "benchmarks": benchmarks}
 
 
-def outcomes(runs: Sequence[Values]) -> list[dict[str, Any]]:
+def outcomes(snapshot: Snapshot, runs: Sequence[Values]) -> list[dict[str, Any]]:
     """`outcome` of the runs of all seeds."""
-    return [outcome(values) for values in runs]
+    return [outcome(snapshot, values) for values in runs]
 
 
-def outcome(values: Values) -> dict[str, Any]:
+def outcome(snapshot: Snapshot, values: Values) -> dict[str, Any]:
     """The metrics of one run, with the name of its experiment."""
     name = run_name(values)
-    figures = json.loads(experiments.read(name, EVALUATION))
+    figures = json.loads(experiments.read(snapshot, name, EVALUATION))
     return {"experiment": name, **{key: figures[key] for key in page.FIGURES}}
 
 
-def publish(results: Mapping[str, Any], folder: Path) -> None:
-    """Write the page, its pictures, its data and its parameters."""
+def publish(snapshot: Snapshot, results: Mapping[str, Any], folder: Path) -> None:
+    """Write the page, its pictures, its data and the parameters of the snapshot."""
     for rule in results.get("rules", []):
         target = folder / "scores" / f"{file_name(rule['rule'])}.png"
-        experiments.fetch(rule["runs"][0]["experiment"], str(GRID), target)
+        experiments.fetch(snapshot, rule["runs"][0]["experiment"], str(GRID), target)
     if "rules" in results:
         with whole_file(folder / "scores" / "time.png") as partial:
             quality_against_time(results).savefig(partial, format="png", dpi=120)
     write_json(folder / "scores" / "results.json", results)
     with whole_file(folder / "scores" / "params.yaml") as partial:
-        shutil.copyfile(PARAMETERS, partial)
+        partial.write_text(snapshot.text(str(PARAMETERS)))
     text = page.page(results)
     with whole_file(folder / "scores.md") as partial:
         partial.write_text(text)

@@ -37,7 +37,7 @@ def page(results: Mapping[str, Any]) -> str:
 
 
 def best(runs: Mapping[float, Sequence[Mapping]]) -> float:
-    """The key whose runs have the lowest mean FID; the first one if several have it."""
+    """The key whose runs have the lowest mean FID / floor; the first one if several have it."""
     return min(runs, key=lambda key: _mean(runs[key], "fid_ratio"))
 
 
@@ -62,12 +62,12 @@ def _rules(results: Mapping) -> dict[str, Any]:
 
 
 def _best_table(rules: list[Mapping]) -> str:
-    first = rules[0]  # the energy score, which the others are compared with
+    first = rules[0]  # which the others are compared with
     rows = [
         [rule["rule"], f"{rule['guidance']:g}", *_figures(rule["runs"]), _difference(rule["runs"], first["runs"])]
         for rule in rules
     ]
-    return table(["score", "guidance", *_HEADS, f"minus {first['rule']}"], rows)
+    return table(["score", "guidance", *_HEADS, f"FID / floor minus that of {first['rule']}"], rows)
 
 
 def _guidance_table(rules: list[Mapping]) -> str:
@@ -111,15 +111,10 @@ def _costs_table(measured: Mapping) -> str:
 
 def _rates(benchmark: Mapping) -> dict[str, Any]:
     """Under which conditions the rates were measured."""
-    machine = benchmark["machine"]
-    load = "The machine had nothing else to do."
-    if machine["load"] > machine["cores"]:
-        load = (
-            f"Other work shared the machine (load {machine['load']:g} on {machine['cores']} cores): compare these "
-            "rates with each other only."
-        )
-    device = machine["gpu"] or f"{machine['cores']} cores of {machine['cpu']}"
-    return {**benchmark["figures"]["sampling"], "device": device, "load": load}
+    machine, sampling = benchmark["machine"], benchmark["figures"]["sampling"]
+    cpu = f"{machine['cpu']}, {machine['cores']} cores"
+    device = cpu if sampling["device"] == "cpu" else f"{sampling['device']} ({cpu})"
+    return {**sampling, "device": device, "load": machine["load"]}
 
 
 def _heads(figures: Mapping) -> dict[str, Any]:

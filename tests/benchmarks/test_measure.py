@@ -37,12 +37,17 @@ def test_a_baseline_runs_in_one_process_of_its_own(tmp_path):
 
 def test_a_report_is_json_and_is_kept_where_asked(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(measure, "RESULTS", tmp_path)
-    measure.report("rate", {"images_per_second": 1234.5678})
+    parser = measure.arguments("")
+    measure.report("rate", {"images_per_second": 1234.5678}, parser.parse_args([]))
     assert not list(tmp_path.iterdir())
     printed = json.loads(capsys.readouterr().out)
     assert printed["figures"] == {"images_per_second": 1234.57}
     assert printed["machine"]["cores"] >= 1
-    measure.report("rate", {"images_per_second": 1234.5678}, save=measure.arguments("").parse_args(["--save"]).save)
+    measure.report("rate", {"images_per_second": 1234.5678}, parser.parse_args(["--save"]))
+    measure.report(
+        "rate", {"images_per_second": 1.0}, parser.parse_args(["--save", "--results", str(tmp_path / "new")])
+    )
+    assert json.loads((tmp_path / "new/rate.json").read_text())["figures"] == {"images_per_second": 1.0}
     kept = json.loads((tmp_path / "rate.json").read_text())
     assert kept["figures"] == printed["figures"]
     assert kept["benchmark"] == "rate"

@@ -544,10 +544,10 @@ def test_the_program_starts_its_own_server(repo):
 # --- experiments
 
 
-def run_lines(name: str, values: dict, tree: str) -> list[str]:
+def run_lines(name: str, values: dict, snapshot: experiments.Snapshot) -> list[str]:
     """What the stages of an experiment print."""
     lines: list[str] = []
-    experiments.run(name, values, tree=tree, among=["cpu"], line=lines.append)
+    experiments.run(name, values, snapshot=snapshot, among=["cpu"], line=lines.append)
     return [line for line in lines if line.split()[0] in ("first", "middle", "last")]
 
 
@@ -557,16 +557,16 @@ def test_experiments_run_what_never_ran_and_leave_the_workspace(repo):
     Path("notes/today/new").write_text("new")
     edit.apply("params.yaml", {"sample.seed": 5})
     status = run("git", "status", "--short", cwd=repo)
-    tree = experiments.snapshot()
+    snapshot = experiments.take_snapshot()
     other, both = {"sample.temperature": 0.5}, {"sample.temperature": 0.5, "sample.guidance": 3.0}
-    assert run_lines("other", other, tree) == ["middle at 0.5", "last at 1.5"]
+    assert run_lines("other", other, snapshot) == ["middle at 0.5", "last at 1.5"]
     with pytest.raises(repository.RepositoryError, match="which is unlucky"):
-        experiments.run("broken", {"sample.temperature": 13}, tree=tree, among=["cpu"], line=print)
-    assert run_lines("both", both, tree) == ["last at 3.0"]
-    assert run_lines("other", other, tree) == []
-    assert experiments.read("both", "metrics.json") == experiments.read("other", "metrics.json")
-    assert experiments.metrics("both") == {"metrics.json": {"fid": 0.25, "nested": {"count": 3}}}
-    experiments.fetch("both", "out/last", Path("last"))
+        experiments.run("broken", {"sample.temperature": 13}, snapshot=snapshot, among=["cpu"], line=print)
+    assert run_lines("both", both, snapshot) == ["last at 3.0"]
+    assert run_lines("other", other, snapshot) == []
+    assert experiments.read(snapshot, "both", "metrics.json") == experiments.read(snapshot, "other", "metrics.json")
+    assert experiments.metrics(snapshot, "both") == {"metrics.json": {"fid": 0.25, "nested": {"count": 3}}}
+    experiments.fetch(snapshot, "both", "out/last", Path("last"))
     assert Path("last").read_text() == "source\nfirst 8\nmiddle 0.5\nlast 3.0\n"
     Path("last").unlink()
     assert (experiments.COPIES / "cpu/notes/today/new").read_text() == "new"
@@ -575,11 +575,26 @@ def test_experiments_run_what_never_ran_and_leave_the_workspace(repo):
 
 
 def test_experiments_run_the_code_of_their_snapshot(repo):
-    tree = experiments.snapshot()
+    snapshot = experiments.take_snapshot()
     Path("stage.py").write_text("raise SystemExit('edited')")
-    assert run_lines("before", {"sample.guidance": 3.0}, tree) == ["last at 3.0"]
+    assert run_lines("before", {"sample.guidance": 3.0}, snapshot) == ["last at 3.0"]
     with pytest.raises(repository.RepositoryError, match="edited"):
-        experiments.run("after", {"sample.guidance": 4.0}, tree=experiments.snapshot(), among=["cpu"], line=print)
+        experiments.run(
+            "after", {"sample.guidance": 4.0}, snapshot=experiments.take_snapshot(), among=["cpu"], line=print
+        )
+
+
+def test_a_commit_in_the_workspace_leaves_a_running_sweep_alone(repo):
+    """Whoever commits meanwhile, runs and their results stay with the commit of the snapshot."""
+    snapshot = experiments.take_snapshot()
+    run_lines("before", {"sample.guidance": 3.0}, snapshot)
+    edit.apply("params.yaml", {"sample.steps": 9})
+    run("git", "commit", "-qam", "meanwhile", cwd=repo)
+    assert run("git", "rev-parse", "HEAD", cwd=repo).strip() != snapshot.commit
+    assert run_lines("after", {"sample.guidance": 4.0}, snapshot) == ["last at 4.0"]
+    for name in ("before", "after"):
+        assert experiments.metrics(snapshot, name) == {"metrics.json": {"fid": 1.0, "nested": {"count": 3}}}
+    assert "steps: 9" not in snapshot.text("params.yaml")
 
 
 def test_experiments_see_inputs_that_git_ignores(repo):
@@ -587,16 +602,22 @@ def test_experiments_see_inputs_that_git_ignores(repo):
     Path("images/a").write_text("pixels")
     Path(".gitignore").write_text(Path(".gitignore").read_text() + "/images/\n")
     folder = {"data.source": "folder", "data.path": "images"}
-    run_lines("ignored", folder, experiments.snapshot())
+    run_lines("ignored", folder, experiments.take_snapshot())
     assert (experiments.COPIES / "cpu/images/a").read_text() == "pixels"
     with pytest.raises(ValueError, match=r"data\.path is '\.\./images', outside the repository.*absolute path"):
-        experiments.run("outside", folder | {"data.path": "../images"}, tree="HEAD", among=["cpu"], line=print)
+        experiments.run(
+            "outside",
+            folder | {"data.path": "../images"},
+            snapshot=experiments.take_snapshot(),
+            among=["cpu"],
+            line=print,
+        )
 
 
 def test_experiments_share_the_folder_of_unfinished_work(repo):
     Path("stage.py").write_text("import os; raise SystemExit(os.environ['EAR_WORK'])")
     with pytest.raises(repository.RepositoryError, match=f"^{repo}/work$"):
-        experiments.run("shared", {"sample.steps": 9}, tree=experiments.snapshot(), among=["cpu"], line=print)
+        experiments.run("shared", {"sample.steps": 9}, snapshot=experiments.take_snapshot(), among=["cpu"], line=print)
 
 
 # --- devices
@@ -642,7 +663,7 @@ def test_a_run_that_waits_does_not_begin_after_a_stop(repo):
     waiting.join(20)
     assert ended == ["other runs use 0; this one starts when they end", "stopped"]
     with pytest.raises(devices.StoppedError):
-        experiments.run("late", {}, tree="HEAD", among=["0"], line=print, stopped=stopped)
+        experiments.run("late", {}, snapshot=experiments.take_snapshot(), among=["0"], line=print, stopped=stopped)
 
 
 def hold_both(said: list[str]) -> None:
