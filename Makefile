@@ -70,7 +70,8 @@ $(BIN)/.test-ready: $(BIN)/.ready
 	command -v chromium || { apt-get update -qq && apt-get install -qq --no-install-recommends chromium fonts-dejavu-core; } || true
 	touch $@
 
-KEPT := kept live search sweep tensorboard wandb mlflow.db
+# Locks stay, too: with a new file, a second flow would start beside one that runs.
+KEPT := kept live search sweep tensorboard wandb mlflow.db flow.lock devices locks
 clean:  ## delete scratch of unfinished stages and local Prefect state, never results, kept checkpoints or studies
 	find work -mindepth 1 -maxdepth 1 $(KEPT:%=! -name %) -exec rm -rf {} + 2>/dev/null || true
 	rm -rf .prefect .coverage .coverage.* .mypy_cache .pytest_cache .ruff_cache

@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 
 _running: set[subprocess.Popen] = set()
-GRACE_SECONDS = 60.0  # a large training state takes tens of seconds to write
+GRACE_SECONDS = 25.0  # to write a training state; Prefect kills a cancelled flow itself after 30
 
 
 def stream(
@@ -49,26 +49,27 @@ def stream(
         finally:
             _running.discard(process)
             if process.poll() is None:
-                _stop(process, grace)
+                _stop([process], grace)
 
 
 def stop_all(grace: float = GRACE_SECONDS) -> None:
     """Stop the commands that other threads of this process run, in which no signal or Ctrl-C arrives."""
-    for process in list(_running):
-        _stop(process, grace)
+    _stop(list(_running), grace)
 
 
-def _stop(process: subprocess.Popen, grace: float) -> None:
-    """End `process` and its descendants, even outside its group (torchrun gives workers their own session)."""
-    family = _family(process.pid)
+def _stop(processes: Sequence[subprocess.Popen], grace: float) -> None:
+    """End all of them and their descendants, even outside their groups (torchrun gives workers their own session)."""
+    family = [member for process in processes for member in _family(process.pid)]
     try:
         _signal(family, signal.SIGINT)
         psutil.wait_procs(family, timeout=grace)
     finally:  # reached at once if a second Ctrl-C interrupts the wait
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
+        for process in processes:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
         _signal(family, signal.SIGKILL)
-        process.wait()
+        for process in processes:
+            process.wait()
 
 
 def _family(pid: int) -> list[psutil.Process]:

@@ -148,7 +148,7 @@ def bring_up_to_date(
 ) -> State:
     """Check what changed, run the stages, write the report => the flow's final state.
 
-    Raises UserError if a stage that would run cannot: nothing has been touched then.
+    Raises UserError if a stage that would run cannot: no output has been touched then.
     """
     state = check(order, return_state=True)
     if not state.is_completed():

@@ -2,7 +2,8 @@
 
     python -m flows.search --trials 20 --set train.learning_rate=1e-4..1e-2:log score.samples=2,4,8
 
-A range LOW..HIGH is searched evenly, or with :log in its logarithm; values with commas are choices. Trials run in a
+A range LOW..HIGH is searched evenly, or with :log in its logarithm, by whole numbers if the key is one; values with
+commas are choices. Trials run in a
 copy of the workspace, one after the other. They sample from another seed than params.yaml does, so the images that
 choose are not those that are reported. Started again, a search continues until the study has that many trials.
 `--apply` writes the best trial's values into params.yaml, and `dvc repro` measures them on fresh samples.
@@ -42,7 +43,7 @@ _STUDY = "study"
 
 @dataclass(frozen=True)
 class Range:
-    """Numbers between two bounds; whole ones if both bounds are."""
+    """Numbers between two bounds; whole ones if the key is a whole number."""
 
     low: float
     high: float
@@ -95,8 +96,13 @@ def search(
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     Path(output).mkdir(parents=True, exist_ok=True)
     try:
+        if not space or trials < 1:
+            raise UserError(
+                f"{len(space)} keys and {trials} trials, but a search needs one of each; give --set KEY=...."
+            )
         wanted = space_of([f"{key}={value}" for key, value in space.items()])
-        edit.check(PARAMETERS, {key: _first(choice) for key, choice in wanted.items()})
+        first = edit.check(PARAMETERS, {key: _first(choice) for key, choice in wanted.items()})
+        wanted = {key: _typed(choice, edit.value_of(first, key)) for key, choice in wanted.items()}
         if known := repository.metrics():
             find(metric, known)
         study = optuna.create_study(
@@ -105,14 +111,17 @@ def search(
             load_if_exists=True,
             direction="maximize" if maximize else "minimize",
         )
-        asked = {"metric": metric, "maximize": maximize, "space": dict(space)}
+        asked = {"metric": metric, "maximize": maximize, "space": dict(space), "others": _others(first, space)}
         if study.user_attrs.get("asked", asked) != asked:
-            return Failed(message=f"the study in {output} is of another metric or space; give another --output.")
+            what = "metric, space or other parameters"
+            return Failed(message=f"the study in {output} is of another {what}; give another --output.")
         study.set_user_attr("asked", asked)
         # Other random draws after every start, or the first trials would be proposed again.
         study.sampler = optuna.samplers.TPESampler(seed=seed + len(study.trials))
         for trial in study.trials:
-            if not trial.state.is_finished():  # of a search that was killed: its experiment continues where it was
+            if (
+                trial.state == optuna.trial.TrialState.RUNNING
+            ):  # of a search that was killed: its experiment continues where it was
                 study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
                 study.enqueue_trial(trial.params)
         failures = 0
@@ -142,14 +151,14 @@ def attempt(study: Any, space: Mapping[str, Range | list[Any]], metric: str) -> 
         readiness.check(edit.check(PARAMETERS, values), values)
         snapshot = quiet_snapshot()
         ((_, state),) = run_all({name: {**apart, **values}}, snapshot)
-    except UserError as error:  # values that contradict each other
+        found = find(metric, experiments.metrics(snapshot, name)) if state.is_completed() else None
+    except UserError as error:  # values that contradict each other, or a metric that is no number
         get_run_logger().warning("%s: %s", name, error)
+        found = None
+    if found is None:
         study.tell(trial, state=optuna.trial.TrialState.FAIL)
         return False
-    if not state.is_completed():
-        study.tell(trial, state=optuna.trial.TrialState.FAIL)
-        return False
-    study.tell(trial, find(metric, experiments.metrics(snapshot, name)))
+    study.tell(trial, found)
     return True
 
 
@@ -159,6 +168,24 @@ def _suggested(trial: Any, key: str, choice: Range | list[Any]) -> Any:
     if isinstance(choice.low, int) and isinstance(choice.high, int):
         return trial.suggest_int(key, choice.low, choice.high, log=choice.logarithmic)
     return float(f"{trial.suggest_float(key, choice.low, choice.high, log=choice.logarithmic):.3g}")
+
+
+def _typed(choice: Range | list[Any], example: Any) -> Range | list[Any]:
+    """A range of fractions if the key has them, though its bounds may be written as whole numbers."""
+    if isinstance(choice, Range) and isinstance(example, float):
+        return Range(float(choice.low), float(choice.high), choice.logarithmic)
+    return choice
+
+
+def _others(parameters: config.Parameters, space: Mapping[str, Any]) -> dict[str, Any]:
+    """The parameters that the search does not choose."""
+    sections = parameters.model_dump(mode="json")
+    return {
+        f"{section}.{name}": value
+        for section, values in sections.items()
+        for name, value in values.items()
+        if f"{section}.{name}" not in space
+    }
 
 
 def _first(choice: Range | list[Any]) -> Any:

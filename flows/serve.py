@@ -13,6 +13,7 @@ import flows.settings  # noqa: F401 - first: Prefect reads its settings when it 
 # isort: on
 import argparse
 import contextlib
+import importlib
 import os
 import signal
 import socket
@@ -21,9 +22,13 @@ import sys
 import time
 import urllib.request
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
+from flows.program import server_answers
+
 HOST = "127.0.0.1"
+DECLARED = Path("prefect.yaml")
 _FAREWELL = 90.0  # seconds for a running stage to save its work, and for Prefect to note it
 _PATIENCE = 600.0  # seconds for the server's first start, which migrates a database
 
@@ -41,11 +46,11 @@ def main() -> int:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _stop)
     try:
-        with server(arguments.port) as address:
+        with server(arguments.port) as url:
             # In a process of its own: this one imported Prefect before it knew the server.
             program = [sys.executable, "-c", "from flows.serve import serve_all; serve_all()"]
-            with _child(program, os.environ | {"PREFECT_API_URL": f"{address}/api"}, _FAREWELL) as runner:
-                print(f"open {address} (Ctrl-C ends it)", flush=True)
+            with _child(program, os.environ | {"PREFECT_API_URL": url}, _FAREWELL) as runner:
+                print(f"open {url.removesuffix('/').removesuffix('/api')} (Ctrl-C ends it)", flush=True)
                 return runner.wait()
     except Stopped:
         print("serve: stopped", file=sys.stderr)
@@ -81,41 +86,36 @@ def _child(command: list[str], environment: Mapping[str, str], patience: float, 
 
 
 def serve_all() -> None:
-    """Serve the deployments pipeline/local, sweep/local and compare/local until interrupted."""
+    """Serve the deployments of prefect.yaml, one run at a time, until interrupted."""
     from prefect import serve
+    from ruamel.yaml import YAML
 
-    from benchmarks.comparison.compare import compare
-    from flows.pipeline import pipeline
-    from flows.sweep import sweep
-
-    guidance = {"sample.guidance": [1.0, 1.5, 2.0], "sample.temperature": [0.7, 1.0]}
-    deployments: list[Any] = [
-        pipeline.to_deployment("local", description="Bring the stages of dvc.yaml up to date", tags=["pipeline"]),
-        sweep.to_deployment(
-            "local",
-            description="Compare parameters as DVC experiments",
-            tags=["sweep"],
-            parameters={"parameters": guidance},
-        ),
-        compare.to_deployment(
-            "local", description="Train every score at one budget and write docs/scores.md", tags=["comparison"]
-        ),
-    ]
+    deployments: list[Any] = []
+    for entry in YAML(typ="safe").load(DECLARED)["deployments"]:
+        file, _, name = entry["entrypoint"].partition(":")
+        flow = getattr(importlib.import_module(file.removesuffix(".py").replace("/", ".")), name)
+        options = {key: entry[key] for key in ("description", "parameters") if key in entry}
+        deployments.append(flow.to_deployment(entry["name"], **options))
     serve(*deployments, limit=1, print_starting_message=False)
 
 
 @contextlib.contextmanager
 def server(port: int) -> Iterator[str]:
-    """The address of a Prefect server that answers: the one of PREFECT_API_URL, or a new one, ended afterwards."""
+    """The URL of the API of a Prefect server that answers: PREFECT_API_URL, or that of a new one, ended afterwards.
+
+    Raises RuntimeError if none answers.
+    """
     if url := os.environ.get("PREFECT_API_URL"):
-        yield url.removesuffix("/").removesuffix("/api")
+        if not server_answers(url):
+            raise RuntimeError(f"no Prefect server answers at {url}, the PREFECT_API_URL; unset it to start one here")
+        yield url
         return
     address = f"http://{HOST}:{port}"
     environment = os.environ | {"PREFECT_UI_API_URL": f"{address}/api", "PREFECT_API_URL": f"{address}/api"}
     command = [sys.executable, "-m", "prefect", "server", "start", "--host", HOST, "--port", str(port)]
     with _child(command, environment, 20.0, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
         _await(address, process)
-        yield address
+        yield f"{address}/api"
 
 
 def _await(address: str, process: subprocess.Popen) -> None:

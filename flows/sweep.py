@@ -25,6 +25,7 @@ import flows.settings  # noqa: F401 - first: Prefect reads its settings when it 
 import argparse
 import csv
 import itertools
+import math
 import statistics
 import sys
 import threading
@@ -189,7 +190,7 @@ def _training(values: Mapping[str, Any]) -> dict[str, Any]:
 def find(metric: str, files: dict[str, dict]) -> float:
     """The value of `metric`, given as NAME or FILE:NAME; a NAME is looked up in the evaluation first.
 
-    Raises UserError if no file has it, or several others have.
+    Raises UserError if no file has it, several others have, or it is not a number.
     """
     named = {f"{row['file']}:{row['metric']}": row["value"] for row in metric_rows(files)}
     metric = f"{EVALUATION}:{metric}" if f"{EVALUATION}:{metric}" in named else metric
@@ -198,7 +199,10 @@ def find(metric: str, files: dict[str, dict]) -> float:
         raise UserError(f"metric {metric!r} is in no metrics file; there are: {', '.join(named) or 'none'}.")
     if len(matches) > 1:
         raise UserError(f"metric {metric!r} is in several files; choose {' or '.join(matches)}.")
-    return named[matches[0]]
+    value = named[matches[0]]
+    if not isinstance(value, int | float) or not math.isfinite(value):
+        raise UserError(f"metric {matches[0]!r} is {value!r}, not a number to compare; choose another.")
+    return value
 
 
 def mark_best(rows: list[dict], metric: str, maximize: bool) -> None:
@@ -247,7 +251,7 @@ def write_back(output: str) -> dict[str, Any]:
         best = next((row for row in csv.DictReader(file) if row["best"] == "True"), None)
     if best is None:
         raise UserError(f"{path} has no best point, since no run succeeded; run the sweep again.")
-    values = edit.values_of(f"{key}={value}" for key, value in best.items() if is_point(key))
+    values = edit.values_of(f"{key}={value or repr('')}" for key, value in best.items() if is_point(key))
     edit.apply(PARAMETERS, values)
     return values
 
@@ -340,8 +344,11 @@ def main() -> int:
     try:
         if arguments.apply:
             values = write_back(arguments.output)
-            print(f"sweep: set {', '.join(f'{k}={v}' for k, v in values.items())} in params.yaml; run `dvc repro`")
+            done = ", ".join(f"{key}={value}" for key, value in values.items())
+            print(f"sweep: set {done} in params.yaml; run `dvc repro`" if done else "sweep: only seeds were compared")
             return 0
+        if wrong := [text for text in arguments.set if "=" not in text]:
+            raise UserError(f"{wrong[0]!r} sets nothing; write SECTION.KEY=VALUE,VALUE.")
         parameters = edit.values_of([text.replace("=", "=[", 1) + "]" for text in arguments.set])
     except UserError as error:
         print(f"sweep: {error}", file=sys.stderr)

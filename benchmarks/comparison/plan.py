@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ear import config
+from ear.config import edit
 from flows.experiments import experiment_name
 from flows.sweep import APART
 
@@ -143,7 +144,7 @@ def ablation_runs(
     for ablation in ABLATIONS:
         runs = [(variant, changes({**default, **variant}, parameters)) for variant in ablation.variants]
         if default not in [values for _, values in runs]:
-            runs.insert(0, ({key: _value(parameters, key) for key in ablation.variants[0]}, default))
+            runs.insert(0, ({key: edit.value_of(parameters, key) for key in ablation.variants[0]}, default))
         found[ablation.title] = [(variant, _seeded(values, parameters, scope)) for variant, values in runs]
     return found
 
@@ -156,7 +157,7 @@ def _seeded(values: Values, parameters: config.Parameters, scope: Scope) -> list
 
 def changes(values: Values, parameters: config.Parameters) -> Values:
     """The values that differ from the parameters, so that equal runs have equal changes and one name."""
-    return {key: value for key, value in values.items() if value != _value(parameters, key)}
+    return {key: value for key, value in values.items() if value != edit.value_of(parameters, key)}
 
 
 def run_name(values: Values) -> str:
@@ -167,8 +168,3 @@ def run_name(values: Values) -> str:
 def file_name(rule: str) -> str:
     """A rule as part of a path: logarithmic-full."""
     return rule.replace(",", "").replace(" ", "-")
-
-
-def _value(parameters: config.Parameters, key: str) -> Any:
-    section, _, name = key.partition(".")
-    return getattr(getattr(parameters, section), name)

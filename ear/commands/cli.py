@@ -62,7 +62,7 @@ def configure(overrides: tuple[str, ...], output: Path, force: bool, upgrade: bo
 @main.command(cls=_Command)
 @click.pass_context
 def doctor(context: click.Context) -> None:
-    """Check machine and repository: Python, GPUs, memory, disk, locking, DVC, parameters, Prefect, versions.
+    """Check machine and repository: Python, GPUs, shared memory, disk, locking, DVC, parameters, Prefect, versions.
 
     Every finding comes with what to do about it. Exits with 1 if the pipeline cannot run like that.
     """

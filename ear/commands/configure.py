@@ -56,9 +56,8 @@ def upgrade(overrides: list[str], output: Path) -> list[str]:
     written = re.search(_WRITTEN, output.read_text(), re.M)
     named = re.findall(r"\bpreset=(\w+)", " ".join([written[1] if written else "", *overrides]))
     preset = f"preset={named[-1] if named else 'digits'}"
-    paths = [f"data.path={old.get('data', {}).get('path') or '/'}"]  # presets of folders need one, which is kept
-    if weights := old.get("tokenizer", {}).get("weights"):
-        paths.append(f"tokenizer.weights={weights}")
+    # Presets need paths to be composed; those of the file take their place.
+    paths = ["data.path=/", *(["tokenizer.weights=/"] if old.get("tokenizer", {}).get("weights") else [])]
     merged, added, removed = _merged(compose([preset, *paths]).model_dump(mode="json"), old)
     for key, value in edit.values_of(text for text in overrides if not text.startswith("preset=")).items():
         section, _, name = key.partition(".")

@@ -17,7 +17,7 @@ from ear.model.autoregressive import AutoregressiveModel
 from ear.model.files import build_model
 from ear.model.flops import at_depth, count, loss_without_data, training_flops, with_options
 from ear.model.shape import Shape
-from ear.model.training import block_matrices
+from ear.model.training import moments
 from ear.runtime import randomness
 from ear.sampling.sampler import sample
 from ear.sampling.settings import SamplingSettings
@@ -59,6 +59,7 @@ def pipeline_costs(parameters: config.Parameters, *, classes: int, images: int) 
         shape, images=parameters.train.micro_batch_size, precision=parameters.train.precision
     )
     weights = counts["all"] * _FLOAT
+    ranks = parameters.runtime.processes if parameters.runtime.sharded else 1
     encode, decode = tokenizer_flops(tokenizer)
     trained = tokenizer if isinstance(tokenizer, KL) and parameters.tokenizer.name == "kl" else None
     return Costs(
@@ -66,10 +67,10 @@ def pipeline_costs(parameters: config.Parameters, *, classes: int, images: int) 
         images=images,
         parameters=counts | {"tokenizer": _elements(tokenizer)},
         memory={
-            "weights": weights,
-            "gradients": weights,
-            "optimizer moments": moments_bytes(shape, parameters.train.optimizer),
-            "averaged weights": _AVERAGES * weights,
+            "weights": weights // ranks,
+            "gradients": weights // ranks,
+            "optimizer moments": moments_bytes(shape, parameters.train.optimizer) // ranks,
+            "averaged weights": _AVERAGES * weights // ranks,
             "activations": plain,
         },
         tokenizer_memory=tokenizer_memory(trained, parameters.tokenizer) if trained else {},
@@ -83,11 +84,9 @@ def pipeline_costs(parameters: config.Parameters, *, classes: int, images: int) 
 
 
 def moments_bytes(shape: Shape, optimizer: str) -> int:
-    """Bytes of what the optimiser keeps of past gradients: two numbers per weight, Muon one per weight of its own."""
+    """Bytes of what the optimiser keeps of past gradients."""
     with FakeTensorMode():
-        model = build_model(shape)
-    matrices = block_matrices(model) if optimizer == "muon" else []
-    return (2 * _elements(model) - sum(matrix.numel() for matrix in matrices)) * _FLOAT
+        return moments(build_model(shape), optimizer) * _FLOAT
 
 
 def build_tokenizer(parameters: config.Parameters) -> Tokenizer:

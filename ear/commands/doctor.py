@@ -176,7 +176,7 @@ def parameters() -> Iterator[Finding]:
     from ear.runtime import device
 
     try:
-        device.check_devices(found.runtime.device, found.runtime.processes)
+        device.check_can_compute(found, list(config.Parameters.model_fields))
     except UserError as error:
         yield Finding("runtime", str(error), "edit params.yaml", serious=True)
 
@@ -193,7 +193,7 @@ def prefect() -> Iterator[Finding]:
     except urllib.error.HTTPError as error:  # it refuses, so it is there
         yield Finding("Prefect", f"a server answers at {url} (with {error.code})")
     except OSError as error:
-        fix = "start it (`ear serve`), or unset PREFECT_API_URL"
+        fix = "start it (`prefect server start`), or unset PREFECT_API_URL and use `ear serve`"
         yield Finding("Prefect", f"nothing answers at {url} ({error})", fix, serious=True)
 
 
@@ -210,11 +210,7 @@ def versions() -> Iterator[Finding]:
             installed = "missing"
         if name in pins and installed.partition("+")[0] != pins[name].partition("+")[0]:
             others.append(f"{name} {installed}, pinned {pins[name]}")
-    fix = (
-        "other versions give other bytes; `rm .venv/bin/.ready && make setup` installs the pinned ones"
-        if others
-        else ""
-    )
+    fix = "other versions give other bytes; `rm .venv/bin/.ready && make setup` installs the pinned ones"
     yield Finding("packages", "; ".join(others) or "as pinned", fix if others else "")
 
 

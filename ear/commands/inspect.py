@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ear.config.compose import quoted
 from ear.data import sources
 from ear.data.images import Encoding
 from ear.data.manifest import Contents
@@ -73,7 +74,7 @@ def _command(path: str, source: Source, sampled: Sampled, presets: tuple[str, ..
     if preset in _SIDES:  # presets of one data set: its size and its names are not these images'
         size = max(_side(sampled) // _DOWNSAMPLE[preset] * _DOWNSAMPLE[preset], 4)
         words += [f"data.image_size={size}", "data.class_names=[]"]
-    words.append(f"data.path={path}")
+    words.append(f"data.path={quoted(path)}")
     return shlex.join(words) + (_BROUGHT if presets == _IMAGENET else "")
 
 

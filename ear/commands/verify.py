@@ -51,7 +51,7 @@ def run(*, repair: bool) -> tuple[list[str], bool]:
         raise UserError("dvc.lock lists no stage; run the pipeline first (`dvc repro`).")
     stages = [declared[name] for name in declared if name in lock]
     found = _digests(stages)
-    records = {entry.stage: Record.read(entry.record) for entry in stages if entry.record.is_file()}
+    records = {entry.stage: record for entry in stages if (record := _record(entry, lock[entry.stage], found))}
     problems = [problem for entry in stages for problem in _problems(entry, lock[entry.stage], records, found)]
     lines = [f"{problem.stage}: {problem.what}" for problem in problems] + _notes(records)
     damaged = [problem.damaged for problem in problems if problem.damaged]
@@ -61,6 +61,25 @@ def run(*, repair: bool) -> tuple[list[str], bool]:
     if not problems:
         lines.append(f"{len(stages)} stages and {len(found)} files agree with their records and with dvc.lock")
     return lines, not problems
+
+
+def _record(entry: Declaration, locked_entry: Mapping[str, Any], found: Mapping[str, Digests]) -> Record | None:
+    """The record of a stage; None if it is missing or damaged.
+
+    It is damaged if it cannot be read, or if it alone is not what dvc.lock lists, while all outputs are.
+    """
+    if not entry.record.is_file() or _changed(locked_entry, found) == [entry.record.as_posix()]:
+        return None
+    try:
+        return Record.read(entry.record)
+    except UserError:
+        return None
+
+
+def _changed(locked_entry: Mapping[str, Any], found: Mapping[str, Digests]) -> list[str]:
+    """The outputs that exist, but not as dvc.lock lists them."""
+    outputs = {output["path"]: output["md5"] for output in locked_entry.get("outs", [])}
+    return [path for path, md5 in outputs.items() if Path(path).exists() and _md5(path, found) != md5]
 
 
 def _digests(stages: Iterable[Declaration]) -> dict[str, Digests]:
@@ -87,14 +106,16 @@ def _problems(
     entry: Declaration, locked_entry: Mapping[str, Any], records: Mapping[str, Record], found: Mapping[str, Digests]
 ) -> Iterator[Problem]:
     """Where one stage's outputs, record and entry in dvc.lock disagree."""
-    record = records.get(entry.stage)
-    if record is None:
+    if not entry.record.is_file():
         yield Problem(entry.stage, f"{entry.record} is missing; `dvc checkout {entry.stage}` brings it back")
         return
+    record = records.get(entry.stage)
+    if record is None:
+        yield Problem(entry.stage, f"{entry.record} is damaged: not what the stage wrote", damaged=entry.record)
+        return
     yield from _of_outputs(entry, record, found)
-    for output in locked_entry.get("outs", []):
-        if Path(output["path"]).exists() and _md5(output["path"], found) != output["md5"]:
-            yield Problem(entry.stage, f"{output['path']} is not what dvc.lock lists")
+    for path in _changed(locked_entry, found):
+        yield Problem(entry.stage, f"{path} is not what dvc.lock lists")
     parameters = locked_entry.get("params", {}).get(_PARAMETERS, {})
     if differing := difference(record.parameters, parameters):
         yield Problem(entry.stage, f"dvc.lock has other parameters than the stage saw ({differing})")

@@ -17,6 +17,7 @@ from ear.lineage.run import unfinished
 
 PICTURES = Path("work/watch")
 STAGES = ("tokenizer", "train", "finetune")
+_IDLE = 300.0  # seconds without a new row, after which the text says so
 _SEED = 2_000_000  # of the samples: not those that the sample stage draws
 _HEIGHT, _WIDTH, _MARGIN = 15, 90, 20  # of the curve in the terminal, in characters
 
@@ -24,11 +25,13 @@ _HEIGHT, _WIDTH, _MARGIN = 15, 90, 20  # of the curve in the terminal, in charac
 def run(stage: str | None, *, every: float, once: bool, samples: int, samples_every: float) -> Iterator[str]:
     """Yield texts to print until the training ends, one per look with something new; writes pictures in work/watch.
 
+    Before one has begun, the only text says that it waits.
+
     stage: default, the one that trains now. once: yield one text and stop. samples: images to draw from each new
     checkpoint, at most every `samples_every` seconds; 0: none.
     Raises UserError if nothing trains and `once` is set.
     """
-    shown, seen, sampled, next_samples, drawn = "", -1, None, 0.0, ""
+    shown, seen, sampled, next_samples, drawn, waiting = "", -1, None, 0.0, "", False
     while True:
         current = stage or newest()
         if shown and current != shown and not rows_of(shown):
@@ -43,6 +46,9 @@ def run(stage: str | None, *, every: float, once: bool, samples: int, samples_ev
         if stage and shown and not rows:
             yield f"{stage} has ended; its rows are in {FOLDER / 'finished' / stage}"
             return
+        if not rows and not shown and not waiting:
+            waiting = True
+            yield f"waiting for {stage or 'a training'} to begin"
         new = current is not None and bool(rows) and (current, rows[-1]["images"]) != (shown, seen)
         checkpoint = newest_checkpoint(current) if current in ("train", "finetune") else None
         if samples and checkpoint and checkpoint != sampled and time.monotonic() >= next_samples:
@@ -73,9 +79,12 @@ def newest() -> str | None:
 
 
 def newest_checkpoint(stage: str | None) -> Path | None:
-    """The checkpoint of the most images in a stage's unfinished work, the newest of several; or None."""
-    found = unfinished(str(stage)).glob("*/checkpoint-*.safetensors")
-    return max(found, key=lambda path: (_changed(path), path.name), default=None)
+    """The checkpoint of the most images of the training whose rows are shown; None if it has none yet."""
+    try:
+        key = read_json(FOLDER / str(stage) / ABOUT)["key"]
+    except (OSError, KeyError):  # not begun, or moved at this moment
+        return None
+    return max((unfinished(str(stage)) / key).glob("checkpoint-*.safetensors"), default=None)
 
 
 def _changed(path: Path) -> float:
@@ -103,6 +112,11 @@ def text(stage: str, rows: list[dict[str, Any]]) -> str:
         f"{_time(left, speed)} left, {about['parameters']:,} parameters on {about['device']}",
         ", ".join(f"{name} {value:.4g}" for name, value in row.items() if value is not None and name != "images"),
     ]
+    idle = time.time() - _changed(FOLDER / stage / TRAINING)
+    if idle > _IDLE:
+        lines.append(
+            f"no new row for {_duration(idle)}: unless its steps take that long, it was stopped; start it again"
+        )
     if validation := read_rows(FOLDER / stage / VALIDATION):
         held_out = ", ".join(f"{name} {value:.4g}" for name, value in validation[-1].items() if name != "images")
         lines.append(f"held out, after {validation[-1]['images']:,} images: {held_out}")
@@ -110,9 +124,11 @@ def text(stage: str, rows: list[dict[str, Any]]) -> str:
 
 
 def _time(images: int, speed: float) -> str:
-    if speed <= 0:
-        return "?"
-    minutes, seconds = divmod(round(images / speed), 60)
+    return _duration(images / speed) if speed > 0 else "?"
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {seconds} s"
 

@@ -1,5 +1,7 @@
 """Hydra's composition of conf/: presets and overrides => checked parameters."""
 
+import re
+import shlex
 from pathlib import Path
 
 from ear.config.parameters import Parameters, parse
@@ -13,7 +15,7 @@ def compose(overrides: list[str]) -> Parameters:
     """
     from hydra import compose as hydra_compose
     from hydra import initialize_config_module
-    from hydra.errors import HydraException
+    from hydra.errors import HydraException, OverrideParseException
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
     from yaml import YAMLError
@@ -21,11 +23,25 @@ def compose(overrides: list[str]) -> Parameters:
     try:
         with initialize_config_module("conf", version_base="1.3"):
             composed = OmegaConf.to_container(hydra_compose("config", overrides), resolve=True)
+    except OverrideParseException as error:
+        key, _, value = error.override.partition("=")
+        example = shlex.quote(f"{key}={quoted(value)}")
+        raise UserError(
+            f"{error.override!r} cannot be read; if it holds special characters, write {example}."
+        ) from error
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(_one_line(error)) from error
     except YAMLError as error:
         raise UserError(f"a file of conf/ is not valid YAML: {' '.join(str(error).split())}") from error
     return parse(composed, origin="conf")
+
+
+def quoted(value: str) -> str:
+    """A value of an override as Hydra reads it: in quotes if it has more than letters, digits and signs of paths."""
+    if re.fullmatch(r"[\w./@:+-]+", value, re.ASCII):
+        return value
+    escaped = re.sub(r"(\\*)(?='|$)", r"\1\1", value).replace("'", "\\'")
+    return f"'{escaped}'"
 
 
 def _one_line(error: Exception) -> str:

@@ -56,6 +56,12 @@ def check(path: str | Path, values: Mapping[str, Any]) -> Parameters:
     return _parsed(_edited(path, values))
 
 
+def value_of(parameters: Parameters, key: str) -> Any:
+    """The value of "section.key"."""
+    section, _, name = key.partition(".")
+    return getattr(getattr(parameters, section), name)
+
+
 def _edited(path: str | Path, values: Mapping[str, Any]) -> CommentedMap:
     content = _yaml().load(Path(path).read_text())
     for key, value in values.items():

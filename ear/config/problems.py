@@ -13,6 +13,7 @@ _KINDS = {  # the kind of error, up to its first underscore
     "bool": "true or false",
     "string": "a string",
     "tuple": "a list such as [32, 64]",
+    "list": "a list such as [tensorboard]",
 }
 _LIMITS = (("ge", "at least"), ("le", "at most"), ("gt", "above"), ("lt", "below"))
 
@@ -32,8 +33,8 @@ def _sentence(found: Mapping[str, Any], model: type[BaseModel]) -> str:
         return f"{key} is missing; add it, or write the file again with `ear configure`."
     if kind == "value_error":
         return str(found["ctx"]["error"])
-    if kind == "too_short":
-        return f"{key} is empty, but must have at least one entry."
+    if kind in ("too_short", "string_too_short"):
+        return f"{key} is empty, but must have at least one {'entry' if kind == 'too_short' else 'character'}."
     return f"{key or 'the file'} is {value!r}, but must be {_allowed(found, location, model)}."
 
 

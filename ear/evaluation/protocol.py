@@ -74,7 +74,7 @@ def incomparable(protocol: dict, *, extractor: Extractor, reference: Reference) 
     else:
         reference_differs = f"no figures of images of {size} pixels are known to be published"
     reasons = {
-        f"{protocol['images']} generated images, fewer than {PUBLISHED_IMAGES}": protocol["images"] < PUBLISHED_IMAGES,
+        f"{protocol['images']} generated images, not {PUBLISHED_IMAGES}": protocol["images"] != PUBLISHED_IMAGES,
         f"{per_class['least']} to {per_class['most']} images per class": per_class["least"] != per_class["most"],
         f"{classes} classes, not ImageNet's {PUBLISHED_CLASSES}": classes != PUBLISHED_CLASSES,
         "another extractor than the published Inception weights": not extractor.published,

@@ -31,7 +31,8 @@ from ear.training.trainer import History, Trainer
 _VALIDATION_IMAGES = 4096  # at most; held-out shards are stored shuffled
 _CODEBOOK_IMAGES = 4096  # training images, at most, that a codebook is fitted on
 _REFERENCE_IMAGES = 512  # training images, at most, behind the losses to compare with
-_STATE_BYTES = 24  # per parameter: weight, gradient, at most two moments, two EMAs in float32
+_COPIES = 4  # of the weights, in float32: weights, gradients, two EMAs
+_FLOAT = 4  # bytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,7 +144,8 @@ class Phase:
         """Lines for the log: model size, memory, batches, learning rate, and what to expect of the EMA."""
         options, world_size = self.options, distributed.size()
         parameters = sum(p.numel() for p in self.trainer.module.parameters())
-        state = parameters * _STATE_BYTES / (world_size if self.sharded else 1)
+        numbers = _COPIES * parameters + moments(self.trainer.module, options.optimizer)
+        state = numbers * _FLOAT / (world_size if self.sharded else 1)
         step, micro = options.global_batch_size, options.micro_batch_size
         base = max(group["base"] for group in self.trainer.optimizer.param_groups)
         lengths = [1 / (1 - decay) for decay in (options.ema_decay, options.ema_decay_long)]
@@ -280,6 +282,12 @@ def parameter_groups(model: AutoregressiveModel, *, weight_decay: float, head_ra
 def block_matrices(model: AutoregressiveModel) -> list[nn.Parameter]:
     """The matrices inside the residual blocks of transformer and head; embeddings and projections are outside."""
     return [p for name, p in model.named_parameters() if ".blocks." in name and p.dim() == 2]
+
+
+def moments(model: AutoregressiveModel, optimizer: str) -> int:
+    """How many numbers the optimiser keeps of past gradients: two per parameter, Muon one for each of its own."""
+    own = block_matrices(model) if optimizer == "muon" else []
+    return 2 * sum(p.numel() for p in model.parameters()) - sum(matrix.numel() for matrix in own)
 
 
 def fit_codebook(model: AutoregressiveModel, store: LatentStore, seed: int) -> None:

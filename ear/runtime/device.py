@@ -2,12 +2,14 @@
 
 import contextlib
 import ctypes
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 import torch
 import torch.utils.deterministic
 from torch import nn
 
+from ear import config
+from ear.config import edit
 from ear.errors import UserError
 from ear.runtime import distributed
 
@@ -78,6 +80,20 @@ def check_precision(precision: str, cuda: bool, *, key: str) -> None:
     """Raise UserError naming the parameter `key` if a CPU is to use less than float32."""
     if precision != "float32" and not cuda:
         raise UserError(f"{key} is {precision!r}, which CPUs lack (or emulate, 100 times slower); set it to 'float32'.")
+
+
+def check_can_compute(parameters: config.Parameters, keys: Collection[str]) -> None:
+    """Raise UserError if this machine lacks a device or a precision that stages which read these keys need.
+
+    keys: sections of params.yaml, or SECTION.KEY. Stages that compute read `compute`.
+    """
+    runtime = parameters.runtime
+    if {"compute", "runtime", "runtime.device", "runtime.processes"} & set(keys):
+        check_devices(runtime.device, runtime.processes)
+    trained = ["tokenizer.precision"] if parameters.tokenizer.name == "kl" else []
+    for key in (*trained, "train.precision", "sample.precision", "sample.decoder_precision"):
+        if {key, key.partition(".")[0]} & set(keys):
+            check_precision(edit.value_of(parameters, key), uses_cuda(runtime.device), key=key)
 
 
 def set_precision(precision: str, device: torch.device, *, key: str) -> None:

@@ -156,6 +156,17 @@ def test_muon_keeps_one_number_for_a_matrix_of_a_block():
     assert both["adamw"] - both["muon"] == 4 * in_blocks
 
 
+def test_sharding_divides_what_a_process_holds():
+    whole, part = (
+        costs.pipeline_costs(compose(["preset=folder64", "data.path=/", *options]), classes=10, images=100).memory
+        for options in (["runtime.processes=4"], ["runtime.processes=4", "runtime.sharded=true"])
+    )
+    assert part["activations"] == whole["activations"]
+    assert {name: whole[name] / part[name] for name in part if name != "activations"} == dict.fromkeys(
+        ("weights", "gradients", "optimizer moments", "averaged weights"), pytest.approx(4, rel=1e-6)
+    )
+
+
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_disk_has_the_pixels_of_arrays_and_the_moments_of_the_optimiser(optimizer):
     parameters = compose(["preset=fashion", f"train.optimizer={optimizer}"])

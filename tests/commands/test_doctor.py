@@ -56,12 +56,14 @@ def test_what_keeps_the_pipeline_from_running_is_named_with_its_remedy(clone, mo
     monkeypatch.setenv("PREFECT_API_URL", "http://127.0.0.1:1/api")
     pins = Path("requirements.txt").read_text()
     Path("requirements.txt").write_text(pins.replace("\nnumpy==", "\nnumpy==0."))
-    found = said("data.path", "Prefect", "packages")
+    edit.apply("params.yaml", {"train.precision": "bfloat16", "runtime.device": "cpu"})
+    found = said("data.path", "Prefect", "packages", "runtime")
+    assert found["runtime"].startswith("FAIL runtime train.precision is 'bfloat16', which CPUs lack")
     assert found["code"] == "1"
     assert found["data.path"].startswith("FAIL data.path")
     assert "/nowhere" in found["data.path"]
     assert found["Prefect"].startswith("FAIL Prefect nothing answers at http://127.0.0.1:1/api")
-    assert found["Prefect"].endswith("-> start it (`ear serve`), or unset PREFECT_API_URL")
+    assert found["Prefect"].endswith("or unset PREFECT_API_URL and use `ear serve`")
     assert found["packages"].startswith("note packages numpy ")
     Path("params.yaml").write_text("train: {}\n")
     assert said("params.yaml")["params.yaml"].startswith("FAIL params.yaml params.yaml: ")

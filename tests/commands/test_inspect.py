@@ -15,6 +15,7 @@ from ear.commands import inspect
 from ear.config.compose import compose, presets
 from ear.data import sources
 from ear.data.manifest import ListedImage
+from ear.errors import UserError
 
 ROOT = Path(__file__).parents[2]
 
@@ -106,6 +107,20 @@ def test_the_command_that_it_names_works(tmp_path, side, size):
     parameters = compose(shlex.split(command)[2:])
     assert (parameters.data.source, parameters.data.path) == ("folder", str(root))
     assert parameters.data.image_size == size
+
+
+@pytest.mark.parametrize("name", ["my (2024) images", "josé's #1", "a=b,c", "~x & {y}", "back\\slash\\"])
+def test_the_command_that_it_names_works_for_any_path(tmp_path, name):
+    root = folders(tmp_path / name, 64)
+    command = inspect.describe(str(root), *found(root)).splitlines()[-1].split(maxsplit=1)[1]
+    assert compose(shlex.split(command)[2:]).data.path == str(root)
+
+
+def test_an_override_that_hydra_cannot_read_is_shown_in_quotes():
+    with pytest.raises(UserError, match="cannot be read; if it holds special characters, write ") as refused:
+        compose(["preset=folder64", "data.path=/josé/x (1)"])
+    advice = str(refused.value).rpartition("write ")[2].removesuffix(".")
+    assert compose(["preset=folder64", *shlex.split(advice)]).data.path == "/josé/x (1)"
 
 
 def test_the_command_for_imagenet_names_what_its_user_brings(tmp_path):

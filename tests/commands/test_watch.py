@@ -1,6 +1,8 @@
 """`ear watch` beside a training that writes rows."""
 
+import os
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -12,9 +14,11 @@ from ear.commands.cli import main
 from ear.display import live
 from ear.display.live import FOLDER, Live
 
+KEY = "0123456789abcdef"
+
 
 def rows(count: int, stage: str = "train") -> Live:
-    shown = Live(FOLDER / stage)
+    shown = Live(FOLDER / stage, key=KEY)
     shown.begin(0, {"total_images": 6400, "parameters": 1000, "device": "cpu"})
     for number in range(1, count + 1):
         shown.training({"images": 64 * number, "loss": 2.0 / number, "images_per_second": 32.0})
@@ -36,6 +40,21 @@ def test_one_look_shows_figures_time_left_and_pictures():
     assert second == "loss 0.5, images_per_second 32"
     assert third == "held out, after 256 images: loss 1.25"
     assert Image.open("work/watch/train.png").size[0] == 1200
+
+
+def test_a_training_that_was_stopped_is_not_shown_as_running():
+    rows(2)
+    hours_ago = time.time() - 3 * 3600
+    os.utime(FOLDER / "train" / live.TRAINING, (hours_ago, hours_ago))
+    (shown,) = watch.run(None, every=0.01, once=True, samples=0, samples_every=0)
+    assert "\nno new row for 3 h 0 min: unless its steps take that long, it was stopped; start it again\n" in shown
+
+
+def test_a_watch_that_begins_before_the_training_says_that_it_waits():
+    texts = watch.run(None, every=0.01, once=False, samples=0, samples_every=0)
+    assert next(texts) == "waiting for a training to begin"
+    rows(1)
+    assert next(texts).startswith("train: 64 of 6,400 images")
 
 
 def test_without_a_training_one_look_says_so():
@@ -61,10 +80,10 @@ def test_the_newest_checkpoint_is_drawn_once(monkeypatch):
     rows(2)
     drawn = []
     monkeypatch.setattr(watch, "draw_samples", lambda path, count: drawn.append((path.name, count)) or "drawn")
-    for name in ("checkpoint-000000000064.safetensors", "checkpoint-000000000128.safetensors"):
-        path = Path("work/train/0123456789abcdef") / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.touch()
+    for path in (f"{KEY}/checkpoint-000000000064", f"{KEY}/checkpoint-000000000128", "other/checkpoint-000000000512"):
+        checkpoint = Path("work/train") / f"{path}.safetensors"
+        checkpoint.parent.mkdir(parents=True, exist_ok=True)
+        checkpoint.touch()  # the last one is unfinished work of other parameters
     texts = watch.run("train", every=0.01, once=False, samples=20, samples_every=0)
     assert next(texts).endswith("\ndrawn")
     live.archive("train", 0.0)
@@ -74,7 +93,7 @@ def test_the_newest_checkpoint_is_drawn_once(monkeypatch):
 
 def test_samples_that_cannot_be_drawn_do_not_end_the_watch():
     rows(2)
-    path = Path("work/train/0123456789abcdef/checkpoint-000000000064.safetensors")
+    path = Path(f"work/train/{KEY}/checkpoint-000000000064.safetensors")
     path.parent.mkdir(parents=True)
     path.write_bytes(b"half a file")
     texts = watch.run("train", every=0.01, once=True, samples=20, samples_every=0)

@@ -54,6 +54,8 @@ def test_written_parameters_read_back_equal(tmp_path):
         ("score.components", 0, ["score.components is 0", "at least 1"]),
         ("score.bandwidths", [1.0, -0.5], ["score.bandwidths[1] is -0.5", "above 0"]),
         ("score.bandwidths", [], ["score.bandwidths is empty", "at least one"]),
+        ("runtime.trackers", "mlflow", ["runtime.trackers is 'mlflow'", "a list such as [tensorboard]"]),
+        ("data.class_names", ["cat", ""], ["data.class_names[1] is empty", "at least one character"]),
         ("score.covariance", "full_rank", ["score.covariance is 'full_rank'", "'diagonal' or 'full'"]),
         ("model.attention", "both", ["model.attention is 'both'", "'bidirectional' or 'causal'"]),
         ("model.order", "raster", ["model.order is 'raster'", "bidirectional", "causal"]),

@@ -13,6 +13,7 @@ import time
 import urllib.request
 from pathlib import Path
 
+import optuna
 import psutil
 import pytest
 
@@ -23,6 +24,7 @@ from ear.errors import UserError
 from flows import command, devices, experiments, repository
 from flows.pipeline import main, pipeline
 from flows.search import Range, search, space_of
+from flows.search import _typed as search_typed
 from flows.sweep import _next, find, grid, mark_best, sweep, write, write_back
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -687,6 +689,9 @@ def test_a_metric_is_found_by_name_or_file():
     files = {"a.json": {"fid": 3.0, "loss": 1.0}, "b.json": {"loss": 2.0}}
     assert find("fid", files) == 3.0
     assert find("b.json:loss", files) == 2.0
+    for value in (None, float("nan"), "text"):
+        with pytest.raises(UserError, match=r"'c\.json:fid_ratio' is .*, not a number to compare"):
+            find("fid_ratio", {"c.json": {"fid_ratio": value}})
     with pytest.raises(ValueError, match=r"'loss' is in several files; choose a\.json:loss or b\.json:loss"):
         find("loss", files)
     with pytest.raises(ValueError, match=r"'kid' is in no metrics file; there are: a\.json:fid"):
@@ -813,6 +818,31 @@ def test_a_search_space_is_read_and_refused():
             space_of([text])
 
 
+def test_whole_bounds_of_a_fraction_are_searched_in_between():
+    assert search_typed(Range(1, 4), 1.5) == Range(1.0, 4.0)
+    assert isinstance(search_typed(Range(1, 4), 1.5).low, float)
+    assert isinstance(search_typed(Range(1, 4), 2).low, int)
+    assert search_typed([1, 2], 1.5) == [1, 2]
+
+
+def test_a_search_of_a_metric_that_is_no_number_ends(repo, client):
+    """Its trials fail, and as many failures as trials end it."""
+    Path("stage.py").write_text(Path("stage.py").read_text().replace("value**2", "None"))
+    state = search({"sample.temperature": "0.1..0.9"}, trials=2, return_state=True)
+    assert state.message == "none of 2 trials succeeded; the log above says why"
+
+
+def test_a_search_that_was_killed_and_then_shortened_goes_on(repo, client):
+    space = {"sample.temperature": "0.1..1.5"}
+    assert search(space, trials=2, return_state=True).is_completed()
+    study = optuna.load_study(study_name="study", storage="sqlite:///work/search/study.db")
+    study.ask().suggest_float("sample.temperature", 0.1, 1.5)  # a kill leaves a running trial
+    assert search(space, trials=2, return_state=True).is_completed()  # has enough: the trial only waits
+    state = search(space, trials=3, return_state=True)
+    assert state.is_completed(), state.message
+    assert len(table("search")) == 3
+
+
 def test_a_search_finds_the_best_and_goes_on_where_it_stopped(repo, client):
     space = {"sample.temperature": "0.1..1.5"}
     state = search(space, trials=2, return_state=True)
@@ -823,6 +853,12 @@ def test_a_search_finds_the_best_and_goes_on_where_it_stopped(repo, client):
     assert state.message.startswith(f"best fid {best:.6g}: search-sample.temperature=")
     assert all(row["fid"] == pytest.approx(row["sample.temperature"] ** 2, rel=1e-2) for row in table("search"))
     assert "temperature: 1.0" in Path("params.yaml").read_text()
+    edit.apply("params.yaml", {"sample.steps": 9})
+    assert search(space, trials=4, return_state=True).message == (
+        "the study in work/search is of another metric, space or other parameters; give another --output."
+    )
+    for nothing in ({"space": {}}, {"space": space, "trials": 0}):
+        assert "but a search needs one of each" in search(**nothing, return_state=True).message
     assert search({"sample.temprature": "0.1..1"}, return_state=True).message.startswith(
         "overrides: sample.temprature is not a known key"
     )

@@ -102,6 +102,19 @@ def test_the_form_has_every_key_and_stage():
     assert Stages.__metadata__[0].json_schema["items"]["enum"] == list(declarations())
 
 
+def test_a_named_server_that_does_not_answer_is_one_line():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{free.getsockname()[1]}/api"
+        command = [sys.executable, "-m", "flows.serve"]
+        environment = os.environ | {"PREFECT_API_URL": url}
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == (
+        f"serve: no Prefect server answers at {url}, the PREFECT_API_URL; unset it to start one here\n"
+    )
+
+
 def test_a_taken_port_is_one_line():
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))

@@ -166,6 +166,23 @@ def test_a_flipped_byte_is_named_and_made_again():
     assert verify().returncode == 0
 
 
+@pytest.mark.parametrize("damage", ["a digest", "half a file"])
+def test_a_damaged_record_is_named_and_its_good_outputs_stay(damage):
+    path = Path("data/lineage/numbers.json")
+    content = path.read_text()
+    digest = json.loads(content)["outputs"]["data/numbers/3.txt"]
+    path.unlink()  # DVC's cache shares the file
+    path.write_text(content.replace(digest, digest[::-1]) if damage == "a digest" else content[:40])
+    told = verify()
+    assert told.returncode == 1
+    assert "numbers: data/lineage/numbers.json is damaged: not what the stage wrote" in told.stdout
+    assert "3.txt" not in told.stdout
+    assert "deleted data/lineage/numbers.json;" in verify("--repair").stdout
+    assert Path("data/numbers/3.txt").read_text() == "3"
+    assert dvc("repro").returncode == 0
+    assert verify().returncode == 0
+
+
 def test_a_file_that_no_stage_wrote_is_named():
     Path("data/numbers/more.txt").write_text("9")
     told = verify()
@@ -189,6 +206,7 @@ def test_other_libraries_are_a_note():
     content["libraries"]["numpy"] = "0.1"
     path.unlink()
     path.write_text(json.dumps(content))
+    assert dvc("commit", "--force", "total").returncode == 0
     assert "note: total ran with other libraries than are installed now (numpy: 0.1, now " in verify().stdout
 
 

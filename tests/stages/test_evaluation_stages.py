@@ -171,7 +171,7 @@ def test_held_out_digits_score_as_the_floor(repository, capsys):
     assert figures["recall"] > 0.7
     out = capsys.readouterr().out
     assert "guidance: 1.5" in out
-    assert "Do not compare with published figures: 359 generated images, fewer than 50000; " in out
+    assert "Do not compare with published figures: 359 generated images, not 50000; " in out
 
 
 def test_protocol_names_what_the_figures_depend_on(repository):
@@ -214,7 +214,7 @@ def test_seed_blocks_have_figures_of_their_own(repository):
     run("evaluate", **{"evaluate.kid_subset_size": 100})
     third = evaluated()
     assert (protocol["blocks"], protocol["metric"], protocol["images"]) == (4, "FID-100", 100)
-    assert protocol["why"][0] == "100 generated images, fewer than 50000"
+    assert protocol["why"][0] == "100 generated images, not 50000"
     for name in ("fid", "kid", "inception_score", "class_accuracy"):
         least, most = blocks["range"][name]
         assert least < most
