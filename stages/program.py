@@ -27,6 +27,7 @@ from ear.lineage.run import Run
 from ear.runtime import distributed
 
 LOGS = Path("work/logs")
+_GPU_FULL = "OutOfMemoryError"  # torch's; stages that do not compute never import torch
 TIMES = Path("work/times")  # how long each stage took when it last ran here
 View = TypeVar("View")
 
@@ -94,8 +95,11 @@ def perform(
         work(view, run)
         run.publish()
     if distributed.is_main():
-        archive(stage, began)
-        write_json(TIMES / f"{stage}.json", {"seconds": time.monotonic() - clock})
+        try:
+            archive(stage, began)
+            write_json(TIMES / f"{stage}.json", {"seconds": time.monotonic() - clock})
+        except OSError as error:
+            print(f"note: {error}; the results are published", flush=True)
 
 
 def live(stage: str, parameters: Any, scratch: Path, more: Callable[[dict], dict] = lambda row: {}) -> Live:
@@ -143,7 +147,9 @@ def run(
             perform(stage, work, kind, config.load, unread)
     except distributed.FailedElsewhere:
         sys.exit(1)
-    except (UserError, OSError, MemoryError) as error:
+    except Exception as error:
+        if not isinstance(error, UserError | OSError | MemoryError) and type(error).__name__ != _GPU_FULL:
+            raise
         print(f"{stage}: {_sentence(error)}", file=sys.stderr)
         _keep_traceback(LOGS / f"{stage}.log")
         if stage in locked() and "DVC_STAGE" in os.environ:  # DVC has removed the outputs of the earlier run
@@ -152,6 +158,9 @@ def run(
 
 
 def _sentence(error: BaseException) -> str:
+    if type(error).__name__ == _GPU_FULL:
+        sizes = "train.micro_batch_size, cache.batch_size, sample.batch_size or reference.batch_size"
+        return f"the GPU's memory is full; lower {sizes}, whichever this stage reads."
     if isinstance(error, OSError) and error.strerror and not isinstance(error, UserError):
         where = f"{error.filename}: " if error.filename else ""
         return f"{where}{error.strerror}; nothing was published."

@@ -55,6 +55,7 @@ def work(parameters: Parameters, run: Run) -> None:
 def begin(file: Path, sampler: ImageSampler, labels: list[int], options: config.Sample) -> list[drawing.Batch]:
     """Create the file if it is new => the batches it lacks."""
     if not file.is_file():
+        drawing.forget(file)
         sources = {"model_sha256": sha256(MODEL), "tokenizer_sha256": sha256(TOKENIZER)}
         model = sampler.model
         costs = {"evaluations_per_image": network_evaluations(model, options.steps)}

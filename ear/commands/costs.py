@@ -17,7 +17,7 @@ from ear.model.autoregressive import AutoregressiveModel
 from ear.model.files import build_model
 from ear.model.flops import at_depth, count, loss_without_data, training_flops, with_options
 from ear.model.shape import Shape
-from ear.model.training import moments
+from ear.model.training import optimizer_numbers
 from ear.runtime import randomness
 from ear.sampling.sampler import sample
 from ear.sampling.settings import SamplingSettings
@@ -86,7 +86,7 @@ def pipeline_costs(parameters: config.Parameters, *, classes: int, images: int) 
 def moments_bytes(shape: Shape, optimizer: str) -> int:
     """Bytes of what the optimiser keeps of past gradients."""
     with FakeTensorMode():
-        return moments(build_model(shape), optimizer) * _FLOAT
+        return optimizer_numbers(build_model(shape), optimizer) * _FLOAT
 
 
 def build_tokenizer(parameters: config.Parameters) -> Tokenizer:

@@ -14,9 +14,9 @@ from typing import Any
 from ear.display.progress import Progress
 from ear.errors import UserError
 from ear.files.atomic import remove
+from ear.files.digests import files_under
 from ear.lineage.cache import cache_folder, listed_files, stored
 from ear.lineage.declaration import Declaration, declarations, locked
-from ear.lineage.digests import files_under
 from ear.lineage.record import Record, difference
 from ear.runtime.versions import versions
 

@@ -81,11 +81,15 @@ def check_model(data: Data, tokenizer: Tokenizer, model: Model) -> None:
 
 
 def check_train(train: Train, runtime: Runtime) -> None:
-    """Micro-batches must divide the batch, there must be weights or a training, and Muon needs whole matrices."""
+    """Batches and warm-up must fit, there must be weights or a training, and Muon needs whole matrices."""
     if train.global_batch_size % train.micro_batch_size:
         raise UserError(
             f"train.micro_batch_size is {train.micro_batch_size}, but must divide train.global_batch_size, "
             f"{train.global_batch_size}; choose a divisor."
+        )
+    if train.warmup_images > train.images > 0:
+        raise UserError(
+            f"train.warmup_images is {train.warmup_images}, but must be at most train.images, {train.images}; lower it."
         )
     if not train.images and not train.weights:
         raise UserError(
@@ -99,8 +103,13 @@ def check_train(train: Train, runtime: Runtime) -> None:
         )
 
 
-def check_guidance(sample: Sample) -> None:
-    """The interval of guidance must not be empty."""
+def check_guidance(model: Model, train: Train, sample: Sample) -> None:
+    """The interval of guidance must not be empty, and guidance needs a null class that a training has seen."""
+    if sample.guidance != 1 and not model.label_dropout and not train.weights:
+        raise UserError(
+            f"sample.guidance is {sample.guidance:g}, but model.label_dropout is 0, so no training would see the null "
+            "class; set sample.guidance to 1, or model.label_dropout above 0."
+        )
     if sample.guidance_from >= sample.guidance_to:
         raise UserError(
             f"sample.guidance_from is {sample.guidance_from:g}, but must be below sample.guidance_to, "

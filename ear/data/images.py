@@ -20,6 +20,8 @@ from ear.errors import UserError
 if TYPE_CHECKING:
     import torch
 
+# Damaged metadata do not affect pixels. For all threads at once: `catch_warnings` would leave behind filters of others.
+warnings.filterwarnings("ignore", module=r"PIL\.")
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP")  # others, such as EPS, would start programs outside this one
 _SIXTEEN_BIT = ("I", "I;16", "I;16B", "I;16L", "I;16N")
 
@@ -59,19 +61,14 @@ def decode(file: str | Path | BinaryIO, *, upright: bool = True) -> Image.Image:
     limit against decompression bombs (PIL.Image.MAX_IMAGE_PIXELS). The caller adds the file's name.
     """
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # damaged metadata do not affect pixels
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(file, formats=FORMATS) as image:
-                if image.width * image.height > (
-                    Image.MAX_IMAGE_PIXELS or math.inf
-                ):  # the warning filter is not thread-safe
-                    raise Image.DecompressionBombError
-                image.load()
-                return _to_rgb(_upright(image) if upright else image)
+        with Image.open(file, formats=FORMATS) as image:
+            if image.width * image.height > (Image.MAX_IMAGE_PIXELS or math.inf):  # Pillow itself only warns
+                raise Image.DecompressionBombError
+            image.load()
+            return _to_rgb(_upright(image) if upright else image)
     except UnidentifiedImageError as error:  # Pillow's own message contains a memory address
         raise UserError(f"not an image of format {', '.join(FORMATS)}") from error
-    except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
+    except Image.DecompressionBombError as error:
         raise UserError(f"possibly a decompression bomb, over {Image.MAX_IMAGE_PIXELS} pixels") from error
     except MemoryError:
         raise

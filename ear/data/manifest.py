@@ -20,8 +20,9 @@ from typing import Any, NamedTuple
 from ear.data.images import Encoding
 from ear.display.progress import Progress
 from ear.errors import MissingFileError, UserError
-from ear.files.atomic import whole_file
+from ear.files.atomic import naming, whole_file
 from ear.files.json_files import read_json, write_json
+from ear.files.reading import reading
 from ear.files.tables import csv_writer
 
 FORMAT = "ear-raw-3"
@@ -81,16 +82,18 @@ class Contents(contextlib.ExitStack):
 
         Raises OSError; UserError for an image of more than 1 GiB, before reading it.
         """
-        if image.offset is None:
-            with _open_plain(self._root / image.file) as file:
-                count = os.fstat(file.fileno()).st_size
-                _check_size(count)
-                return file.read(count)
-        assert image.bytes is not None
-        _check_size(image.bytes)
-        if image.file not in self._archives:
-            self._archives[image.file] = self.enter_context((self._root / image.file).open("rb", buffering=0))
-        return os.pread(self._archives[image.file].fileno(), image.bytes, image.offset)
+        path = self._root / image.file
+        with naming(path):
+            if image.offset is None:
+                with _open_plain(path) as file:
+                    count = os.fstat(file.fileno()).st_size
+                    _check_size(count)
+                    return file.read(count)
+            assert image.bytes is not None
+            _check_size(image.bytes)
+            if image.file not in self._archives:
+                self._archives[image.file] = self.enter_context(path.open("rb", buffering=0))
+            return os.pread(self._archives[image.file].fileno(), image.bytes, image.offset)
 
 
 def _open_plain(path: Path) -> FileIO:
@@ -180,8 +183,8 @@ def read_rows(path: Path) -> list[Row]:
 
 
 def _read_lines(path: Path) -> Iterator[tuple[Row, str]]:
-    """Yield each row with its class name."""
-    with path.open(newline="", **_SURROGATES) as file:
+    """Yield each row with its class name; raises UserError if the file is damaged."""
+    with reading(path, "list of images", "run fetch again"), path.open(newline="", **_SURROGATES) as file:
         lines = csv.reader(file)
         if next(lines, None) != _COLUMNS:
             raise UserError(f"{path} does not start with the columns {','.join(_COLUMNS)}; run fetch again.")
@@ -212,7 +215,10 @@ def read_manifest(folder: str | Path) -> Manifest:
     for row, name in _read_lines(path):
         rows.append(row)
         by_label[row.label] = name
+    if not rows:
+        raise UserError(f"{path} lists no image; run fetch again.")
     classes = tuple(by_label[label] for label in sorted(by_label))
-    names = tuple(source["names"].get(name, name) for name in classes)
-    encoding = Encoding.of(source["encoding"])
-    return Manifest(Path(source["root"]), classes, names, encoding, source["archives"], rows)
+    with reading(Path(folder, "source.json"), "description of images", "run fetch again"):
+        names = tuple(source["names"].get(name, name) for name in classes)
+        encoding = Encoding.of(source["encoding"])
+        return Manifest(Path(source["root"]), classes, names, encoding, source["archives"], rows)

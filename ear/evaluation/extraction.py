@@ -3,6 +3,7 @@
 N images, D features, K classes, side S in pixels.
 """
 
+import contextlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -74,7 +75,7 @@ def extract(
 
     def extract_batch(first: int) -> Batch:
         file = kept / f"{first:010d}.safetensors"
-        if file.is_file():
+        with contextlib.suppress(UserError):  # absent or damaged: extracted again
             return Batch(**read_tensors(file)[0])
         rows = range(first, min(first + batch_size, len(source)))
         features, logits = extractor(source.images(rows))

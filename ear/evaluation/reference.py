@@ -6,7 +6,6 @@ N images, D features, K classes.
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -15,6 +14,7 @@ from torch import Tensor
 from ear.errors import MissingFileError, UserError
 from ear.evaluation.statistics import Gaussian, Moments, class_accuracy
 from ear.files.digests import sha256
+from ear.files.reading import reading
 from ear.files.tensors import read_tensors, write_tensors
 
 REFERENCE_ROWS = 10_000  # real images behind precision, recall and kernel distance, as in ADM's ImageNet reference
@@ -115,6 +115,8 @@ def read_statistics(path: str | Path, *, dimension: int) -> tuple[Gaussian, str]
                 f"{path}: {name} has shape {list(arrays[name].shape)}, but the extractor has {dimension} features, "
                 f"which needs {list(shape)}; use statistics of the same extractor."
             )
+        if arrays[name].dtype.kind not in "fiu":
+            raise UserError(f"{path}: {name} holds {arrays[name].dtype}, not numbers; get the file again.")
         if not np.isfinite(arrays[name]).all():
             raise UserError(f"{path}: {name} holds infinite or NaN values; get the file again.")
     tensors = {name: torch.from_numpy(arrays[name].astype(np.float64)) for name in shapes}
@@ -123,8 +125,5 @@ def read_statistics(path: str | Path, *, dimension: int) -> tuple[Gaussian, str]
 
 def _open_npz(path: Path) -> dict[str, np.ndarray]:
     """The arrays mu and sigma, if present; other arrays, such as thousands of images, are not loaded."""
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            return {name: file[name] for name in file.files if name in ("mu", "sigma")}
-    except (ValueError, OSError, EOFError, AttributeError, TypeError, BadZipFile) as error:
-        raise UserError(f"{path} is not a readable npz file ({error}); get the file again.") from error
+    with reading(path, "npz file", "get the file again"), np.load(path, allow_pickle=False) as file:
+        return {name: file[name] for name in file.files if name in ("mu", "sigma")}

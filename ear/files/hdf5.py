@@ -9,6 +9,8 @@ from typing import Any
 import h5py
 import numpy as np
 
+from ear.files.atomic import naming
+
 _PAGE, _LARGE = 4096, 65_536  # bytes: data sets of at least _LARGE begin at a page
 
 
@@ -47,7 +49,7 @@ def fill(path: str | Path, name: str, first: int, values: np.ndarray) -> None:
     Several processes may write different rows at the same time.
     """
     offset = row_offset(path, name, first, values)
-    with Path(path).open("r+b", buffering=0) as raw:
+    with naming(Path(path)), Path(path).open("r+b", buffering=0) as raw:
         raw.seek(offset)
         left = np.ascontiguousarray(values).data.cast("B")
         while left:  # a nearly full disk may take only a part

@@ -5,6 +5,8 @@ The description is a single metadata key: safetensors writes several keys in ran
 
 import contextlib
 import json
+import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,12 +19,19 @@ _DESCRIPTION = "ear"
 
 
 def write_tensors(path: str | Path, tensors: dict, description: dict) -> None:
-    """Write tensors by name with a JSON description, byte-reproducibly."""
+    """Write tensors by name with a JSON description, byte-reproducibly. Raises OSError."""
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     with whole_file(path) as partial:
-        save_file(contiguous, partial, metadata={_DESCRIPTION: json.dumps(description)})
+        try:
+            save_file(contiguous, partial, metadata={_DESCRIPTION: json.dumps(description)})
+        except SafetensorError as error:  # which is no OSError, even if the disk is full
+            number = re.search(r"os error (\d+)", str(error))
+            if number is None:
+                raise
+            raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
 
 
 def read_tensors(path: str | Path) -> tuple[dict, dict]:

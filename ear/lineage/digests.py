@@ -1,31 +1,13 @@
-"""Digests of files and folders: of code at once, of inputs in the background while a stage already works on them."""
+"""Digests of the inputs of a stage, computed in the background while it already works on them."""
 
-import hashlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 from ear.errors import UserError
-from ear.files.digests import sha256
+from ear.files.digests import files_under, sha256
 
 _THREADS = 2  # hashing must not slow the stage; two threads hash 2 to 3 GB/s
-
-
-def files_under(path: Path) -> Iterator[Path]:
-    """The file itself, or all files in a folder, in order; nothing if `path` does not exist."""
-    if path.is_dir():
-        yield from (file for file in sorted(path.rglob("*")) if file.is_file())
-    elif path.is_file():
-        yield path
-
-
-def code_digest(path: Path) -> str:
-    """SHA-256 over the names and contents of a Python file, or of all those in a package."""
-    digest = hashlib.sha256()
-    for file in files_under(path):
-        if file.suffix == ".py":
-            digest.update(f"{file.as_posix()}\0{sha256(file)}\n".encode())
-    return digest.hexdigest()
 
 
 def file_digests(paths: Iterable[Path]) -> dict[str, str]:

@@ -10,6 +10,7 @@ from typing import Any
 
 from ear.errors import UserError
 from ear.files.json_files import read_json, write_json
+from ear.files.reading import reading
 from ear.lineage.declaration import Declaration
 
 FORMAT = "ear-lineage-1"
@@ -37,7 +38,8 @@ class Record:
         content = read_json(path)
         if content.pop("format", None) != FORMAT:
             raise UserError(f"{path} is not of format {FORMAT!r}; run its stage again.")
-        return cls(**content | {"earlier_code": tuple(content["earlier_code"])})
+        with reading(path, "record", "run its stage again"):
+            return cls(**content | {"earlier_code": tuple(content["earlier_code"])})
 
 
 def published(declared: Iterable[Declaration]) -> tuple[dict[str, str], dict[str, str]]:

@@ -19,11 +19,11 @@ from filelock import FileLock, Timeout
 
 from ear.errors import UserError
 from ear.files.atomic import remove, remove_unfinished, replace
-from ear.files.digests import sha256
+from ear.files.digests import code_digest, files_under, sha256
 from ear.files.json_files import read_json, write_json
 from ear.lineage.cache import cached_outputs
 from ear.lineage.declaration import Declaration, declarations, locked
-from ear.lineage.digests import Inputs, code_digest, file_digests, files_under
+from ear.lineage.digests import Inputs, file_digests
 from ear.lineage.record import Record, difference, published
 from ear.runtime import distributed
 from ear.runtime.versions import versions
@@ -153,7 +153,7 @@ class Run:
         others = sorted(
             path
             for path in folder.parent.iterdir()
-            if _is_key(path) and path != folder and not _beside(path, _DONE).is_file()
+            if _is_key(path) and path != folder and not _beside(path, _DONE).is_file() and not _in_use(path)
         )
         if others:
             sizes = sum(file.stat().st_size for path in others for file in files_under(path))
@@ -295,6 +295,15 @@ def _lock_of(folder: Path) -> FileLock:
     path = folder.parent.parent / "locks" / f"{folder.parent.name}-{folder.name}"
     path.parent.mkdir(parents=True, exist_ok=True)
     return FileLock(path)
+
+
+def _in_use(folder: Path) -> bool:
+    """Whether a run in another copy of the repository works in this scratch folder."""
+    try:
+        with _lock_of(folder).acquire(blocking=False):
+            return False
+    except Timeout:
+        return True
 
 
 def _is_key(path: Path) -> bool:

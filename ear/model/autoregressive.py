@@ -102,7 +102,7 @@ class AutoregressiveModel(nn.Module, ABC):
         )
 
     def initialise(self, generator: torch.Generator, embedding_sd: float = EMBEDDING_SD) -> "AutoregressiveModel":
-        """Draw all weights: embeddings and tables N(0, embedding_sd^2), matrices Xavier-uniform, biases, head output 0.
+        """Draw all weights: embeddings and tables N(0, embedding_sd^2), matrices Xavier-uniform, biases 0; then heads.
 
         embedding_sd: above 0. A token of D channels of unit variance is embedded with variance 2 D / (D + W), and a
         position embedding of 0.02 is small beside it; a short training does not change that (docs/method.md).

@@ -119,7 +119,7 @@ def load_into(
 def save_published(model: AutoregressiveModel, path: str | Path) -> None:
     """Write the weights as a published checkpoint (entries `model` and `model_ema` are equal).
 
-    Raises UserError for a model that such a file cannot hold: another score than energy, or a causal model.
+    Raises UserError for a model that such a file cannot hold: of another score or noise, or causal.
     """
     named = published_tensors(model)
     # The bytes of torch.save depend on the file name, unless it writes to an open file.
@@ -142,6 +142,16 @@ def _check_published(model: AutoregressiveModel) -> None:
         raise UserError(
             f"score.name is {score!r} and model.attention is {attention!r}, but a published checkpoint is of 'energy' "
             "and 'bidirectional'; set these, or leave train.weights empty."
+        )
+    options = model.shape.score
+    if isinstance(options, Energy) and options.noise != "uniform":
+        raise UserError(
+            f"score.noise is {options.noise!r}, but the head of a published checkpoint takes uniform noise; set it so."
+        )
+    width, heads = model.shape.model.width, model.shape.model.heads
+    if heads != _HEADS.get(width, heads):  # no tensor would show it
+        raise UserError(
+            f"model.heads is {heads}, but a published model of width {width} has {_HEADS[width]}; set it to that."
         )
 
 

@@ -116,4 +116,4 @@ class MaskedModel(AutoregressiveModel):
 
     def passes(self, steps: int) -> int:
         """Passes of the transformer to generate all L tokens in `steps` steps; a guided pass counts once."""
-        return len(set(masked_after(self.tokens, steps)))  # `draw` skips the steps that reveal nothing
+        return len(set(masked_after(self.tokens, steps)) - {self.tokens})  # `draw` skips steps that reveal nothing

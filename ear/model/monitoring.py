@@ -19,14 +19,14 @@ _KEPT = 4096  # micro-batches, at most, between two rows
 class Monitor:
     """Watches the losses of this rank's micro-batches.
 
-    tokens: [N, D], training tokens, for losses to compare with. device: of the training.
+    tokens: [images x L, D], training tokens image by image, for losses to compare with. device: of the training.
     """
 
     def __init__(self, model: AutoregressiveModel, tokens: Tensor, device: torch.device):
         self._seen: collections.deque[tuple[float, Tensor]] = collections.deque(maxlen=_KEPT)
-        self._references = model.score.references(tokens)
-        shares = model.shape.model.mask_ratio_min, model.shape.model.attention == "bidirectional"
-        self._edges = _edges(shares[0]) if shares[1] and shares[0] < 1 else []
+        self._references = model.score.references(tokens.unflatten(0, (-1, model.tokens)))
+        least, masked = model.shape.model.mask_ratio_min, model.shape.model.attention == "bidirectional"
+        self._edges = _edges(least) if masked and least < 1 else []
         peak = data_sheet_peak(device)
         self._share_of_peak = _training_flops(model) / peak if peak else 0.0
 

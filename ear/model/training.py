@@ -119,7 +119,7 @@ class Phase:
             self.trainer.save(folder, about=self.about)
             self.trainer.finish_saving()
             metrics = {"images": 0, **self.validate()}
-            # The same columns as a training's log; the loss is the validation loss.
+            # The columns that every score's log has; the loss is the validation loss.
             row = {"images": 0, "loss": metrics["loss"], "gradient_norm": 0.0, "rate": 0.0}
             self.trainer.history = History([row], [metrics])
             return
@@ -144,7 +144,7 @@ class Phase:
         """Lines for the log: model size, memory, batches, learning rate, and what to expect of the EMA."""
         options, world_size = self.options, distributed.size()
         parameters = sum(p.numel() for p in self.trainer.module.parameters())
-        numbers = _COPIES * parameters + moments(self.trainer.module, options.optimizer)
+        numbers = _COPIES * parameters + optimizer_numbers(self.trainer.module, options.optimizer)
         state = numbers * _FLOAT / (world_size if self.sharded else 1)
         step, micro = options.global_batch_size, options.micro_batch_size
         base = max(group["base"] for group in self.trainer.optimizer.param_groups)
@@ -284,7 +284,7 @@ def block_matrices(model: AutoregressiveModel) -> list[nn.Parameter]:
     return [p for name, p in model.named_parameters() if ".blocks." in name and p.dim() == 2]
 
 
-def moments(model: AutoregressiveModel, optimizer: str) -> int:
+def optimizer_numbers(model: AutoregressiveModel, optimizer: str) -> int:
     """How many numbers the optimiser keeps of past gradients: two per parameter, Muon one for each of its own."""
     own = block_matrices(model) if optimizer == "muon" else []
     return 2 * sum(p.numel() for p in model.parameters()) - sum(matrix.numel() for matrix in own)

@@ -53,9 +53,9 @@ class Attention(nn.Module):
         if wanted is None:
             q, k, v = self._split(self.qkv(x), 3)
         else:
-            query, rest = (part.split((x.shape[-1], 2 * x.shape[-1])) for part in (self.qkv.weight, self.qkv.bias))
-            (q,) = self._split(F.linear(pick(x, wanted), query[0], rest[0]), 1)
-            k, v = self._split(F.linear(x, query[1], rest[1]), 2)
+            weights, biases = (part.split((x.shape[-1], 2 * x.shape[-1])) for part in (self.qkv.weight, self.qkv.bias))
+            (q,) = self._split(F.linear(pick(x, wanted), weights[0], biases[0]), 1)
+            k, v = self._split(F.linear(x, weights[1], biases[1]), 2)
         if cache is not None:
             # A single new position attends to all earlier ones and needs no mask; several must be the first positions.
             assert self.causal
@@ -78,7 +78,7 @@ class Block(nn.Module):
     def __init__(self, options: config.Model):
         super().__init__()
         width, dropout = options.width, options.dropout
-        hidden = int(width * options.mlp_ratio)
+        hidden = round(width * options.mlp_ratio)
         self.attention_norm = nn.LayerNorm(width, eps=NORM_EPS)
         self.attention = Attention(options)
         self.mlp_norm = nn.LayerNorm(width, eps=NORM_EPS)

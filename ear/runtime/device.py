@@ -19,7 +19,10 @@ _PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
 
 
 def prepare_device(device: str, threads: int) -> torch.device:
-    """Set CPU threads and deterministic kernels; return this rank's device for "auto", "cpu" or "cuda".
+    """Set CPU threads and deterministic kernels where there are some; return this rank's device.
+
+    device: "auto", "cpu" or "cuda". On CUDA, the backward pass of attention stays nondeterministic: PyTorch makes it
+    deterministic only in the mode that refuses all operations without such a kernel.
 
     Raises UserError if CUDA is requested but absent, or has fewer devices than this machine has ranks.
     """
@@ -105,6 +108,8 @@ def set_precision(precision: str, device: torch.device, *, key: str) -> None:
 @contextlib.contextmanager
 def precise(precision: str, device: torch.device) -> Iterator[None]:
     """Compute with this precision inside the block: float32, tfloat32 (products and convolutions) or bfloat16."""
+    if precision not in ("float32", "tfloat32", "bfloat16"):
+        raise UserError(f"precision is {precision!r}, but must be 'float32', 'tfloat32' or 'bfloat16'.")
     before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     torch.set_float32_matmul_precision("high" if precision == "tfloat32" else "highest")
     torch.backends.cudnn.allow_tf32 = precision == "tfloat32"

@@ -1,6 +1,6 @@
 """Ranks and collectives over torch.distributed; in a single process every function works and costs nearly nothing.
 
-A launcher (`launch`, torchrun, srun) sets RANK, WORLD_SIZE and LOCAL_RANK; without them there is one process. torch is
+A launcher (`launch`, torchrun) sets RANK, WORLD_SIZE and LOCAL_RANK; without them there is one process. torch is
 imported inside functions, so a stage that does not compute starts without it.
 """
 

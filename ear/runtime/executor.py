@@ -10,7 +10,7 @@ import signal
 import socket
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
+from concurrent.futures import CancelledError, Executor, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any, TypeVar
@@ -24,6 +24,8 @@ Shard = TypeVar("Shard")
 Result = TypeVar("Result")
 
 _SECONDS_TO_CONNECT = 20
+_PACKAGE = Path(__file__).parents[1]
+_CODE = {file.relative_to(_PACKAGE).as_posix(): sha256(file) for file in _PACKAGE.rglob("*.py")}  # as imported here
 
 
 def map_shards(
@@ -37,8 +39,9 @@ def map_shards(
 
     `function` must be a module-level function, or a partial of one; shards must be small (an index, a file name), since
     they are sent to other processes. On a cluster, its paths must be absolute and reachable from every worker, and this
-    package installed there. Raises UserError if the cluster does not answer or runs other versions of packages that
-    affect bytes, ChildProcessError if a worker dies, and whatever `function` raises.
+    package installed there. Raises UserError if the cluster does not answer, or runs other code of this package or
+    other versions of packages that affect bytes, ConnectionError if it is lost, ChildProcessError if a worker dies, and
+    whatever `function` raises.
     """
     if not cluster and min(workers, len(shards)) < 2:
         yield from ((shard, function(shard)) for shard in shards)
@@ -122,6 +125,11 @@ def _on_cluster(address: str) -> Iterator[Executor]:
                 f"workers of the cluster at {address} died, perhaps out of memory; finished shards are kept: run "
                 "again, with fewer workers on each machine if it happens again."
             ) from error
+        except CancelledError as error:
+            raise ConnectionError(
+                f"the Dask scheduler at {address} was lost; finished shards are kept: start it and its workers, then "
+                "run again."
+            ) from error
         finally:
             executor.shutdown(wait=False)
 
@@ -138,12 +146,25 @@ def check_shared(path: Path, digest: str) -> None:
         raise UserError(f"{path} is another file on a worker of the cluster; let all machines share its folder.")
 
 
+def _installed() -> tuple[dict[str, str], dict[str, str]]:
+    """(versions of packages, digests of this package's code), in a worker."""
+    return versions(), _CODE
+
+
 def _check_alike(client: Any, address: str) -> None:
-    """Raise UserError if a worker's packages differ: another decoder or kernel would silently change values."""
-    expected, workers = versions(), client.run(versions)
+    """Raise UserError if a worker's code or packages differ: they would silently change values.
+
+    A worker keeps the code that it imported first, whatever is edited later.
+    """
+    expected, workers = versions(), client.run(_installed)
     if not workers:
         raise UserError(f"the cluster at runtime.cluster, {address!r}, has no workers; start some with `dask worker`.")
-    for worker, installed in workers.items():
+    for worker, (installed, code) in workers.items():
+        if code != _CODE:
+            raise UserError(
+                f"worker {worker} of the cluster at {address} runs other code of ear than this machine; start it again "
+                "in this checkout."
+            )
         for name, version in expected.items():
             found = installed.get(name)
             if found != version:

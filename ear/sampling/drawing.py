@@ -46,6 +46,12 @@ def missing(file: Path, labels: Sequence[int], batch_size: int) -> list[Batch]:
     return [batch for batch in batches(labels, batch_size) if not _mark(file, batch[0]).exists()]
 
 
+def forget(file: Path) -> None:
+    """Delete the marks of an earlier file of this name."""
+    for mark in file.parent.glob("finished-*"):
+        mark.unlink()
+
+
 def draw(
     left: Sequence[Batch],
     file: Path,

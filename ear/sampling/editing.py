@@ -13,6 +13,7 @@ import torch
 from ear.data.images import to_signed
 from ear.errors import UserError
 from ear.latents.statistics import normalised
+from ear.runtime.device import precise
 from ear.runtime.randomness import image_streams, normal
 from ear.sampling.generation import MODEL, TOKENIZER, ImageSampler
 from ear.sampling.sampler import sample
@@ -89,16 +90,13 @@ def _redrawn(
     settings: SamplingSettings,
 ) -> np.ndarray:
     source, device = image_streams(settings.seed, numbers), sampler.device
-    moments = sampler.tokenizer.encode(to_signed(images).to(device))
+    with precise(settings.decoder_precision, device):
+        moments = sampler.tokenizer.encode(to_signed(images).to(device)).float()
     noise = normal((len(images), *sampler.model.shape.latent), source, device)
-    latents = sample(
-        sampler.model,
-        classes.tolist(),
-        settings,
-        source=source,
-        known=normalised(moments, noise, sampler.statistics),
-        mask=torch.as_tensor(drawn, device=device),
-    )
+    known = normalised(moments, noise, sampler.statistics)
+    mask = torch.as_tensor(drawn, device=device)
+    with precise(settings.precision, device):
+        latents = sample(sampler.model, classes.tolist(), settings, source=source, known=known, mask=mask)
     return sampler.pixels(latents, numbers, settings)
 
 

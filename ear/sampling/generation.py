@@ -3,8 +3,10 @@
 labels => normalised latents (ear.sampling.sampler) => latents => images in [-1, 1] (tokenizer) => uint8.
 """
 
+import operator
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -71,13 +73,14 @@ class ImageSampler:
         """Class numbers of the given numbers or names; raises UserError naming the first unknown class."""
         classes = self.model.shape.classes
         numbers = {name: number for number, name in enumerate(classes)}
-        for label in wanted:
-            known = label in numbers if isinstance(label, str) else 0 <= label < len(classes)
-            if not known:
+        found = [numbers.get(label, -1) if isinstance(label, str) else _whole(label) for label in wanted]
+        for label, number in zip(wanted, found, strict=True):
+            if not 0 <= number < len(classes):
                 raise UserError(
-                    f"label {label!r} is none of the model's {len(classes)} classes, {classes[0]!r} to {classes[-1]!r}."
+                    f"label {label!r} is none of the model's {len(classes)} classes, {classes[0]!r} to "
+                    f"{classes[-1]!r}; give a name, or a number from 0 to {len(classes) - 1}."
                 )
-        return [numbers[label] if isinstance(label, str) else int(label) for label in wanted]
+        return found
 
     def generate(
         self, labels: Sequence[int | str], settings: SamplingSettings, *, batch_size: int, first: int = 0
@@ -168,3 +171,11 @@ def generate(
     sampler = ImageSampler.open(model or Path(data) / MODEL, Path(data) / TOKENIZER, device)
     settings = SamplingSettings(steps=steps, guidance=guidance, schedule=schedule, temperature=temperature, seed=seed)
     return sampler.generate(labels, settings, batch_size=batch_size)
+
+
+def _whole(label: Any) -> int:
+    """A class number, of any type of whole numbers; -1 for others."""
+    try:
+        return operator.index(label)
+    except TypeError:
+        return -1

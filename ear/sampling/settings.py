@@ -1,14 +1,20 @@
 """Settings of sampling, passed as one object from the sample stage or `ear.generate` to the sampler."""
 
 from dataclasses import dataclass
+from typing import get_args
 
 from ear import config
 from ear.errors import UserError
 
+_ALLOWED = {
+    name: get_args(config.Sample.model_fields[name].annotation)
+    for name in ("schedule", "precision", "decoder_precision")
+}
+
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingSettings:
-    """Settings of sampling. Raises UserError for less than one step, or an empty interval of guidance."""
+    """Settings of sampling. Raises UserError for values that section `sample` of params.yaml would refuse, too."""
 
     steps: int = 16  # unmasking steps; ignored by causal models (one step per token)
     guidance: float = 1.0  # classifier-free guidance scale; 1: off
@@ -23,6 +29,12 @@ class SamplingSettings:
     def __post_init__(self):
         if self.steps < 1:
             raise UserError(f"steps is {self.steps}, but must be at least 1.")
+        for name in ("guidance", "temperature"):
+            if not getattr(self, name) >= 0:
+                raise UserError(f"{name} is {getattr(self, name)}, but must be at least 0.")
+        for name, allowed in _ALLOWED.items():
+            if getattr(self, name) not in allowed:
+                raise UserError(f"{name} is {getattr(self, name)!r}, but must be {' or '.join(map(repr, allowed))}.")
         if not 0 <= self.guidance_from < self.guidance_to <= 1:
             raise UserError(
                 f"guidance_from is {self.guidance_from} and guidance_to {self.guidance_to}, but they must be shares of "

@@ -37,18 +37,22 @@ class CategoricalScore(Score):
     def learn(self, tokens: Tensor, seed: int) -> None:
         """Fit the codebook: k-means centres of `tokens` [N, D]. Raises UserError for fewer tokens than codes."""
         from sklearn.cluster import KMeans
+        from threadpoolctl import threadpool_limits
 
         if len(tokens) < len(self.codebook):
             raise UserError(
                 f"score.codes is {len(self.codebook)}, more than the {len(tokens)} tokens to learn them from; lower it."
             )
-        centres = KMeans(len(self.codebook), n_init=1, random_state=seed % 2**32).fit(tokens.cpu().numpy())
+        with threadpool_limits(1):  # several threads would add their sums in the order in which they end
+            centres = KMeans(len(self.codebook), n_init=1, random_state=seed % 2**32).fit(tokens.cpu().numpy())
         self.codebook.copy_(torch.as_tensor(centres.cluster_centers_))
 
     def quantise(self, tokens: Tensor) -> Tensor:
         """Tokens [..., D] => indices of their nearest codes [...]."""
         flat = tokens.float().reshape(-1, tokens.shape[-1])
-        return torch.cdist(flat, self.codebook).argmin(-1).view(tokens.shape[:-1])
+        # Not by a matrix product, which TF32 would round.
+        distances = torch.cdist(flat, self.codebook, compute_mode="donot_use_mm_for_euclid_dist")
+        return distances.argmin(-1).view(tokens.shape[:-1])
 
     def represent(self, tokens: Tensor) -> Tensor:
         """Tokens [..., D] => their nearest codes [..., D]."""

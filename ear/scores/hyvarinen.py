@@ -93,9 +93,13 @@ class HyvarinenScore(Score):
                 nn.init.normal_(layer.weight, std=_INIT_SD, generator=generator)
         self.network.zero_initialise()
 
-    def predict(self, noised: Tensor, time: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """Noised [N, D], time [N] (training steps), hidden [N, W] => predicted noise, variance fraction, [N, D]."""
-        condition = self.time_embedding(_sinusoids(time)) + self.hidden_embedding(hidden)
+    def predict(self, noised: Tensor, time: Tensor, embedded: Tensor) -> tuple[Tensor, Tensor]:
+        """Predicted noise and variance fraction, [N, D].
+
+        noised: [N, D]. time: training steps, [N], or [1] for all rows. embedded: hidden states after
+        `hidden_embedding`, [N, h].
+        """
+        condition = self.time_embedding(_sinusoids(time)) + embedded
         noise, fraction = self.network(self.token_embedding(noised), condition).chunk(2, dim=-1)
         return noise, (fraction + 1) / 2
 
@@ -111,7 +115,7 @@ class HyvarinenScore(Score):
         noise = normal(target.shape, source, device)
         schedule = self.training_schedule
         noised = _at(schedule.signal, time) * target + _at(schedule.noise, time) * noise
-        predicted, fraction = self.predict(noised, time, hidden)
+        predicted, fraction = self.predict(noised, time, self.hidden_embedding(hidden))
         with torch.autocast(device.type, enabled=False):
             error = (noise - predicted).square().mean(-1)
             bound = self._variance_bound(target, noised, time, predicted.detach(), fraction)
@@ -141,10 +145,9 @@ class HyvarinenScore(Score):
     ) -> Tensor:
         """Hidden [N, W] => tokens [N, D] by ancestral sampling; guidance extrapolates the predicted noise."""
         x = normal((len(hidden), self.channels), source, hidden.device)
-        both = hidden if unconditional is None else torch.cat([hidden, unconditional])
+        both = self.hidden_embedding(hidden if unconditional is None else torch.cat([hidden, unconditional]))
         for step in reversed(range(self.sampling_schedule.steps)):
-            time = self.times[step].expand(len(both))
-            noise, fraction = self.predict(x if unconditional is None else x.repeat(2, 1), time, both)
+            noise, fraction = self.predict(x if unconditional is None else x.repeat(2, 1), self.times[step, None], both)
             if unconditional is not None:
                 (conditional, null), fraction = noise.chunk(2), fraction.chunk(2)[0]
                 noise = null + guidance * (conditional - null)
@@ -156,7 +159,7 @@ class HyvarinenScore(Score):
     def _step(self, x: Tensor, noise: Tensor, fraction: Tensor, step: int) -> tuple[Tensor, Tensor]:
         """Mean and log-variance of x_{t-1} given x_t and the predicted noise."""
         schedule = self.sampling_schedule
-        time = torch.full((len(x),), step, device=x.device)
+        time = torch.full((1,), step, device=x.device)  # the same for all rows
         denoised = (x - _at(schedule.noise, time) * noise) / _at(schedule.signal, time)
         if self.limit:
             denoised = denoised.clamp(-self.limit, self.limit)

@@ -45,7 +45,9 @@ class Mixture:
         """Draw a component, then from its Gaussian with standard deviations times `temperature` => [N, D]."""
         mean, factor = self._component(choose(self.logits, source))
         noise = normal(mean.shape, source, mean.device)
-        return mean + temperature * ((factor @ noise[..., None])[..., 0] if self.full else factor * noise)
+        # A sum, not a matrix product, which autocast and TF32 would round.
+        spread = (factor * noise[..., None, :]).sum(-1) if self.full else factor * noise
+        return mean + temperature * spread
 
     def _component(self, index: Tensor) -> tuple[Tensor, Tensor]:
         rows = torch.arange(len(index), device=index.device)

@@ -114,14 +114,14 @@ class SampleBasedScore(Score):
         return Loss(attraction - temperature * repulsion, parts)
 
     def references(self, tokens: Tensor) -> dict[str, float]:
-        """The loss of an untrained head, which outputs 0, and of the best prediction that ignores its context.
+        """The loss of an untrained head, which outputs 0, and of the best prediction that knows only the position.
 
-        The latter is the distribution of all tokens, whose loss is E d(y, y') for independent tokens y and y'.
+        The latter is the distribution of the tokens at that position, whose loss is E d(y, y') for independent y, y'.
         """
-        first, second = tokens[: len(tokens) // 2 * 2].float().chunk(2)  # of different images
+        tokens = tokens.float()
         return {
-            "untrained_loss": 2 * self.distance(tokens.float(), torch.zeros_like(tokens)).mean().item(),
-            "context_free_loss": self.distance(first, second).mean().item(),
+            "untrained_loss": 2 * self.distance(tokens, torch.zeros_like(tokens)).mean().item(),
+            "context_free_loss": self.distance(tokens, tokens.roll(1, dims=0)).mean().item(),  # of another image
         }
 
     def sample(

@@ -83,7 +83,7 @@ class Score(nn.Module, ABC):
         """Fit parameters to training tokens [N, D] once, before training; most scores have none."""
 
     def references(self, tokens: Tensor) -> dict[str, float]:
-        """Losses to compare with, by name, from training tokens [N, D], image by image; most scores have none."""
+        """Losses to compare with, by name, from training tokens [images, L, D]; most scores have none."""
         return {}
 
     def represent(self, tokens: Tensor) -> Tensor:

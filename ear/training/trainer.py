@@ -3,7 +3,7 @@
 Progress is counted in images. A killed run that is started again resumes from its newest checkpoint and, on as many
 ranks as before, ends with the same bytes: data order, masks and noise are functions of (seed, images seen). A step
 always consists of the same micro-batches, divided among however many ranks there are; every rank holds the same
-weights, EMAs and optimiser moments.
+weights, EMAs and optimiser moments, or its shard of them.
 """
 
 import contextlib

@@ -56,6 +56,8 @@ def test_written_parameters_read_back_equal(tmp_path):
         ("score.bandwidths", [], ["score.bandwidths is empty", "at least one"]),
         ("runtime.trackers", "mlflow", ["runtime.trackers is 'mlflow'", "a list such as [tensorboard]"]),
         ("data.class_names", ["cat", ""], ["data.class_names[1] is empty", "at least one character"]),
+        ("train.warmup_images", 10**9, ["train.warmup_images is 1000000000", "at most train.images", "lower it"]),
+        ("model.label_dropout", 0, ["sample.guidance is", "model.label_dropout is 0", "set sample.guidance to 1"]),
         ("score.covariance", "full_rank", ["score.covariance is 'full_rank'", "'diagonal' or 'full'"]),
         ("model.attention", "both", ["model.attention is 'both'", "'bidirectional' or 'causal'"]),
         ("model.order", "raster", ["model.order is 'raster'", "bidirectional", "causal"]),

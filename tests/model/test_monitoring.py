@@ -18,7 +18,10 @@ def test_losses_by_share_of_predicted_tokens():
 
 def test_a_monitor_counts_from_row_to_row_and_names_losses_to_compare_with():
     model = tiny_model()
-    tokens = torch.randn(4000, model.shape.token_channels, generator=generator(0, "tokens"))
+    images, channels = 1000, model.shape.token_channels
+    means = 10 * torch.arange(model.tokens)[:, None]  # a prediction that knows the position knows them
+    noise = torch.randn(images, model.tokens, channels, generator=generator(0, "tokens"))
+    tokens = (means + noise).flatten(0, 1)
     monitor = Monitor(model, tokens, torch.device("cpu"))
     row = {"images_per_second": 10.0}
     for value in (1.0, 3.0):
@@ -27,10 +30,9 @@ def test_a_monitor_counts_from_row_to_row_and_names_losses_to_compare_with():
     *others, last = [name for name in figures if name.startswith("loss_masked")]
     assert (figures[last], {figures[name] for name in others}) == (2.0, {None})
     assert monitor.figures(row)[last] is None
-    # E|y| and E|y - y'| of a standard normal distribution, the latter sqrt(2) times the former.
-    expected = tokens.norm(dim=1).mean().item()
-    assert figures["untrained_loss"] == pytest.approx(2 * expected, rel=1e-4)
-    assert figures["context_free_loss"] == pytest.approx(2**0.5 * expected, rel=0.03)
+    assert figures["untrained_loss"] == pytest.approx(2 * tokens.norm(dim=1).mean().item(), rel=1e-4)
+    # E|y - y'| of a standard normal distribution is sqrt(2) E|y|.
+    assert figures["context_free_loss"] == pytest.approx(2**0.5 * noise.norm(dim=-1).mean().item(), rel=0.03)
 
 
 def test_a_trained_head_repels_half_as_much_as_it_attracts():

@@ -269,7 +269,7 @@ def test_respaced_steps_span_the_training_steps():
 class ExactGaussian(hyvarinen.HyvarinenScore):
     """Predicts the noise of N(0.7, 0.4^2) exactly, and the optimal variance."""
 
-    def predict(self, noised, time, hidden):
+    def predict(self, noised, time, embedded):
         level = hyvarinen.cosine_alpha_bar(hyvarinen.TRAINING_STEPS)[time].float()[:, None]
         variance = level * 0.16 + 1 - level
         noise = (noised - level.sqrt() * 0.7) * (1 - level).sqrt() / variance
@@ -299,8 +299,13 @@ def test_ancestral_sampler_with_the_exact_score_and_variance():
 class ConstantNoise(hyvarinen.HyvarinenScore):
     """Predicts as noise the first number of the hidden state."""
 
-    def predict(self, noised, time, hidden):
-        return hidden[:, :1].expand_as(noised), torch.zeros_like(noised)
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        torch.nn.init.eye_(self.hidden_embedding.weight)
+        torch.nn.init.zeros_(self.hidden_embedding.bias)
+
+    def predict(self, noised, time, embedded):
+        return embedded[:, :1].expand_as(noised), torch.zeros_like(noised)
 
 
 def test_diffusion_guidance_extrapolates_the_predicted_noise_and_temperature_scales_the_added():

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from ear.errors import UserError
+from ear.files.reading import reading
 
 CLASSES, TRAIN_IMAGES, VAL_IMAGES = 1000, 1_281_167, 50_000
 TRAIN_ARCHIVE, VAL_ARCHIVE = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"
@@ -72,7 +73,7 @@ def class_of(image: str, truth: Truth) -> str:
 
 def _read_table(path: Path) -> dict[str, str]:
     """Read lines of ImageId, PredictionString; the latter is a wnid and a box, once or several times."""
-    with path.open(newline="") as file:
+    with reading(path, "table", "download it again"), path.open(newline="") as file:
         lines = csv.DictReader(file)
         if lines.fieldnames != ["ImageId", "PredictionString"]:
             raise UserError(f"{path} does not have the columns ImageId,PredictionString; download it again.")
@@ -85,7 +86,8 @@ def _read_table(path: Path) -> dict[str, str]:
 
 def _read_names(path: Path) -> dict[str, str]:
     """Read lines of a wnid, a space and names; empty if the file does not exist."""
-    lines = path.read_text().splitlines() if path.is_file() else []
+    with reading(path, "list of class names", "download it again"):
+        lines = path.read_text().splitlines() if path.is_file() else []
     return {wnid: names for wnid, _, names in (line.partition(" ") for line in lines)}
 
 
