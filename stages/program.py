@@ -27,6 +27,7 @@ from ear.lineage.run import Run
 from ear.runtime import distributed
 
 LOGS = Path("work/logs")
+TRAINING_IMAGES = "data/prepared/train-*"  # pattern of their files
 _GPU_FULL = "OutOfMemoryError"  # torch's; stages that do not compute never import torch
 TIMES = Path("work/times")  # how long each stage took when it last ran here
 View = TypeVar("View")
@@ -79,7 +80,7 @@ def perform(
     work: Callable[[View, Run], None],
     kind: type[View],
     parameters: Callable[[], config.Parameters],  # as params.yaml has them when it is called
-    unread: str = "",  # pattern of input files that it does not read
+    unread: Callable[[View], str] = lambda parameters: "",  # pattern of input files that it does not read
 ) -> None:
     """Run the work of a stage and publish its outputs."""
     now = parameters()
@@ -90,7 +91,7 @@ def perform(
         lambda: tracked(parameters(), kind),
         other_code=now.runtime.other_code,
         files=config.named_files(now, tracked_keys(kind)),
-        unread=unread,
+        unread=unread(view),
     ) as run:
         work(view, run)
         run.publish()
@@ -122,7 +123,7 @@ def run(
     *,
     many_processes: bool = False,  # `work` can run in all ranks of `ear.runtime.distributed.group` at once
     check: Callable[[config.Parameters], None] | None = None,  # of all parameters; it can only refuse them
-    unread: str = "",  # pattern of input files that it does not read
+    unread: Callable[[View], str] = lambda parameters: "",  # pattern of input files that it does not read
 ) -> None:
     """Run a stage as a program: exit code 0, or 1 after one line that says what to fix (traceback in work/logs).
 

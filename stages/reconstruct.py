@@ -1,4 +1,4 @@
-"""Measure the distance that the tokenizer alone causes: rFID of the held-out images, encoded and decoded.
+"""Measure rFID, the FID between the held-out images and their reconstructions.
 
 Reads data/reference, data/tokenizer and the held-out images of data/prepared. Writes data/reconstructions/metrics.json.
 It does not depend on the model or on how it samples, so a changed guidance does not repeat it. A killed run resumes
@@ -59,4 +59,4 @@ def work(parameters: Parameters, run: Run) -> None:
 
 
 if __name__ == "__main__":
-    program.run("reconstruct", work, Parameters, __doc__, unread="data/prepared/train-*", many_processes=True)
+    program.run("reconstruct", work, Parameters, __doc__, unread=lambda _: program.TRAINING_IMAGES, many_processes=True)

@@ -46,21 +46,21 @@ class Parameters:
 def work(parameters: Parameters, run: Run) -> None:
     """Train (kl) or import a tokenizer, describe it, publish it."""
     device = prepare_device(parameters.runtime.device, parameters.compute.threads)
-    images, held_out = (PreparedImages("data/prepared", split) for split in ("train", "val"))
+    held_out = PreparedImages("data/prepared", "val")
     size, options = parameters.image_size, parameters.tokenizer
-    if images.image_size != size:
+    if held_out.image_size != size:
         raise UserError(
-            f"the images of data/prepared have {images.image_size} pixels a side, but data.image_size is {size}; run "
+            f"the images of data/prepared have {held_out.image_size} pixels a side, but data.image_size is {size}; run "
             "the prepare stage again."
         )
     tokenizer: Tokenizer
     if options.name == "kl":
         check_precision(options.precision, device.type == "cuda", key="tokenizer.precision")
         scratch = run.scratch(program.plain(parameters), ["data/prepared/index.json"])
-        training = train(images, held_out, options, device)
+        training = train(PreparedImages("data/prepared", "train"), held_out, options, device)
         tokenizer, history = training.run(scratch, program.live("tokenizer", parameters, scratch))
     else:
-        tokenizer = ready_made(options, images)
+        tokenizer = ready_made(options, size)
         objective = Objective(AutoencoderLoss(options.kl_weight), seed=options.seed, device=device)
         figures = objective.held_out(tokenizer.to(device), held_out, options.batch_size)
         history = History([{"images": 0, **figures}], [{"images": 0, **figures}])
@@ -82,14 +82,19 @@ def train(
     return AutoencoderTraining(tokenizer, options, images=images, held_out=held_out, objective=objective)
 
 
-def ready_made(options: config.Tokenizer, images: PreparedImages) -> Tokenizer:
+def ready_made(options: config.Tokenizer, size: int) -> Tokenizer:
     """A tokenizer that needs no training: imported, fitted in closed form, or the identity."""
-    size = images.image_size
     if options.name == "pca":
+        images = PreparedImages("data/prepared", "train")
         return fit_pca(images, downsample=options.downsample, channels=options.channels, whitening=options.whitening)
     if options.name == "identity":
         return Identity(image_size=size, downsample=options.downsample)
     return import_tokenizer(options, image_size=size)
+
+
+def unread(parameters: Parameters) -> str:
+    """The files of the training images, unless the tokenizer is made from them."""
+    return "" if parameters.tokenizer.name in ("kl", "pca") else program.TRAINING_IMAGES
 
 
 def publish(folder: Path, tokenizer: Tokenizer, history: History, images: PreparedImages, options, device) -> None:
@@ -111,4 +116,4 @@ def publish(folder: Path, tokenizer: Tokenizer, history: History, images: Prepar
 
 
 if __name__ == "__main__":
-    program.run("tokenizer", work, Parameters, __doc__, many_processes=True)
+    program.run("tokenizer", work, Parameters, __doc__, unread=unread, many_processes=True)

@@ -71,6 +71,11 @@ def test_what_is_wrong_with_a_manifest_is_said(tmp_path):
     (tmp_path / "manifest.csv").write_text("path,label\n")
     with pytest.raises(ValueError, match=r"manifest\.csv does not start with the columns split,label"):
         manifest.read_manifest(tmp_path)
+    columns = "split,label,class,path,bytes,file,offset\n"
+    for content, said in (("", "lists no image"), ("train,0,a,1.p", "is not a readable list of images")):
+        (tmp_path / "manifest.csv").write_text(columns + content)
+        with pytest.raises(UserError, match=rf"manifest\.csv {said}.*; run fetch again"):
+            manifest.read_manifest(tmp_path)
     (tmp_path / "manifest.csv").unlink()
     with pytest.raises(FileNotFoundError, match=r"manifest\.csv"):
         manifest.read_manifest(tmp_path)

@@ -64,6 +64,15 @@ def extractor(classifier, tmp_path):
     return open_extractor(tmp_path / "extractor.safetensors", CPU)
 
 
+def test_damaged_features_are_extracted_again(extractor, tmp_path):
+    images = pictures(6)
+    whole = features_of(images, extractor, 2, tmp_path / "kept")
+    first = min((tmp_path / "kept").rglob("*.safetensors"))
+    first.write_bytes(first.read_bytes()[:50])
+    again = features_of(images, extractor, 2, tmp_path / "kept")
+    assert torch.equal(again.features, whole.features)
+
+
 @pytest.mark.parametrize("size", [4, 5, 16, 64])
 def test_classifier_takes_any_size_from_4_on(size):
     found, logits = Classifier(7, size).initialise(generator())(torch.zeros(3, 3, size, size))

@@ -239,6 +239,7 @@ def test_published_statistics_are_read(tmp_path):
         ({"mu": np.zeros(2), "sigma": np.eye(2)}, r"mu has shape \[2\], but the extractor has 3 features"),
         ({"mu": np.zeros(3), "sigma": np.zeros((3, 2))}, r"sigma has shape \[3, 2\]"),
         ({"mu": np.full(3, np.nan), "sigma": np.eye(3)}, "mu holds infinite or NaN values"),
+        ({"mu": np.array(["a"] * 3), "sigma": np.eye(3)}, "mu holds <U1, not numbers"),
         ({"mu": np.array([None] * 3), "sigma": np.eye(3)}, "not a readable npz"),  # would need pickle
     ],
 )

@@ -1,5 +1,6 @@
 """Files and folders that appear complete or not at all."""
 
+import errno
 import os
 from pathlib import Path
 
@@ -31,6 +32,12 @@ def test_a_failure_leaves_the_earlier_file(tmp_path):
         fail_inside(whole_file(target), lambda partial: partial.write_text("half"))
     assert target.read_text() == "before"
     assert list(tmp_path.iterdir()) == [target]
+
+
+def test_an_error_of_a_write_names_the_file(tmp_path):
+    with pytest.raises(OSError, match="No space left") as raised, whole_file(tmp_path / "file"):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    assert raised.value.filename == str(tmp_path / "file")
 
 
 def test_a_folder_replaces_the_earlier_one_as_a_whole(tmp_path):

@@ -65,6 +65,23 @@ def test_a_file_that_was_cut_short_is_named(tmp_path):
         read_description(path)
 
 
+def test_a_full_disk_is_an_error_that_names_the_file(tmp_path):
+    """In a process of its own, whose files may have 1,000 bytes: safetensors itself raises no OSError."""
+    code = f"""
+import resource, signal, torch
+from ear.files.tensors import write_tensors
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+try:
+    write_tensors({str(tmp_path / "large.safetensors")!r}, {{"a": torch.zeros(10_000)}}, {{}})
+except OSError as error:
+    print(error.filename, error.strerror)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout == f"{tmp_path / 'large.safetensors'} File too large\n", done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_published_names_tell_their_digest():
     assert named_digest("vgg16-397923af.pth") == "397923af"
     assert named_digest("weights.pth") == ""

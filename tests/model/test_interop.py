@@ -5,10 +5,12 @@ import pickle
 
 import pytest
 import torch
-from factories import tiny_model
+from factories import model_options, score_options, tiny_model
 
 from ear.latents.statistics import normalised
 from ear.model import interop
+from ear.model.files import build_model
+from ear.model.shape import Shape
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -143,6 +145,14 @@ def test_published_latents_are_scaled_by_a_constant():
     moments[:, 3:] = -30  # no variance to speak of
     latents = normalised(moments, torch.zeros(2, 3, 4, 4), interop.published_statistics(3))
     torch.testing.assert_close(latents, 0.2325 * moments[:, :3])
+
+
+def test_noise_and_heads_that_no_tensor_shows_are_checked():
+    with pytest.raises(ValueError, match=r"^score\.noise is 'gaussian', but the head of a published checkpoint takes"):
+        interop.published_tensors(tiny_model(noise="gaussian"))
+    options = model_options(width=768, heads=16)
+    with pytest.raises(ValueError, match=r"^model\.heads is 16, but a published model of width 768 has 12; set it"):
+        interop.published_tensors(build_model(Shape((3, 4, 4), ("a", "b"), options, score_options("energy"))))
 
 
 @pytest.mark.parametrize("changes", [{"name": "kernel"}, {"attention": "causal"}])

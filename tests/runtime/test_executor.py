@@ -74,6 +74,14 @@ def test_workers_with_another_decoder_are_refused(tmp_path, cluster, monkeypatch
     assert not list(tmp_path.iterdir())
 
 
+def test_workers_with_other_code_are_refused(tmp_path, cluster, monkeypatch):
+    """A worker keeps the code that it imported first; here, this machine's has changed meanwhile."""
+    monkeypatch.setitem(executor._CODE, "data/images.py", "another digest")
+    with pytest.raises(ValueError, match=r"worker tcp://.* runs other code of ear than this machine; start it again"):
+        mapped(tmp_path, [1], workers=0, cluster=cluster)
+    assert not list(tmp_path.iterdir())
+
+
 def test_work_for_this_machine_does_not_need_dask():
     code = "; ".join(
         (

@@ -61,9 +61,23 @@ def test_latents_are_denormalised_before_they_are_decoded(data):
 def test_class_names_are_told_from_class_numbers(tmp_path):
     data = publish(tmp_path, classes=("cat", "dog"))
     assert np.array_equal(ear.generate(data, labels=["dog", "cat"], **DRAW), ear.generate(data, labels=[1, 0], **DRAW))
-    for label in ("bird", 2, -1):
+    for label in ("bird", 2, -1, 0.5):
         with pytest.raises(ValueError, match=f"label {label!r} is none of the model's 2 classes, 'cat' to 'dog'"):
             ear.generate(data, labels=[label], **DRAW)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"temperature": -1.0}, r"temperature is -1\.0, but must be at least 0"),
+        ({"guidance": float("nan")}, "guidance is nan, but must be at least 0"),
+        ({"schedule": "cosine"}, "schedule is 'cosine', but must be 'linear' or 'constant'"),
+        ({"precision": "bf16"}, "precision is 'bf16', but must be 'float32' or "),
+    ],
+)
+def test_settings_that_params_yaml_would_refuse_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        SamplingSettings(**changes)
 
 
 @pytest.mark.parametrize("labels", [[], np.zeros(0, dtype=int)])

@@ -53,6 +53,10 @@ def test_network_evaluations_are_those_made(steps, name):
     assert network_evaluations(model, steps) == expected
 
 
+def test_one_token_is_one_pass():
+    assert tiny_model(patch_size=4).passes(16) == 1
+
+
 @pytest.mark.parametrize("patch", [1, 2])
 def test_patches(patch):
     assert draw(tiny_model(patch_size=patch)).shape == (5, 3, 4, 4)

@@ -100,6 +100,15 @@ def test_a_killed_run_goes_on_with_the_missing_batches(monkeypatch):
     assert drawn == [0, 5, 10, 10, 15, 20]
 
 
+def test_images_of_a_deleted_file_are_drawn_again(monkeypatch):
+    """Its marks of finished batches are still there."""
+    whole = run()
+    (kept,) = Path("work/sample").glob("*/samples.h5")
+    kept.unlink()
+    Path("data/samples/samples.h5").unlink()
+    assert run() == whole
+
+
 def test_low_precision_is_for_cuda():
     with pytest.raises(ValueError, match=r"sample\.precision is 'bfloat16', which CPUs lack"):
         run(precision="bfloat16")
