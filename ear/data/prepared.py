@@ -5,6 +5,7 @@ A shard {train,val}-IIIII-of-NNNNN.h5 holds `images`, uint8 [n, S, S, 3], or lin
 """
 
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from ear.files.json_files import read_json
 from ear.files.reading import reading
 
 FORMAT = "ear-prepared-1"
+_THREADS = 16  # shards read at once
 
 
 @dataclass(frozen=True)
@@ -71,8 +73,14 @@ class PreparedImages:
         """Images of rows 0 .. N - 1 in the given order, uint8 [n, S, S, 3]; raises IndexError for other rows."""
         indices = np.asarray(indices, dtype=np.int64)
         out = np.empty((len(indices), self.image_size, self.image_size, 3), np.uint8)
-        for shard, places, rows in self._rows.locate(indices):
-            self._stored[shard].read(rows, places, out)
+        parts = list(self._rows.locate(indices))
+        if len(parts) < 2 or not isinstance(self._stored[0], Links):
+            for shard, places, rows in parts:
+                self._stored[shard].read(rows, places, out)
+            return out
+        with ThreadPoolExecutor(_THREADS) as pool:  # links are decoded: in a random batch, each shard has one image
+            for _ in pool.map(lambda part: self._stored[part[0]].read(part[2], part[1], out), parts):
+                pass
         return out
 
     def batches(self, batch_size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:

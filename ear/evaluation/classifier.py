@@ -3,7 +3,7 @@
 N images, K classes, side S in pixels.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from ear.data.prepared import PreparedImages
 from ear.errors import UserError
 from ear.files.tensors import read_tensors, write_tensors
 from ear.runtime import randomness
+from ear.runtime.ahead import read_ahead
 from ear.runtime.randomness import Stream, integers
 from ear.training.ema import Average
 from ear.training.optimizer import Group, adamw, schedule
@@ -167,10 +168,9 @@ def train_classifier(
     classifier = Classifier(len(images.classes), images.image_size)
     classifier.initialise(randomness.generator(seed, "weights")).to(device)
 
-    def batches(positions: Iterator[int]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        for position in positions:
-            rows = order.indices(position, batch_size).numpy()
-            yield to_signed(images.images(rows)), torch.from_numpy(images.labels[rows])
+    def batch_at(position: int) -> tuple[torch.Tensor, torch.Tensor]:
+        rows = order.indices(position, batch_size).numpy()
+        return to_signed(images.images(rows)), torch.from_numpy(images.labels[rows])
 
     def loss(batch, position: int):
         source = randomness.stream(seed, "shift", position)
@@ -188,5 +188,11 @@ def train_classifier(
         micro_batch_size=batch_size,
     )
     interval = max(options.images // _CHECKPOINTS, batch_size)
-    trainer.fit(batches, total_images=options.images, folder=folder, checkpoint_images=interval, title="classifier")
+    trainer.fit(
+        lambda positions: read_ahead(batch_at, positions),
+        total_images=options.images,
+        folder=folder,
+        checkpoint_images=interval,
+        title="classifier",
+    )
     return trainer.average.module

@@ -8,11 +8,10 @@ import dataclasses
 import functools
 import hashlib
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
 import h5py
 import numpy as np
@@ -31,13 +30,11 @@ from ear.files.json_files import read_json, write_json
 from ear.latents.statistics import Statistics
 from ear.latents.store import FORMAT, STATS
 from ear.runtime import distributed
+from ear.runtime.ahead import read_ahead
 from ear.runtime.device import prepare_device
 from ear.runtime.executor import check_shared, share_shards
 from ear.tokenizer import posterior
 from ear.tokenizer.autoencoder import Tokenizer, load_tokenizer
-
-Part = TypeVar("Part")
-Read = TypeVar("Read")
 
 
 @dataclass(frozen=True)
@@ -346,18 +343,6 @@ def _encoded(piece: Piece, images: PreparedImages, encoder: Encoder) -> Iterator
                 "lower tokenizer.learning_rate or a higher tokenizer.kl_weight."
             )
         yield moments
-
-
-def read_ahead(read: Callable[[Part], Read], parts: Iterable[Part]) -> Iterator[Read]:
-    """Yield read(part) for each part, one ahead of the caller in a thread."""
-    with ThreadPoolExecutor(1) as pool:
-        waiting: list[Future[Read]] = []
-        for part in parts:
-            waiting.append(pool.submit(read, part))
-            if len(waiting) == 2:
-                yield waiting.pop(0).result()
-        for future in waiting:
-            yield future.result()
 
 
 def _plain_sums(moments: np.ndarray, batch_size: int) -> Tensor:

@@ -11,6 +11,7 @@ from ear.data.images import to_signed
 from ear.data.prepared import PreparedImages
 from ear.display.live import Live
 from ear.runtime import distributed, randomness
+from ear.runtime.ahead import read_ahead
 from ear.runtime.device import precise
 from ear.tokenizer.autoencoder import KL, Tokenizer
 from ear.tokenizer.critic import CriticTraining, PatchCritic
@@ -117,9 +118,8 @@ class AutoencoderTraining:
 
     def batches(self, positions: Iterator[int]) -> Iterator[np.ndarray]:
         """The uint8 micro-batches that start at the given positions."""
-        order = randomness.DataOrder(len(self.images), self.objective.seed)
-        for position in positions:
-            yield self.images.images(order.indices(position, self.options.micro_batch_size).numpy())
+        order, size = randomness.DataOrder(len(self.images), self.objective.seed), self.options.micro_batch_size
+        return read_ahead(lambda position: self.images.images(order.indices(position, size).numpy()), positions)
 
     def loss(self, batch: np.ndarray, position: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """The loss of one uint8 micro-batch, for the trainer; also trains the critic."""

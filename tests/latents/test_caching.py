@@ -2,7 +2,6 @@
 
 import dataclasses
 import shutil
-import threading
 from pathlib import Path
 
 import h5py
@@ -217,18 +216,3 @@ def test_a_cluster_gives_the_same_bytes(base, cluster):
     with pytest.raises(ValueError, match=r"tokenizer\.safetensors is another file on a worker of the cluster"):
         caching.cache(base / "prepared", base / "there", encoder=changed, scratch=base / "third", **options)
     assert contents(base / "there") == here
-
-
-def test_reading_is_one_part_ahead_and_in_order():
-    second = threading.Event()
-
-    def read(part):
-        if part == 2:
-            second.set()
-        return -part
-
-    stream = caching.read_ahead(read, [1, 2, 3])
-    assert next(stream) == -1
-    assert second.wait(10)  # without being asked for
-    assert list(stream) == [-2, -3]
-    assert list(caching.read_ahead(read, [])) == []
