@@ -4,6 +4,7 @@ import contextlib
 import os
 import signal
 import subprocess
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -27,6 +28,7 @@ def stream(
     `line`), the command and all its descendants are stopped first: SIGINT to each, `grace` seconds to clean up, then
     SIGKILL.
     """
+    let_commands_be_interrupted()
     process = subprocess.Popen(
         command,
         stdout=subprocess.PIPE,
@@ -50,6 +52,15 @@ def stream(
             _running.discard(process)
             if process.poll() is None:
                 _stop([process], grace)
+
+
+def let_commands_be_interrupted() -> None:
+    """Let commands of this process react to SIGINT, also if this process ignores it, which they would inherit.
+
+    A shell script starts what it puts in the background like that. Does nothing outside the main thread.
+    """
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, lambda *_: None)
 
 
 def stop_all(grace: float = GRACE_SECONDS) -> None:

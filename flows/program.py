@@ -11,12 +11,15 @@ from prefect.client.orchestration import get_client
 from prefect.exceptions import TerminationSignal
 from prefect.settings import get_current_settings
 
+from flows.command import let_commands_be_interrupted
+
 
 def report(name: str, run: Callable[[], State]) -> int:
     """Run a flow: `run()` returns its final state, which is printed as one line; returns the exit code.
 
     SIGHUP (a closed terminal) stops the flow and its stage as SIGTERM does, unless nohup has it ignored.
     """
+    let_commands_be_interrupted()  # here, since threads of several jobs cannot
     if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
         signal.signal(signal.SIGHUP, lambda *_: signal.raise_signal(signal.SIGTERM))
     if not server_answers(url := get_current_settings().api.url):

@@ -3,6 +3,7 @@
 import contextlib
 import csv
 import json
+import shlex
 import shutil
 import signal
 import socket
@@ -361,6 +362,27 @@ def test_a_stopped_command_gets_time_to_save(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         command.stream([sys.executable, "-c", program], line=stop, grace=20)
     assert saved.read_text() == "all"
+
+
+def test_a_flow_in_the_background_of_a_script_lets_its_commands_save(tmp_path):
+    """Such a shell starts it with SIGINT ignored, and what it starts would ignore it, too."""
+    saved = tmp_path / "saved"
+    stage = (
+        "import pathlib, time\n"
+        "try:\n    print('ready', flush=True)\n    time.sleep(600)\n"
+        f"except KeyboardInterrupt:\n    pathlib.Path({str(saved)!r}).write_text('all')\n"
+    )
+    flow = (
+        "import sys; from flows import command\n"
+        "def stop(text): raise SystemExit(3)\n"
+        f"command.stream([sys.executable, '-c', {stage!r}], line=stop, grace=20)"
+    )
+    script = f"({shlex.join([sys.executable, '-c', flow])}) & wait $!; exit $?"
+    start = time.monotonic()
+    done = subprocess.run(["sh", "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 3, done.stderr
+    assert saved.read_text() == "all"
+    assert time.monotonic() - start < 15  # the grace period was not needed
 
 
 # --- the pipeline
