@@ -312,8 +312,10 @@ def test_a_comparison_of_two_rules_goes_on_and_writes_its_page(tmp_path):
     assert Image.open(folder / "docs/scores/logarithmic-full.png").size > (100, 100)
     assert Image.open(folder / "docs/scores/time.png").size == (864, 528)
     assert (folder / "docs/scores/params.yaml").read_bytes() == (folder / "params.yaml").read_bytes()
-    # Every stage before train ran once; each rule was trained once for each seed.
-    assert [done.stderr.count(f"python -m stages.{stage}") for stage in ("cache", "train", "sample")] == [1, 4, 12]
+    # Each rule was trained once for each seed. Two jobs may start the stages before it at one time: one does the work.
+    started = {name: done.stderr.count(f"python -m stages.{name}") for name in ("cache", "train", "sample")}
+    assert started["cache"] in (1, 2)
+    assert (started["train"], started["sample"]) == (4, 12)
 
     name = results["rules"][1]["runs"][0]["experiment"]
     subprocess.run([*repository.DVC, "exp", "remove", name], cwd=folder, env=environment, check=True)
