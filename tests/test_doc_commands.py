@@ -25,6 +25,8 @@ NOT_RUN = {
     r"ear watch": "while a training runs: tests/commands/test_watch.py",
     r"tensorboard |pip install mlflow": "serves until it is stopped; tests/display/test_live.py reads its data",
     r".*prefect (server|worker|deployment|--no-prompt)": "with a server and a worker: tests/flows/test_flows.py",
+    r"ear doctor": "fails where the preset of the page needs a GPU: tests/commands/test_doctor.py",
+    r"python -m benchmarks.sprites": "needs a package of Debian: tests/benchmarks/test_sprites.py",
     r"python -m flows.search": "20 trials; tests/flows/test_flows.py runs a few",
 }
 PRESETS = "`dvc repro` of presets trains for hours; tests/stages/test_folder64.py and its neighbours run small forms"

@@ -48,7 +48,7 @@ TWO_SEEDS = Scope(seeds=2)
 
 @pytest.fixture(scope="module")
 def parameters() -> config.Parameters:
-    return compose(["preset=digits"])
+    return compose(["preset=digits", "train.warmup_images=64"])
 
 
 # --- the plan
