@@ -89,7 +89,7 @@ def run(
     with hold(needed(parameters, among), among, line, stopped) as held:
         copy = COPIES / held[0]
         _bring_up(copy, snapshot)
-        _show_inputs(copy, parameters)
+        _show_inputs(copy, edit.check(copy / PARAMETERS, values))  # the workspace's may have been edited since
         edit.apply(copy / PARAMETERS, values)
         if name in _names(snapshot, copy):
             repository.act("exp", "remove", name, line=line, folder=copy)

@@ -33,7 +33,7 @@ from ear.config import edit
 from ear.config.edit import PARAMETERS
 from ear.errors import UserError
 from flows import experiments, readiness, repository
-from flows.experiments import experiment_name
+from flows.experiments import Snapshot, experiment_name
 from flows.program import report
 from flows.repository import RepositoryError
 from flows.sweep import APART, find, quiet_snapshot, run_all
@@ -90,12 +90,6 @@ def search(
         output: folder of the study.
     """
     try:
-        import optuna
-    except ImportError:
-        return Failed(message="a search needs Optuna; pip install -c requirements.txt -e '.[search]'.")
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    Path(output).mkdir(parents=True, exist_ok=True)
-    try:
         if not space or trials < 1:
             raise UserError(
                 f"{len(space)} keys and {trials} trials, but a search needs one of each; give --set KEY=...."
@@ -105,28 +99,11 @@ def search(
         wanted = {key: _typed(choice, edit.value_of(first, key)) for key, choice in wanted.items()}
         if known := repository.metrics():
             find(metric, known)
-        study = optuna.create_study(
-            storage=f"sqlite:///{output}/study.db",
-            study_name=_STUDY,
-            load_if_exists=True,
-            direction="maximize" if maximize else "minimize",
-        )
         asked = {"metric": metric, "maximize": maximize, "space": dict(space), "others": _others(first, space)}
-        if study.user_attrs.get("asked", asked) != asked:
-            what = "metric, space or other parameters"
-            return Failed(message=f"the study in {output} is of another {what}; give another --output.")
-        study.set_user_attr("asked", asked)
-        # Other random draws after every start, or the first trials would be proposed again.
-        study.sampler = optuna.samplers.TPESampler(seed=seed + len(study.trials))
-        for trial in study.trials:
-            if (
-                trial.state == optuna.trial.TrialState.RUNNING
-            ):  # of a search that was killed: its experiment continues where it was
-                study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
-                study.enqueue_trial(trial.params)
+        study, snapshot = opened_study(Path(output), asked, seed), quiet_snapshot()
         failures = 0
         while len(_done(study)) < trials and failures < trials:
-            failures += not attempt(study, wanted, metric)
+            failures += not attempt(study, wanted, metric, snapshot, sampling_seed=first.sample.seed + APART)
     except (UserError, RepositoryError) as error:
         return Failed(message=str(error))
     rows = [{"experiment": t.user_attrs["experiment"], **t.user_attrs["values"], metric: t.value} for t in _done(study)]
@@ -137,7 +114,40 @@ def search(
     return Completed(message=f"best {metric} {best.value:.6g}: {best.user_attrs['experiment']}; study in {output}")
 
 
-def attempt(study: Any, space: Mapping[str, Range | list[Any]], metric: str) -> bool:
+def opened_study(folder: Path, asked: Mapping[str, Any], seed: int) -> Any:
+    """The study in `folder`, new or to be continued; `asked` says what it is of.
+
+    Trials of a search that was killed come first: their experiments continue where they were. Raises UserError if
+    Optuna is missing, or the study is of something else.
+    """
+    try:
+        import optuna
+    except ImportError as error:
+        raise UserError("a search needs Optuna; pip install -c requirements.txt -e '.[search]'.") from error
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    folder.mkdir(parents=True, exist_ok=True)
+    study = optuna.create_study(
+        storage=f"sqlite:///{folder}/study.db",
+        study_name=_STUDY,
+        load_if_exists=True,
+        direction="maximize" if asked["maximize"] else "minimize",
+    )
+    if study.user_attrs.get("asked", asked) != asked:
+        raise UserError(
+            f"the study in {folder} is of another metric, space or other parameters; give another --output."
+        )
+    study.set_user_attr("asked", asked)
+    # Other random draws after every start, or the first trials would be proposed again.
+    study.sampler = optuna.samplers.TPESampler(seed=seed + len(study.trials))
+    for trial in study.get_trials(states=[optuna.trial.TrialState.RUNNING]):
+        study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
+        study.enqueue_trial(trial.params)
+    return study
+
+
+def attempt(
+    study: Any, space: Mapping[str, Range | list[Any]], metric: str, snapshot: Snapshot, *, sampling_seed: int
+) -> bool:
     """One trial: ask Optuna for values, run the experiment, tell the metric => whether it succeeded."""
     import optuna
 
@@ -146,11 +156,9 @@ def attempt(study: Any, space: Mapping[str, Range | list[Any]], metric: str) -> 
     name = experiment_name(values, prefix="search")
     trial.set_user_attr("experiment", name)
     trial.set_user_attr("values", values)
-    apart = {"sample.seed": config.load(PARAMETERS).sample.seed + APART}
     try:
         readiness.check(edit.check(PARAMETERS, values), values)
-        snapshot = quiet_snapshot()
-        ((_, state),) = run_all({name: {**apart, **values}}, snapshot)
+        ((_, state),) = run_all({name: {"sample.seed": sampling_seed, **values}}, snapshot)
         found = find(metric, experiments.metrics(snapshot, name)) if state.is_completed() else None
     except UserError as error:  # values that contradict each other, or a metric that is no number
         get_run_logger().warning("%s: %s", name, error)

@@ -27,9 +27,13 @@ from ear.lineage.run import Run
 from ear.runtime import distributed
 
 LOGS = Path("work/logs")
+TIMES = Path("work/times")  # how long each stage took when it last ran here
 TRAINING_IMAGES = "data/prepared/train-*"  # pattern of their files
 _GPU_FULL = "OutOfMemoryError"  # torch's; stages that do not compute never import torch
-TIMES = Path("work/times")  # how long each stage took when it last ran here
+_SIZES = (
+    *("tokenizer.micro_batch_size", "reference.batch_size", "cache.batch_size"),
+    *("train.micro_batch_size", "sample.batch_size"),
+)
 View = TypeVar("View")
 
 
@@ -160,8 +164,7 @@ def run(
 
 def _sentence(error: BaseException) -> str:
     if type(error).__name__ == _GPU_FULL:
-        sizes = "train.micro_batch_size, cache.batch_size, sample.batch_size or reference.batch_size"
-        return f"the GPU's memory is full; lower {sizes}, whichever this stage reads."
+        return f"the GPU's memory is full; lower the stage's batch, one of {', '.join(_SIZES)}."
     if isinstance(error, OSError) and error.strerror and not isinstance(error, UserError):
         where = f"{error.filename}: " if error.filename else ""
         return f"{where}{error.strerror}; nothing was published."

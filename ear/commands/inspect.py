@@ -23,6 +23,7 @@ _SIDES = {"digits": 16, "fashion": 40}  # preset => largest short side that it s
 _DOWNSAMPLE = {"digits": 2, "fashion": 4}  # of their tokenizers; must divide the size
 _BROUGHT = " tokenizer.weights=KL16_CHECKPOINT reference.statistics=ADM_STATISTICS"  # files that ImageNet presets need
 _IMAGENET = ("imagenet256_base", "imagenet256_large", "imagenet256_huge")
+_LARGE = ("folder64", "folder64_cpu")  # on a GPU, on a CPU
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,8 @@ def fitting(source: Source, sampled: Sampled) -> tuple[str, ...]:
     if sources.is_imagenet(source):
         return _IMAGENET
     side = _side(sampled)
-    return (next((preset for preset, largest in _SIDES.items() if side and side <= largest), "folder64"),)
+    small = next((preset for preset, largest in _SIDES.items() if side and side <= largest), None)
+    return (small,) if small else _LARGE
 
 
 def _side(sampled: Sampled) -> int:

@@ -36,7 +36,8 @@ def naming(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        error.filename = error.filename or str(path)
+        if error.errno is not None:  # otherwise it is a sentence already, which a name would replace
+            error.filename = error.filename or str(path)
         raise
 
 

@@ -90,8 +90,8 @@ def _redrawn(
     settings: SamplingSettings,
 ) -> np.ndarray:
     source, device = image_streams(settings.seed, numbers), sampler.device
-    with precise(settings.decoder_precision, device):
-        moments = sampler.tokenizer.encode(to_signed(images).to(device)).float()
+    with precise("float32", device):  # as in the cache stage
+        moments = sampler.tokenizer.encode(to_signed(images).to(device))
     noise = normal((len(images), *sampler.model.shape.latent), source, device)
     known = normalised(moments, noise, sampler.statistics)
     mask = torch.as_tensor(drawn, device=device)

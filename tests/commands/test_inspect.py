@@ -88,13 +88,13 @@ def test_a_sample_is_small_and_its_seed_decides(tmp_path):
 
 
 def test_the_preset_that_fits_is_named(tmp_path):
-    assert inspect.fitting(*found(folders(tmp_path / "large", 64))) == ("folder64",)
+    assert inspect.fitting(*found(folders(tmp_path / "large", 64))) == ("folder64", "folder64_cpu")
     assert inspect.fitting(*found(folders(tmp_path / "tiny", 8))) == ("digits",)
     thousand = [ListedImage("train", f"n{k:08d}", f"{k}", f"{k}") for k in range(1000)]
     whole = sources.Source("", "folder", tmp_path, thousand)
     fitting = inspect.fitting(whole, inspect.Sampled([], [], []))
     assert fitting == ("imagenet256_base", "imagenet256_large", "imagenet256_huge")
-    assert {*fitting, "folder64", "fashion", "digits"} <= set(presets())
+    assert {*fitting, "folder64", "folder64_cpu", "fashion", "digits"} <= set(presets())
 
 
 @pytest.mark.parametrize(("side", "size"), [(8, 8), (15, 14), (33, 32), (64, 64)])

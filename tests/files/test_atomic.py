@@ -38,6 +38,10 @@ def test_an_error_of_a_write_names_the_file(tmp_path):
     with pytest.raises(OSError, match="No space left") as raised, whole_file(tmp_path / "file"):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     assert raised.value.filename == str(tmp_path / "file")
+    sentence = "a worker process died; run again."  # an OSError that names no file keeps its words
+    with pytest.raises(ChildProcessError) as raised, whole_file(tmp_path / "file"):
+        raise ChildProcessError(sentence)
+    assert str(raised.value) == sentence
 
 
 def test_a_folder_replaces_the_earlier_one_as_a_whole(tmp_path):

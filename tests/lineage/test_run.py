@@ -236,6 +236,16 @@ def test_unfinished_work_of_other_parameters_is_mentioned(capsys):
     assert f"unfinished work of other parameters or inputs (0.00 GB) is kept in {folder}" in capsys.readouterr().out
 
 
+def test_work_of_another_copy_is_not_called_unfinished(capsys):
+    interrupt(Second())
+    (folder,) = scratches()
+    other = Second()
+    other.values["second"]["scale"] = 3
+    with run_module._lock_of(folder).acquire(blocking=False):
+        other()
+    assert "unfinished" not in capsys.readouterr().out
+
+
 def test_copies_of_the_repository_share_unfinished_work(tmp_path, monkeypatch):
     """One that was stopped is continued in another; two at once take turns."""
     shutil.copytree(tmp_path, tmp_path / "copy")

@@ -5,6 +5,11 @@ import subprocess
 import sys
 
 import pytest
+import torch
+
+from ear.config.compose import compose
+from ear.errors import UserError
+from ear.runtime.device import check_can_compute
 
 PROGRAM = """
 import ctypes, sys, torch
@@ -22,6 +27,24 @@ mapped = mallinfo().hblkhd
 del first, second
 print(mapped, mallinfo().fordblks)
 """
+
+
+def test_only_what_the_keys_ask_for_must_be_there():
+    """A stage that only reads images needs no GPU, whatever the others of its preset need."""
+    parameters = compose(["preset=folder64", "data.path=/images", "runtime.device=cpu"])
+    check_can_compute(parameters, ["data.image_size", "prepare"])
+    check_can_compute(parameters, ["compute", "tokenizer"])  # float32
+    for key in ("train", "train.precision"):
+        with pytest.raises(UserError, match=r"^train\.precision is 'bfloat16', which CPUs lack"):
+            check_can_compute(parameters, [key])
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_an_absent_gpu_is_refused_for_stages_that_compute():
+    parameters = compose(["preset=digits", "runtime.device=cuda"])
+    check_can_compute(parameters, ["prepare"])
+    with pytest.raises(UserError, match=r"^runtime\.device is 'cuda', but torch finds no CUDA device"):
+        check_can_compute(parameters, ["compute", "sample"])
 
 
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="glibc's allocator")

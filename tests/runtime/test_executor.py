@@ -6,10 +6,13 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
+import time
 from functools import partial
 from pathlib import Path
 
 import pytest
+from distributed import Client
 
 from ear.runtime import executor
 
@@ -80,6 +83,30 @@ def test_workers_with_other_code_are_refused(tmp_path, cluster, monkeypatch):
     with pytest.raises(ValueError, match=r"worker tcp://.* runs other code of ear than this machine; start it again"):
         mapped(tmp_path, [1], workers=0, cluster=cluster)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_a_lost_scheduler_is_one_sentence():
+    """It is killed while a worker works: Dask's client then cancels what is left."""
+    dask = [sys.executable, "-m"]
+    quiet: dict = {"cwd": Path(__file__).parent, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    address = f"tcp://127.0.0.1:{port}"
+    scheduler = ["distributed.cli.dask_scheduler", "--host", "127.0.0.1", "--port", port, "--no-dashboard"]
+    worker = ["distributed.cli.dask_worker", address, "--no-nanny", "--no-dashboard"]
+    with subprocess.Popen([*dask, *scheduler], **quiet) as first, subprocess.Popen([*dask, *worker], **quiet) as second:
+        try:
+            with Client(address, timeout=60) as client:
+                client.wait_for_workers(1, timeout=60)
+            killer = threading.Timer(2, first.kill)
+            killer.start()
+            with pytest.raises(ConnectionError, match=rf"the Dask scheduler at {address} was lost; finished shards"):
+                list(executor.map_shards(time.sleep, [5] * 4, workers=0, cluster=address))
+        finally:
+            first.kill()
+            second.kill()
 
 
 def test_work_for_this_machine_does_not_need_dask():

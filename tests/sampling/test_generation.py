@@ -1,4 +1,4 @@
-"""Test `ear.load` and `ear.generate` on outputs of the stages, and their errors for bad input."""
+"""ear.load and ear.generate: images, random streams, batches, and errors for bad labels and settings."""
 
 from pathlib import Path
 

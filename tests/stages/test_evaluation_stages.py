@@ -1,4 +1,4 @@
-"""Run the stages `reference` and `evaluate` on real digits; each test has its own repository."""
+"""The reference and evaluate stages on real digits: metrics, the protocol, resume and bad inputs."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Test the training loop: accumulation, several ranks, checkpoints, resume, signals, non-finite gradients."""
+"""The training loop: gradient accumulation, ranks, checkpoints, resume, signals, non-finite gradients."""
 
 import multiprocessing
 import os

@@ -1,0 +1,39 @@
+"""What every stage program shares: errors as sentences, and what happens after the results are published."""
+
+from pathlib import Path
+
+import one_stage
+import pytest
+import torch
+from repositories import ROOT
+
+from stages import program
+
+
+@pytest.fixture(autouse=True)
+def repository(tmp_path, monkeypatch) -> None:
+    """A folder with the pipeline's declaration."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("ear", "stages", "dvc.yaml"):
+        (tmp_path / name).symlink_to(ROOT / name)
+
+
+def test_a_full_gpu_is_a_sentence_with_the_keys_to_lower():
+    sentence = program._sentence(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB"))
+    assert sentence.startswith("the GPU's memory is full; lower the stage's batch, one of tokenizer.micro_batch_size, ")
+    parameters = one_stage.parameters({})
+    for key in program._SIZES:
+        section, _, name = key.partition(".")
+        assert getattr(getattr(parameters, section), name) > 0
+
+
+def test_what_fails_after_publishing_is_a_note(monkeypatch, capsys):
+    def full(*_) -> None:
+        raise OSError(28, "No space left on device", "work/times/fetch.json")
+
+    monkeypatch.setattr(program, "write_json", full)
+    one_stage.run("fetch", {})
+    assert "note: [Errno 28] No space left on device: 'work/times/fetch.json'; the results are published" in (
+        capsys.readouterr().out
+    )
+    assert Path("data/raw/manifest.csv").is_file()
