@@ -119,7 +119,7 @@ def compare(
             scales = chosen_scales(snapshot, parameters, budget["rules"], scope)
             reported = reported_runs(parameters, budget["rules"], scope, scales)
             run_without_failure([values for each in reported.values() for values in each], snapshot, jobs)
-            measured["scores"] = measure_rates(scope.rules, threads, parameters)
+            measured["scores"] = measure_rates(snapshot, scope.rules, threads, parameters)
         results = collect(snapshot, parameters, budget, scope, measured)
         publish(snapshot, joined(results, Path(output)), Path(output))
     except (UserError, RepositoryError) as error:
@@ -198,7 +198,9 @@ def chosen_scales(snapshot: Snapshot, parameters: config.Parameters, budget: Val
 
 
 @task(task_run_name="measure rates", cache_policy=NO_CACHE)
-def measure_rates(rules: Sequence[str], threads: int, parameters: config.Parameters) -> dict[str, Any]:
+def measure_rates(
+    snapshot: Snapshot, rules: Sequence[str], threads: int, parameters: config.Parameters
+) -> dict[str, Any]:
     """Time training and sampling of the rules in one run, with no other run of this repository beside it.
 
     Returns the report of benchmarks.scores. Raises UserError.
@@ -206,7 +208,9 @@ def measure_rates(rules: Sequence[str], threads: int, parameters: config.Paramet
     lines: list[str] = []
     among, say = devices(parameters), get_run_logger().info
     with tempfile.TemporaryDirectory() as folder, hold(len(among), among, say):
-        program = [sys.executable, "-m", "benchmarks.scores", "--save", "--results", folder]
+        params = Path(folder) / PARAMETERS
+        params.write_text(snapshot.text(str(PARAMETERS)))
+        program = [sys.executable, "-m", "benchmarks.scores", "--params", str(params), "--save", "--results", folder]
         program += ["--threads", str(threads), "--rules", *rules]
         if command.stream(program, line=lines.append, environment=repository.environment()):
             raise UserError(f"benchmarks.scores failed: {lines[-1] if lines else 'it said nothing'}.")
