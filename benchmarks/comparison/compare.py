@@ -40,6 +40,7 @@ from benchmarks.comparison.plan import (
     Values,
     ablation_runs,
     default_run,
+    distinct,
     file_name,
     reported_runs,
     rule_runs,
@@ -108,7 +109,7 @@ def compare(
         }
         check_extractor(parameters)
         check_count(parameters)
-        scope = checked_scope(rules, guidance, seeds)
+        scope = checked_scope(rules, guidance, seeds, parameters)
         runs = planned(parameters, budget, scope)
         for values in runs:
             edit.check(PARAMETERS, values)
@@ -134,8 +135,8 @@ def check_committed() -> None:
         raise UserError(f"{edited[0]} is not as the last commit has it; commit it, so that the page can name its code.")
 
 
-def checked_scope(rules: Sequence[str], guidance: Sequence[float], seeds: int) -> Scope:
-    """What is compared. Raises UserError for an unknown rule, no rule or scale, or no seed."""
+def checked_scope(rules: Sequence[str], guidance: Sequence[float], seeds: int, parameters: config.Parameters) -> Scope:
+    """What is compared, each model once. Raises UserError for an unknown rule, no rule or scale, or no seed."""
     unknown = [rule for rule in rules if rule not in RULES]
     if unknown:
         raise UserError(f"{unknown[0]!r} is not among the rules; name some of {', '.join(map(repr, RULES))}.")
@@ -143,7 +144,7 @@ def checked_scope(rules: Sequence[str], guidance: Sequence[float], seeds: int) -
         raise UserError(
             f"{len(rules)} rules, {len(guidance)} scales and {seeds} seeds, but at least 1 of each is needed."
         )
-    return Scope(tuple(dict.fromkeys(rules)), tuple(dict.fromkeys(guidance)), seeds)
+    return Scope(distinct(rules, parameters), tuple(dict.fromkeys(guidance)), seeds)
 
 
 def check_extractor(parameters: config.Parameters) -> None:

@@ -22,7 +22,9 @@ RULES: dict[str, Values] = {
     "logarithmic, diagonal": {"score.name": "logarithmic", "score.covariance": "diagonal"},
     "logarithmic, full": {"score.name": "logarithmic", "score.covariance": "full"},
     "hyvarinen": {"score.name": "hyvarinen"},
+    "hyvarinen, 10 steps": {"score.name": "hyvarinen", "score.sampling_steps": 10},
     "categorical": {"score.name": "categorical"},
+    "energy, masked": {"score.name": "energy", "model.attention": "bidirectional", "model.order": "random"},
     "energy, causal raster": {"score.name": "energy", "model.attention": "causal", "model.order": "raster"},
 }
 
@@ -104,6 +106,14 @@ ABLATIONS = (
     ),
     Ablation("Steps", "Passes in which the tokens are drawn; one trained model.", _each("sample.steps", 4, 8, 16)),
 )
+
+
+def distinct(rules: Sequence[str], parameters: config.Parameters) -> tuple[str, ...]:
+    """The rules without those that equal an earlier one here: energy is masked or causal already."""
+    found: dict[str, str] = {}
+    for rule in rules:
+        found.setdefault(run_name(changes(RULES[rule], parameters)), rule)
+    return tuple(found.values())
 
 
 def default_run(parameters: config.Parameters, budget: Values) -> Values:

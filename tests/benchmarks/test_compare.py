@@ -89,17 +89,25 @@ def test_every_ablation_holds_the_parameters_as_they_are(guidance):
 
 
 def test_some_rules_at_some_scales(parameters):
-    scope = checked_scope(["hyvarinen", "energy"], [2.0, 4.0], 2)
+    scope = checked_scope(["hyvarinen", "energy"], [2.0, 4.0], 2, parameters)
     found = planned(parameters, {"rules": BUDGET}, scope)
     assert [(run.get("score.name", "energy"), run["sample.guidance"], run.get("train.seed", 0)) for run in found] == [
         *(("hyvarinen", scale, seed) for seed in (0, 1) for scale in (2.0, 4.0)),
         *(("energy", scale, seed) for seed in (0, 1) for scale in (2.0, 4.0)),
     ]
     with pytest.raises(UserError, match=r"^'givt' is not among the rules; name some of 'energy', 'kernel', "):
-        checked_scope(["energy", "givt"], [2.0], 2)
+        checked_scope(["energy", "givt"], [2.0], 2, parameters)
     for rules, scales, seeds in (([], [2.0], 1), (["energy"], [], 1), (["energy"], [2.0], 0)):
         with pytest.raises(UserError, match="at least 1 of each is needed"):
-            checked_scope(rules, scales, seeds)
+            checked_scope(rules, scales, seeds, parameters)
+
+
+def test_a_model_has_one_row(parameters):
+    causal = compose(["preset=digits", "model.attention=causal", "model.order=raster"])
+    every = [*plan.RULES, "energy"]
+    assert sorted({*plan.RULES} - {*checked_scope(every, [2.0], 1, parameters).rules}) == ["energy, masked"]
+    assert sorted({*plan.RULES} - {*checked_scope(every, [2.0], 1, causal).rules}) == ["energy, causal raster"]
+    assert checked_scope(["energy, masked", "energy"], [2.0], 1, parameters).rules == ("energy, masked",)
 
 
 def test_every_run_is_valid(parameters, tmp_path):
@@ -124,9 +132,9 @@ def test_runs_of_one_training_are_neighbours(parameters):
     """So that the training is in DVC's cache, and still the newest, when the next scale is sampled."""
     keys = [
         json.dumps({key: value for key, value in values.items() if not key.startswith("sample.")})
-        for values in planned(parameters, {"rules": BUDGET}, Scope())
+        for values in planned(parameters, {"rules": BUDGET}, checked_scope([*plan.RULES], [1.0, 1.4], 3, parameters))
     ]
-    assert len([1 for before, after in itertools.pairwise(keys) if before != after]) + 1 == len(set(keys)) == 21
+    assert len([1 for before, after in itertools.pairwise(keys) if before != after]) + 1 == len(set(keys)) == 24
 
 
 def test_rules_name_files():
