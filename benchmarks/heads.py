@@ -3,7 +3,7 @@
     python -m benchmarks.heads [--save]
 
 Untrained heads at the sizes of the digits preset and of the published base model, without guidance. The energy score
-takes one evaluation per token, the diffusion loss `score.sampling_steps`.
+takes one evaluation per token, the diffusion loss `sample.denoising_steps`.
 """
 
 import functools
@@ -17,6 +17,7 @@ from ear.config import Parameters
 from ear.config.compose import compose
 from ear.runtime.randomness import generator, stream
 from ear.scores import Score
+from ear.scores.score import Denoising
 
 _NAMES = ("energy", "logarithmic", "hyvarinen")
 
@@ -41,12 +42,12 @@ def head(name: str, parameters: Parameters) -> Score:
 @torch.inference_mode()
 def costs(overrides: list[str], tokens: int, steps: int, repeats: int) -> dict:
     """Microseconds and evaluations per token of each score, and the ratio of hyvarinen to energy."""
-    parameters = compose([*overrides, f"score.sampling_steps={steps}"])
+    parameters, denoising = compose(overrides), Denoising(steps)
     hidden = torch.randn(tokens, parameters.model.width, generator=generator(0, "hidden"))
     heads = {name: head(name, parameters) for name in _NAMES}
 
     def draw(score: scores.Score) -> None:
-        score.sample(hidden, source=stream(0, "noise"))
+        score.sample(hidden, source=stream(0, "noise"), denoising=denoising)
 
     microseconds = {}
     for name, score in heads.items():
@@ -56,7 +57,7 @@ def costs(overrides: list[str], tokens: int, steps: int, repeats: int) -> dict:
         "preset": overrides[0],
         "tokens": tokens,
         "parameters": {name: sum(p.numel() for p in score.parameters()) for name, score in heads.items()},
-        "evaluations_per_token": {name: score.evaluations_per_token for name, score in heads.items()},
+        "evaluations_per_token": {name: score.evaluations_per_token(denoising) for name, score in heads.items()},
         "microseconds_per_token": microseconds,
         "hyvarinen_over_energy": microseconds["hyvarinen"] / microseconds["energy"],
     }

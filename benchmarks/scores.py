@@ -61,7 +61,7 @@ class Candidate:
             "parameters": sum(p.numel() for p in self.model.parameters()),
             "training_images_per_second": 1 / statistics.median(self.training),
             "sampling_images_per_second": 1 / statistics.median(self.sampling),
-            "evaluations_per_image": network_evaluations(self.model, self.options.sample.steps),
+            "evaluations_per_image": network_evaluations(self.model, SamplingSettings.of(self.options.sample)),
         }
 
 

@@ -58,7 +58,7 @@ def begin(file: Path, sampler: ImageSampler, labels: list[int], options: config.
         drawing.forget(file)
         sources = {"model_sha256": sha256(MODEL), "tokenizer_sha256": sha256(TOKENIZER)}
         model = sampler.model
-        costs = {"evaluations_per_image": network_evaluations(model, options.steps)}
+        costs = {"evaluations_per_image": network_evaluations(model, SamplingSettings.of(options))}
         sampling = {**options.model_dump(), **costs, "classes": list(model.shape.classes), **sources}
         samples.create(file, labels=labels, image_shape=sampler.image_shape, sampling=sampling)
     return drawing.missing(file, labels, options.batch_size)

@@ -17,8 +17,6 @@ _SMALL = {  # where params.yaml is too large for a test; any other option of a s
     "samples": 2,
     "noise_channels": 8,
     "components": 4,
-    "sampling_steps": 20,
-    "denoised_limit": 3.0,
     "codes": 16,
 }
 

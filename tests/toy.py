@@ -8,9 +8,10 @@ from factories import score_options
 
 from ear import scores
 from ear.runtime.randomness import generator, stream
-from ear.scores.score import Score
+from ear.scores.score import Denoising, Score
 from ear.training.ema import Average
 
+_DENOISING = Denoising(steps=20, limit=3.0)
 HIDDEN = 8  # width of the hidden state that carries the condition
 _DIRECTION = torch.randn(HIDDEN, generator=generator(0, "direction"))
 
@@ -80,7 +81,8 @@ def fit(score: Score, *, steps: int = 600, temperature: float = 1.0, rate: float
 def judge(score: Score, value: float, count: int = 4000) -> Figures:
     """Compare samples at one condition with the truth."""
     condition, source = torch.full((count,), value), generator(1, "judge", value)
-    truth, drawn = mixture(condition, source), score.sample(hidden(condition), source=stream(1, "judge", value))
+    truth = mixture(condition, source)
+    drawn = score.sample(hidden(condition), source=stream(1, "judge", value), denoising=_DENOISING)
     unbiased = count / (count - 1)
     squared = 2 * torch.cdist(drawn, truth).mean()
     squared -= (torch.cdist(drawn, drawn).mean() + torch.cdist(truth, truth).mean()) * unbiased
@@ -94,7 +96,7 @@ def coverage(score: Score, value: float, count: int = 4000) -> float:
     """Share of the truth within the central 80% of samples at one condition, along the line of the modes."""
     condition, source = torch.full((count,), value), generator(1, "coverage", value)
     line = _centre(condition[:1])[0]
-    drawn = score.sample(hidden(condition), source=stream(1, "coverage", value)) @ line
+    drawn = score.sample(hidden(condition), source=stream(1, "coverage", value), denoising=_DENOISING) @ line
     truth = mixture(condition, source) @ line
     low, high = drawn.quantile(torch.tensor([0.1, 0.9]))
     return float(((truth > low) & (truth < high)).float().mean())

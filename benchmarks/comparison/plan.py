@@ -22,7 +22,7 @@ RULES: dict[str, Values] = {
     "logarithmic, diagonal": {"score.name": "logarithmic", "score.covariance": "diagonal"},
     "logarithmic, full": {"score.name": "logarithmic", "score.covariance": "full"},
     "hyvarinen": {"score.name": "hyvarinen"},
-    "hyvarinen, 10 steps": {"score.name": "hyvarinen", "score.sampling_steps": 10},
+    "hyvarinen, 10 steps": {"score.name": "hyvarinen", "sample.denoising_steps": 10},
     "categorical": {"score.name": "categorical"},
     "energy, masked": {"score.name": "energy", "model.attention": "bidirectional", "model.order": "random"},
     "energy, causal raster": {"score.name": "energy", "model.attention": "causal", "model.order": "raster"},

@@ -10,8 +10,6 @@ from pydantic import Field
 from ear.config.sections import Lengths, Section
 from ear.errors import UserError
 
-DIFFUSION_STEPS = 1000  # noise levels of the Hyvarinen score in training
-
 
 class ScoreOptions(Section):
     """What all scores have: a name."""
@@ -73,16 +71,6 @@ class Hyvarinen(ScoreOptions):
     """Options of the Hyvarinen score, the diffusion loss."""
 
     samples: int = Field(description="noise levels per token and step", ge=1)
-    sampling_steps: int = Field(description=f"denoising steps per token, of {DIFFUSION_STEPS} in training", ge=1)
-    denoised_limit: float = Field(description="clamp of predicted tokens, in standard deviations; 0: off", ge=0)
-
-    def check(self) -> None:
-        """See `ScoreOptions`."""
-        if self.sampling_steps > DIFFUSION_STEPS:
-            raise UserError(
-                f"score.sampling_steps is {self.sampling_steps}, but training has {DIFFUSION_STEPS} steps; lower it to "
-                "that or less."
-            )
 
 
 class Categorical(ScoreOptions):

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
+DIFFUSION_STEPS = 1000  # noise levels of the Hyvarinen score in training
 Precision = Literal["float32", "tfloat32", "bfloat16"]
 _list_as_tuple = BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value)
 Counts = Annotated[tuple[Annotated[int, Field(ge=1)], ...], _list_as_tuple]  # YAML lists, frozen
@@ -191,6 +192,12 @@ class Sample(Section):
         description="and not more than this share; other steps of a masked model take half the time", gt=0, le=1
     )
     temperature: float = Field(description="inference temperature; 1: unchanged", ge=0)
+    denoising_steps: int = Field(
+        description=f"hyvarinen: denoising steps per token, of {DIFFUSION_STEPS} in training", ge=1, le=DIFFUSION_STEPS
+    )
+    denoised_limit: float = Field(
+        description="hyvarinen: clamp of predicted tokens, in standard deviations; 0: off", ge=0
+    )
     precision: Precision = Field(description="float32; on CUDA also tfloat32 or bfloat16 (autocast, float32 tokens)")
     decoder_precision: Precision = Field(description="of the tokenizer's decoder; as precision")
     batch_size: int = Field(description="images generated per batch; changes results slightly (rounding)", ge=1)

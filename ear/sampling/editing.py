@@ -18,6 +18,7 @@ from ear.runtime.randomness import image_streams, normal
 from ear.sampling.generation import MODEL, TOKENIZER, ImageSampler
 from ear.sampling.sampler import sample
 from ear.sampling.settings import SamplingSettings
+from ear.scores.score import PUBLISHED
 
 
 def inpaint(
@@ -30,6 +31,8 @@ def inpaint(
     guidance: float = 1.0,
     schedule: str = "linear",
     temperature: float = 1.0,
+    denoising_steps: int = PUBLISHED.steps,  # here and below: of a model of the Hyvarinen score
+    denoised_limit: float = PUBLISHED.limit,
     seed: int = 0,
     paste: bool = True,  # keep known pixels exactly; if false, all pixels come from the decoder
     batch_size: int = 64,
@@ -41,7 +44,15 @@ def inpaint(
     each other or the model, a mask is empty, `steps` is less than 1, or the model is causal.
     """
     sampler = ImageSampler.open(Path(data) / MODEL, Path(data) / TOKENIZER, device)
-    settings = SamplingSettings(steps=steps, guidance=guidance, schedule=schedule, temperature=temperature, seed=seed)
+    settings = SamplingSettings(
+        steps=steps,
+        guidance=guidance,
+        schedule=schedule,
+        temperature=temperature,
+        denoising_steps=denoising_steps,
+        denoised_limit=denoised_limit,
+        seed=seed,
+    )
     return inpaint_with(sampler, images, mask, labels, settings, paste=paste, batch_size=batch_size)
 
 

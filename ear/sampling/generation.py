@@ -21,6 +21,7 @@ from ear.runtime.device import precise
 from ear.runtime.randomness import image_streams
 from ear.sampling.sampler import sample
 from ear.sampling.settings import SamplingSettings
+from ear.scores.score import PUBLISHED
 from ear.tokenizer.autoencoder import Tokenizer, load_tokenizer
 
 MODEL = "finetuned/model.safetensors"
@@ -160,6 +161,8 @@ def generate(
     guidance: float = 1.0,
     schedule: str = "linear",
     temperature: float = 1.0,
+    denoising_steps: int = PUBLISHED.steps,  # here and below: of a model of the Hyvarinen score
+    denoised_limit: float = PUBLISHED.limit,
     seed: int = 0,
     batch_size: int = 64,
     device: torch.device | str = "cpu",
@@ -169,7 +172,15 @@ def generate(
     Raises MissingFileError if a stage has not run; UserError for an empty or unknown label, or less than one step.
     """
     sampler = ImageSampler.open(model or Path(data) / MODEL, Path(data) / TOKENIZER, device)
-    settings = SamplingSettings(steps=steps, guidance=guidance, schedule=schedule, temperature=temperature, seed=seed)
+    settings = SamplingSettings(
+        steps=steps,
+        guidance=guidance,
+        schedule=schedule,
+        temperature=temperature,
+        denoising_steps=denoising_steps,
+        denoised_limit=denoised_limit,
+        seed=seed,
+    )
     return sampler.generate(labels, settings, batch_size=batch_size)
 
 

@@ -26,7 +26,11 @@ from ear.tokenizer.autoencoder import describe_tokenizer, tokenizer_of
 FORMAT = "ear-pipeline-1"
 FILE, CARD = "pipeline.safetensors", "README.md"
 _MODEL, _TOKENIZER = "model.", "tokenizer."
-_SAMPLING = ("steps", "guidance", "schedule", "guidance_from", "guidance_to", "temperature")  # defaults of `generate`
+# What `generate` and `inpaint` default to.
+_SAMPLING = (
+    *("steps", "guidance", "schedule", "guidance_from", "guidance_to", "temperature"),
+    *("denoising_steps", "denoised_limit"),
+)
 
 
 class Pipeline(ModelHubMixin):
@@ -37,7 +41,8 @@ class Pipeline(ModelHubMixin):
 
     def __init__(self, sampler: ImageSampler, *, tokenizer_sha256: str, sampling: Mapping, metrics: Mapping):
         self.sampler, self.tokenizer_sha256 = sampler, tokenizer_sha256
-        self.sampling, self.metrics = {name: sampling[name] for name in _SAMPLING}, dict(metrics)
+        self.sampling = {name: sampling[name] for name in _SAMPLING if name in sampling}
+        self.metrics = dict(metrics)
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -57,11 +62,21 @@ class Pipeline(ModelHubMixin):
         guidance: float | None = None,
         schedule: str | None = None,
         temperature: float | None = None,
+        denoising_steps: int | None = None,
+        denoised_limit: float | None = None,
         seed: int = 0,
         batch_size: int = 64,
     ) -> np.ndarray:
         """Generate uint8 images [N, H, W, 3]; image k depends on (seed, k) and its label. Raises as `ear.generate`."""
-        settings = self.settings(seed, steps=steps, guidance=guidance, schedule=schedule, temperature=temperature)
+        settings = self.settings(
+            seed,
+            steps=steps,
+            guidance=guidance,
+            schedule=schedule,
+            temperature=temperature,
+            denoising_steps=denoising_steps,
+            denoised_limit=denoised_limit,
+        )
         return self.sampler.generate(labels, settings, batch_size=batch_size)
 
     def inpaint(
@@ -74,12 +89,22 @@ class Pipeline(ModelHubMixin):
         guidance: float | None = None,
         schedule: str | None = None,
         temperature: float | None = None,
+        denoising_steps: int | None = None,
+        denoised_limit: float | None = None,
         seed: int = 0,
         paste: bool = True,
         batch_size: int = 64,
     ) -> np.ndarray:
         """Redraw every token that the mask touches => uint8 [N, H, W, 3]. Raises as `ear.inpaint`."""
-        settings = self.settings(seed, steps=steps, guidance=guidance, schedule=schedule, temperature=temperature)
+        settings = self.settings(
+            seed,
+            steps=steps,
+            guidance=guidance,
+            schedule=schedule,
+            temperature=temperature,
+            denoising_steps=denoising_steps,
+            denoised_limit=denoised_limit,
+        )
         return inpaint_with(self.sampler, images, mask, labels, settings, paste=paste, batch_size=batch_size)
 
     def save(self, path: str | Path) -> None:

@@ -50,6 +50,7 @@ def sample(
             temperature=settings.temperature,
             unconditional=unconditional[0] if unconditional and guidance != 1.0 else None,
             guidance=guidance,
+            denoising=settings.denoising,
         )
         return drawn.unflatten(0, (len(labels), -1)).float()
 
@@ -66,10 +67,11 @@ def sample(
     return unpatchify(tokens, model.patch, model.shape.latent)
 
 
-def network_evaluations(model: AutoregressiveModel, steps: int) -> dict[str, int]:
+def network_evaluations(model: AutoregressiveModel, settings: SamplingSettings) -> dict[str, int]:
     """Cost of one image without guidance: transformer passes, and head evaluations over all tokens.
 
     Inside its interval, guidance doubles the rows of each transformer pass, and of each head evaluation unless the
     score extrapolates the hidden state.
     """
-    return {"transformer": model.passes(steps), "head": model.tokens * model.score.evaluations_per_token}
+    per_token = model.score.evaluations_per_token(settings.denoising)
+    return {"transformer": model.passes(settings.steps), "head": model.tokens * per_token}

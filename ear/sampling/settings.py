@@ -1,10 +1,11 @@
 """Settings of sampling, passed as one object from the sample stage or `ear.generate` to the sampler."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import get_args
 
 from ear import config
 from ear.errors import UserError
+from ear.scores.score import PUBLISHED, Denoising
 
 _ALLOWED = {
     name: get_args(config.Sample.model_fields[name].annotation)
@@ -22,6 +23,8 @@ class SamplingSettings:
     guidance_from: float = 0.0  # guidance acts while more than this share of the tokens is known after the step
     guidance_to: float = 1.0  # and not more than this share
     temperature: float = 1.0  # inference temperature of the score
+    denoising_steps: int = PUBLISHED.steps  # hyvarinen: denoising steps per token
+    denoised_limit: float = PUBLISHED.limit  # hyvarinen: clamp of predicted tokens, in standard deviations; 0: off
     seed: int = 0  # image k is drawn from the random stream (seed, k)
     precision: str = "float32"  # of the model; bfloat16 is autocast
     decoder_precision: str = "float32"  # of the tokenizer's decoder
@@ -29,7 +32,11 @@ class SamplingSettings:
     def __post_init__(self):
         if self.steps < 1:
             raise UserError(f"steps is {self.steps}, but must be at least 1.")
-        for name in ("guidance", "temperature"):
+        if not 1 <= self.denoising_steps <= config.DIFFUSION_STEPS:
+            raise UserError(
+                f"denoising_steps is {self.denoising_steps}, but must be from 1 to {config.DIFFUSION_STEPS}."
+            )
+        for name in ("guidance", "temperature", "denoised_limit"):
             if not getattr(self, name) >= 0:
                 raise UserError(f"{name} is {getattr(self, name)}, but must be at least 0.")
         for name, allowed in _ALLOWED.items():
@@ -44,14 +51,9 @@ class SamplingSettings:
     @classmethod
     def of(cls, options: config.Sample) -> "SamplingSettings":
         """The settings in section `sample` of params.yaml."""
-        return cls(
-            steps=options.steps,
-            guidance=options.guidance,
-            schedule=options.schedule,
-            guidance_from=options.guidance_from,
-            guidance_to=options.guidance_to,
-            temperature=options.temperature,
-            seed=options.seed,
-            precision=options.precision,
-            decoder_precision=options.decoder_precision,
-        )
+        return cls(**{field.name: getattr(options, field.name) for field in fields(cls)})
+
+    @property
+    def denoising(self) -> Denoising:
+        """The settings of a diffusion head."""
+        return Denoising(self.denoising_steps, self.denoised_limit)

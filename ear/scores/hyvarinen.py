@@ -10,10 +10,11 @@ import math
 import torch
 from torch import Tensor, nn
 
-from ear.config.scores import DIFFUSION_STEPS, Hyvarinen
+from ear.config import DIFFUSION_STEPS
+from ear.config.scores import Hyvarinen
 from ear.runtime.randomness import Stream, normal, uniform
 from ear.scores.modulated_mlp import ModulatedMLP
-from ear.scores.score import HeadSize, Loss, Score
+from ear.scores.score import PUBLISHED, Denoising, HeadSize, Loss, Score
 
 TRAINING_STEPS = DIFFUSION_STEPS
 _TIME_CHANNELS = 256
@@ -68,23 +69,23 @@ def respaced(steps: int) -> Tensor:
 class HyvarinenScore(Score):
     """Diffusion loss per token and the ancestral sampler of its head."""
 
-    times: Tensor  # int64 [S], training steps that sampling visits
     temperature_scales = "the noise that each denoising step adds"
     guidance_extrapolates = "predicted noise"
 
     def __init__(self, options: Hyvarinen, size: HeadSize):
         super().__init__()
         self.samples, self.channels = options.samples, size.token_channels
-        self.limit = options.denoised_limit  # clamp of predicted tokens; 0 for none, as published
-        self.evaluations_per_token = options.sampling_steps
         width = size.width
         self.token_embedding = nn.Linear(size.token_channels, width)
         self.hidden_embedding = nn.Linear(size.hidden_width, width)
         self.time_embedding = nn.Sequential(nn.Linear(_TIME_CHANNELS, width), nn.SiLU(), nn.Linear(width, width))
         self.network = ModulatedMLP(width=width, depth=size.depth, out_channels=2 * size.token_channels)
-        alpha_bar = cosine_alpha_bar(TRAINING_STEPS)
-        self.register_buffer("times", respaced(options.sampling_steps), persistent=False)
-        self.training_schedule, self.sampling_schedule = Schedule(alpha_bar), Schedule(alpha_bar[self.times])
+        self.training_schedule = Schedule(cosine_alpha_bar(TRAINING_STEPS))
+        self._sampling: dict[tuple[int, torch.device], tuple[Tensor, Schedule]] = {}
+
+    def evaluations_per_token(self, denoising: Denoising = PUBLISHED) -> int:
+        """One for each denoising step."""
+        return denoising.steps
 
     def initialise(self, generator: torch.Generator) -> None:
         """Draw the time embedding from N(0, 0.02^2); the untrained head predicts 0."""
@@ -92,6 +93,15 @@ class HyvarinenScore(Score):
             if isinstance(layer, nn.Linear):
                 nn.init.normal_(layer.weight, std=_INIT_SD, generator=generator)
         self.network.zero_initialise()
+
+    def sampling_schedule(self, steps: int, device: torch.device) -> tuple[Tensor, Schedule]:
+        """The training steps that sampling visits, int64 [S], and their tables; made once, not for every token."""
+        if (steps, device) not in self._sampling:
+            with torch.inference_mode(False):  # so that callers with gradients may use them, too
+                times = respaced(steps)
+                tables = Schedule(cosine_alpha_bar(TRAINING_STEPS)[times])
+                self._sampling[steps, device] = times.to(device), tables.to(device)
+        return self._sampling[steps, device]
 
     def predict(self, noised: Tensor, time: Tensor, embedded: Tensor) -> tuple[Tensor, Tensor]:
         """Predicted noise and variance fraction, [N, D].
@@ -142,29 +152,33 @@ class HyvarinenScore(Score):
         temperature: float = 1.0,  # multiplies the noise that each step adds
         unconditional: Tensor | None = None,
         guidance: float = 1.0,
+        denoising: Denoising = PUBLISHED,
     ) -> Tensor:
         """Hidden [N, W] => tokens [N, D] by ancestral sampling; guidance extrapolates the predicted noise."""
+        times, schedule = self.sampling_schedule(denoising.steps, hidden.device)
         x = normal((len(hidden), self.channels), source, hidden.device)
         both = self.hidden_embedding(hidden if unconditional is None else torch.cat([hidden, unconditional]))
-        for step in reversed(range(self.sampling_schedule.steps)):
-            noise, fraction = self.predict(x if unconditional is None else x.repeat(2, 1), self.times[step, None], both)
+        for step in reversed(range(schedule.steps)):
+            noise, fraction = self.predict(x if unconditional is None else x.repeat(2, 1), times[step, None], both)
             if unconditional is not None:
                 (conditional, null), fraction = noise.chunk(2), fraction.chunk(2)[0]
                 noise = null + guidance * (conditional - null)
-            mean, log_variance = self._step(x, noise, fraction, step)
+            mean, log_variance = _step(schedule, x, noise, fraction, step, denoising.limit)
             added = normal(x.shape, source, x.device) if step else torch.zeros_like(x)
             x = mean + temperature * (0.5 * log_variance).exp() * added
         return x
 
-    def _step(self, x: Tensor, noise: Tensor, fraction: Tensor, step: int) -> tuple[Tensor, Tensor]:
-        """Mean and log-variance of x_{t-1} given x_t and the predicted noise."""
-        schedule = self.sampling_schedule
-        time = torch.full((1,), step, device=x.device)  # the same for all rows
-        denoised = (x - _at(schedule.noise, time) * noise) / _at(schedule.signal, time)
-        if self.limit:
-            denoised = denoised.clamp(-self.limit, self.limit)
-        mean = _at(schedule.of_data, time) * denoised + _at(schedule.of_noised, time) * x
-        return mean, _log_variance(schedule, time, fraction)
+
+def _step(
+    schedule: Schedule, x: Tensor, noise: Tensor, fraction: Tensor, step: int, limit: float
+) -> tuple[Tensor, Tensor]:
+    """Mean and log-variance of x_{t-1} given x_t and the predicted noise."""
+    time = torch.full((1,), step, device=x.device)  # the same for all rows
+    denoised = (x - _at(schedule.noise, time) * noise) / _at(schedule.signal, time)
+    if limit:
+        denoised = denoised.clamp(-limit, limit)
+    mean = _at(schedule.of_data, time) * denoised + _at(schedule.of_noised, time) * x
+    return mean, _log_variance(schedule, time, fraction)
 
 
 def _at(table: Tensor, time: Tensor) -> Tensor:

@@ -32,6 +32,17 @@ class Loss(NamedTuple):
     predicted: float = 1.0  # share of the tokens that were predicted
 
 
+@dataclass(frozen=True)
+class Denoising:
+    """How a diffusion head draws a token; heads without noise levels ignore it."""
+
+    steps: int = 100  # of DIFFUSION_STEPS in training
+    limit: float = 0.0  # clamp of predicted tokens, in standard deviations; 0: off, as published
+
+
+PUBLISHED = Denoising()
+
+
 class Score(nn.Module, ABC):
     """A strictly proper score with the head that it trains; the transformer does not depend on which one it is.
 
@@ -42,14 +53,17 @@ class Score(nn.Module, ABC):
     targets: int = 1  # draws of each token from the tokenizer's posterior that the loss takes at once
     # Facts for comparisons of scores.
     strictly_proper: bool = True  # at training temperature 1, for tokens that the head can draw
-    evaluations_per_token: int = 1  # passes of the head's network per drawn token, without guidance
     temperature_scales: str  # what the inference temperature scales
     guidance_extrapolates: str  # which quantity guidance extrapolates
 
     def facts(self) -> dict:
         """The facts above by name, as plain values."""
-        names = ("strictly_proper", "evaluations_per_token", "temperature_scales", "guidance_extrapolates")
+        names = ("strictly_proper", "temperature_scales", "guidance_extrapolates")
         return {name: getattr(self, name) for name in names}
+
+    def evaluations_per_token(self, denoising: Denoising = PUBLISHED) -> int:
+        """Passes of the head's network per drawn token, without guidance."""
+        return 1
 
     @abstractmethod
     def initialise(self, generator: torch.Generator) -> None:
@@ -72,6 +86,7 @@ class Score(nn.Module, ABC):
         temperature: float = 1.0,
         unconditional: Tensor | None = None,  # hidden states of the null class, for guidance
         guidance: float = 1.0,
+        denoising: Denoising = PUBLISHED,
     ) -> Tensor:
         """Hidden [N, W] => one token per row [N, D]."""
 

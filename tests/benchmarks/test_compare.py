@@ -37,7 +37,7 @@ TINY = [
     *("tokenizer.block_channels=[8,8]", "tokenizer.images=512", "reference.images=512"),
     *("model.width=32", "model.depth=2", "model.heads=2", "model.head_width=32", "model.head_depth=1"),
     *("train.validate_images=256", "train.warmup_images=64", "finetune.images=64"),
-    *("score.codes=16", "score.sampling_steps=5", "compute.threads=1", "runtime.workers=0", "runtime.device=cpu"),
+    *("score.codes=16", "sample.denoising_steps=5", "compute.threads=1", "runtime.workers=0", "runtime.device=cpu"),
     *("sample.count=360", "sample.batch_size=20", "sample.steps=2", "evaluate.kid_subset_size=20"),
 ]
 
@@ -130,11 +130,12 @@ def test_a_scale_is_never_chosen_on_reported_images(parameters):
 
 def test_runs_of_one_training_are_neighbours(parameters):
     """So that the training is in DVC's cache, and still the newest, when the next scale is sampled."""
+    trained = [rule for rule in plan.RULES if rule != "hyvarinen, 10 steps"]  # which samples another rule's models
     keys = [
         json.dumps({key: value for key, value in values.items() if not key.startswith("sample.")})
-        for values in planned(parameters, {"rules": BUDGET}, checked_scope([*plan.RULES], [1.0, 1.4], 3, parameters))
+        for values in planned(parameters, {"rules": BUDGET}, checked_scope(trained, [1.0, 1.4], 3, parameters))
     ]
-    assert len([1 for before, after in itertools.pairwise(keys) if before != after]) + 1 == len(set(keys)) == 24
+    assert len([1 for before, after in itertools.pairwise(keys) if before != after]) + 1 == len(set(keys)) == 21
 
 
 def test_rules_name_files():

@@ -22,7 +22,7 @@ from ear.tokenizer.perceptual import Perceptual
 
 PATHS = ("data.path=/images", "tokenizer.weights=/kl16.ckpt")  # of nothing
 KINDS = [{"name": name} for name in ("energy", "kernel", "logarithmic", "categorical")]
-KINDS += [{"name": "hyvarinen", "sampling_steps": 3}, {"attention": "causal"}, {"name": "energy", "targets": 3}]
+KINDS += [{"name": "hyvarinen"}, {"attention": "causal"}, {"name": "energy", "targets": 3}]
 
 
 def deeper(*, depth=3, dropout=0.1, **options):
@@ -91,7 +91,7 @@ def test_operations_are_those_of_the_real_model(options, one_thread):
     assert found["forward, transformer"] + found["forward, head"] == forward.get_total_flops()
     assert found["forward and backward"] == forward.get_total_flops() + backward.get_total_flops()
 
-    settings = SamplingSettings(steps=5, guidance=2.0)
+    settings = SamplingSettings(steps=5, guidance=2.0, denoising_steps=3)
     with FlopCounterMode(display=False) as drawn:
         sample(model.eval(), torch.zeros(1).long(), settings, source=stream(0))
     assert sum(costs.sampling_flops(shape, settings).values()) == drawn.get_total_flops()

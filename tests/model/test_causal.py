@@ -107,7 +107,7 @@ def test_generation_takes_one_pass_per_token_whatever_the_steps():
     a, b = (sample(model, LABELS, SamplingSettings(steps=s), source=image_streams(5, range(4))) for s in (1, 64))
     assert torch.equal(a, b)
     assert widths == 2 * [(4, model.buffer), *15 * [(4, 1)]]
-    assert network_evaluations(model, 1)["transformer"] == 16
+    assert network_evaluations(model, SamplingSettings(steps=1))["transformer"] == 16
 
 
 def test_image_k_is_the_same_in_any_batch():

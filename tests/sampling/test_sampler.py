@@ -44,13 +44,13 @@ def test_every_token_is_drawn_whatever_the_steps(steps):
 @pytest.mark.parametrize("steps", [1, 4, 16, 40])
 @pytest.mark.parametrize("name", ["energy", "hyvarinen"])
 def test_network_evaluations_are_those_made(steps, name):
-    model = tiny_model(name=name, sampling_steps=3)
+    model, settings = tiny_model(name=name), SamplingSettings(steps=steps, denoising_steps=3)
     passes, rows = [], []
     model.transformer.register_forward_hook(lambda *_: passes.append(1))
     model.score.network.register_forward_hook(lambda _, inputs, __: rows.append(len(inputs[0])))
-    draw(model, steps=steps, guidance=1.0)
+    draw(model, steps=steps, guidance=1.0, denoising_steps=3)
     expected = {"transformer": len(passes), "head": sum(rows) // len(LABELS)}
-    assert network_evaluations(model, steps) == expected
+    assert network_evaluations(model, settings) == expected
 
 
 def test_one_token_is_one_pass():

@@ -95,7 +95,7 @@ class ExactNoise(hyvarinen.HyvarinenScore):
 def denoising_loss(forecast: torch.Tensor, truth: torch.Tensor, count=8000, kind=ExactNoise) -> float:
     channels = len(truth)
     size = scores.HeadSize(hidden_width=4, token_channels=channels, width=8, depth=1)
-    score = kind(score_options("hyvarinen", samples=1, sampling_steps=10, denoised_limit=0.0), size)
+    score = kind(score_options("hyvarinen", samples=1), size)
     score.covariance = forecast
     y = torch.randn(count, channels, generator=generator(0, "y"), dtype=DOUBLE) @ torch.linalg.cholesky(truth).T
     return float(score.loss(torch.zeros(count, 4), y.float(), temperature=1.0, source=stream(1)).value.mean())

@@ -21,12 +21,13 @@ from ear.sampling.settings import SamplingSettings
 from ear.scores import hyvarinen
 from ear.scores.kernel import KernelScore
 from ear.scores.logarithmic import Mixture, guided
+from ear.scores.score import Denoising
 
 DOUBLE = torch.float64
 TOY = {  # options beside those of factories.score_options
     "kernel": {"samples": 4},
     "logarithmic": {"components": 4},
-    "hyvarinen": {"samples": 4, "denoised_limit": 3.0},
+    "hyvarinen": {"samples": 4},
     "categorical": {"codes": 64},
 }
 
@@ -67,12 +68,12 @@ def test_every_score_serves_model_and_sampler(name):
 @pytest.mark.parametrize("name", scores.SCORES)
 def test_network_evaluations_are_counted(name):
     """evaluations_per_token is what a hook on the head's last layer counts."""
-    score = head(name, sampling_steps=7)
+    score, denoising = head(name), Denoising(steps=7)
     last = score.projection if hasattr(score, "projection") else score.network.output
     calls = []
     last.register_forward_hook(lambda *_: calls.append(1))
-    score.sample(torch.zeros(3, toy.HIDDEN), source=stream(0))
-    assert len(calls) == score.evaluations_per_token == (7 if name == "hyvarinen" else 1)
+    score.sample(torch.zeros(3, toy.HIDDEN), source=stream(0), denoising=denoising)
+    assert len(calls) == score.evaluations_per_token(denoising) == (7 if name == "hyvarinen" else 1)
 
 
 @pytest.mark.parametrize("name", scores.SCORES)
@@ -80,7 +81,6 @@ def test_facts_for_whoever_compares_scores(name):
     score = head(name, targets=3)
     facts = score.facts()
     assert facts["strictly_proper"] is True
-    assert facts["evaluations_per_token"] == (20 if name == "hyvarinen" else 1)
     assert facts["temperature_scales"] != facts["guidance_extrapolates"]
     assert score.targets == (3 if name in ("energy", "kernel") else 1)
 
@@ -277,8 +277,8 @@ class ExactGaussian(hyvarinen.HyvarinenScore):
 
     def fraction(self, time):
         """Between the logarithms of posterior variance and beta: the exact variance of x_{t-1} given x_t."""
-        s = self.sampling_schedule
-        step = int((self.times == time[0]).nonzero()[0])
+        times, s = self.sampling_schedule(100, time.device)
+        step = int((times == time[0]).nonzero()[0])
         level = (s.signal[step] ** 2).item()
         of_data, remaining = s.of_data[step].item(), 1 - level
         given = 0.16 * remaining / (level * 0.16 + remaining)  # variance of x_0 given x_t
@@ -289,9 +289,8 @@ class ExactGaussian(hyvarinen.HyvarinenScore):
 
 def test_ancestral_sampler_with_the_exact_score_and_variance():
     size = scores.HeadSize(hidden_width=4, token_channels=1, width=8, depth=1)
-    options = factories.score_options("hyvarinen", samples=2, sampling_steps=100, denoised_limit=0.0)
-    sampler = ExactGaussian(options, size)
-    drawn = sampler.sample(torch.zeros(100_000, 4), source=stream(0))
+    sampler = ExactGaussian(factories.score_options("hyvarinen", samples=2), size)
+    drawn = sampler.sample(torch.zeros(100_000, 4), source=stream(0), denoising=Denoising(steps=100))
     assert abs(drawn.mean() - 0.7) < 0.014
     assert abs(drawn.std() / 0.4 - 1) < 0.02
 
@@ -310,14 +309,15 @@ class ConstantNoise(hyvarinen.HyvarinenScore):
 
 def test_diffusion_guidance_extrapolates_the_predicted_noise_and_temperature_scales_the_added():
     size = scores.HeadSize(hidden_width=4, token_channels=2, width=8, depth=1)
-    options = factories.score_options("hyvarinen", samples=1, sampling_steps=10, denoised_limit=0.0)
-    sampler = ConstantNoise(options, size)
-    one, two, four = (torch.full((5, 4), value) for value in (1.0, 2.0, 4.0))
-    guided_by_hand = sampler.sample(four, source=stream(0))
-    drawn = sampler.sample(two, source=stream(0), unconditional=one, guidance=3.0)  # 1 + 3 (2 - 1) = 4
-    torch.testing.assert_close(drawn, guided_by_hand)
+    head = ConstantNoise(factories.score_options("hyvarinen", samples=1), size)
 
-    drawn = {t: sampler.sample(one, source=stream(0), temperature=t) for t in (0.0, 0.5, 1.0)}
+    def draw(hidden: torch.Tensor, **options) -> torch.Tensor:
+        return head.sample(hidden, source=stream(0), denoising=Denoising(steps=10), **options)
+
+    one, two, four = (torch.full((5, 4), value) for value in (1.0, 2.0, 4.0))
+    torch.testing.assert_close(draw(two, unconditional=one, guidance=3.0), draw(four))  # 1 + 3 (2 - 1) = 4
+
+    drawn = {t: draw(one, temperature=t) for t in (0.0, 0.5, 1.0)}
     # The steps are affine in what they add, and the constant noise makes their sum so too.
     torch.testing.assert_close(drawn[0.5], (drawn[0.0] + drawn[1.0]) / 2, rtol=1e-3, atol=1e-3)
     assert (drawn[1.0] - drawn[0.0]).abs().max() > 0.1

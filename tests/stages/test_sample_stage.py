@@ -57,7 +57,7 @@ def test_the_file_tells_how_it_was_made():
         settings = {name: sampling[name] for name in ("steps", "guidance", "schedule", "temperature", "seed")}
         assert np.array_equal(file["images"][20:], sampler.images([2, 0, 1], SamplingSettings(**settings), first=20))
     assert sampling["classes"] == list(CLASSES)
-    assert sampling["evaluations_per_image"] == network_evaluations(sampler.model, settings["steps"])
+    assert sampling["evaluations_per_image"] == network_evaluations(sampler.model, SamplingSettings(**settings))
     assert sampling["model_sha256"] == sha256("data/finetuned/model.safetensors")
     assert Image.open("data/samples/grid.png").size == (3 * 66 + 2, 8 * 66 + 2)  # a column for each class
 
