@@ -1,14 +1,13 @@
-"""Train every score on the same latents at the same budget, and write docs/scores.md.
+"""Train every score on the same latents at the same budget, and variants of the energy score; write a page of each.
 
     python -m benchmarks.comparison --threads 1 -j 2
     python -m benchmarks.comparison --only rules --rules energy hyvarinen --guidance 2.5 4 --output docs/fashion
 
 Every model is trained from several seeds. Each rule's guidance scale is the one with the lowest mean FID / floor, on
 images that are not reported. Each run is a DVC experiment on the current commit (see flows.experiments): the workspace
-is not changed, shared stages run once, and a stopped comparison resumes as long as the commit is the same. The page,
-its grids, its data (scores/results.json) and params.yaml as it was (scores/params.yaml) are written after all runs have
-succeeded; rates are measured at the end. If only one part is run, the other part of the page is kept if it is of the
-same commit and parameters.
+is not changed, shared stages run once, and a stopped comparison resumes as long as the commit is the same. The pages
+are scores.md and ablations.md; folders of the same names hold their data (results.json), params.yaml as it was, and
+pictures. They are written after all runs have succeeded; rates are measured at the end.
 
 Models of this size gain little from a second thread: one thread each, and as many runs at a time as there are cores,
 take the least time. The number of threads changes results slightly (rounding).
@@ -62,11 +61,11 @@ from flows.sweep import EVALUATION, quiet_snapshot, run_all
 
 Part = Literal["rules", "ablations"]
 Budget = Mapping[Part, Values]  # the keys that all runs of a part share
+PAGES: dict[Part, str] = {"rules": "scores", "ablations": "ablations"}
 
 # The training images of the digits preset, and about a third of them.
 IMAGES: dict[Part, int] = {"rules": 51_200, "ablations": 22_400}
 REFERENCE = "data/reference/metrics.json"
-BENCHMARKS = ("heads", "variance")  # files in benchmarks/results/
 # Results may differ from the commit that the page names; parameters are kept beside it.
 _MAY_DIFFER = ("dvc.lock", "data/", "docs/", "benchmarks/results/", str(PARAMETERS))
 
@@ -91,10 +90,10 @@ def compare(
         seeds: trainings of each model, from `train.seed` on.
         rules: names of plan.RULES; the others are compared with the first.
         guidance: the scales that each rule is tried at.
-        only: the rules, or the ablations of the energy score; none means both.
+        only: the rules, or the ablations of the energy score; none means both, a page of each.
         threads: `compute.threads` of every run; none: that of params.yaml.
         jobs: runs at a time, each on its own GPU, or on its own `threads` cores.
-        output: folder for scores.md and scores/.
+        output: folder for the pages and their folders.
     """
     whole: dict[Part, int] = {"rules": images, "ablations": ablation_images}
     try:
@@ -114,18 +113,19 @@ def compare(
         for values in runs:
             edit.check(PARAMETERS, values)
         run_without_failure(runs, snapshot, jobs)
-        measured: dict[str, Any] = {}
         if "rules" in budget:
             # Only now is it known at which scale each rule is reported.
             scales = chosen_scales(snapshot, parameters, budget["rules"], scope)
             reported = reported_runs(parameters, budget["rules"], scope, scales)
             run_without_failure([values for each in reported.values() for values in each], snapshot, jobs)
-            measured["scores"] = measure_rates(snapshot, scope.rules, threads, parameters)
-        results = collect(snapshot, parameters, budget, scope, measured)
-        publish(snapshot, joined(results, Path(output)), Path(output))
+            rates = measure_rates(snapshot, scope.rules, threads, parameters)
+            publish_scores(snapshot, scores_of(snapshot, parameters, budget["rules"], scope, rates), Path(output))
+        if "ablations" in budget:
+            results = ablations_of(snapshot, parameters, budget["ablations"], scope)
+            publish("ablations", snapshot, results, Path(output))
     except (UserError, RepositoryError) as error:
         return Failed(message=str(error))
-    return Completed(message=f"{len(runs)} runs; see {output}/scores.md")
+    return Completed(message=f"{len(runs)} runs; see {' and '.join(f'{output}/{PAGES[part]}.md' for part in budget)}")
 
 
 def check_committed() -> None:
@@ -218,66 +218,59 @@ def measure_rates(
         return read_json(Path(folder) / "scores.json")
 
 
-def collect(
-    snapshot: Snapshot, parameters: config.Parameters, budget: Budget, scope: Scope, measured: Mapping[str, Any]
+def scores_of(
+    snapshot: Snapshot, parameters: config.Parameters, budget: Values, scope: Scope, rates: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Everything that the page shows of the parts in `budget`. measured: {"scores": report} if rules are among them."""
-    results: dict[str, Any] = {
-        "budget": {
-            "commit": snapshot.commit,
-            "train_images": {part: values["train.images"] for part, values in budget.items()},
-            "threads": next(iter(budget.values()))["compute.threads"],
-            "finetune_images": parameters.finetune.images,
-            "seeds": scope.seeds,
-        },
-        "parameters": parameters.model_dump(mode="json"),
-        "sampling": parameters.sample.model_dump(),
-        "benchmarks": {**{name: read_json(f"benchmarks/results/{name}.json") for name in BENCHMARKS}, **measured},
-    }
-    if "rules" in budget:
-        shared = budget["rules"]
-        scales = chosen_scales(snapshot, parameters, shared, scope)
-        reported = reported_runs(parameters, shared, scope, scales)
-        results["rules"] = [
+    """Everything that the page of the scores shows. rates: the report of benchmarks.scores."""
+    scales = chosen_scales(snapshot, parameters, budget, scope)
+    reported = reported_runs(parameters, budget, scope, scales)
+    return conditions(snapshot, parameters, budget, scope, reported[scope.rules[0]][0]) | {
+        "benchmarks": {"heads": read_json("benchmarks/results/heads.json"), "scores": rates},
+        "rules": [
             {
                 "rule": rule,
                 "guidance": scales[rule],
                 "runs": outcomes(snapshot, reported[rule]),
                 "choice": [{"guidance": scale, "runs": outcomes(snapshot, runs)} for scale, runs in tried.items()],
             }
-            for rule, tried in rule_runs(parameters, shared, scope).items()
-        ]
-    if "ablations" in budget:
-        default = default_run(parameters, budget["ablations"])
-        results["ablations"] = {
+            for rule, tried in rule_runs(parameters, budget, scope).items()
+        ],
+    }
+
+
+def ablations_of(snapshot: Snapshot, parameters: config.Parameters, budget: Values, scope: Scope) -> dict[str, Any]:
+    """Everything that the page of the ablations shows."""
+    default = default_run(parameters, budget)
+    return conditions(snapshot, parameters, budget, scope, default) | {
+        "benchmarks": {"variance": read_json("benchmarks/results/variance.json")},
+        "ablations": {
             title: [
                 {"values": dict(variant), "default": runs[0] == default, "runs": outcomes(snapshot, runs)}
                 for variant, runs in variants
             ]
-            for title, variants in ablation_runs(parameters, budget["ablations"], scope).items()
-        }
-    any_run = run_name(planned(parameters, budget, scope)[0])
-    figures, real = (json.loads(experiments.read(snapshot, any_run, path)) for path in (EVALUATION, REFERENCE))
-    return results | {
+            for title, variants in ablation_runs(parameters, budget, scope).items()
+        },
+    }
+
+
+def conditions(
+    snapshot: Snapshot, parameters: config.Parameters, budget: Values, scope: Scope, run: Values
+) -> dict[str, Any]:
+    """What all runs of a page share: code, parameters and budget, and, read from one of them, the real images."""
+    figures, real = (json.loads(experiments.read(snapshot, run_name(run), path)) for path in (EVALUATION, REFERENCE))
+    return {
+        "budget": {
+            "commit": snapshot.commit,
+            "train_images": budget["train.images"],
+            "finetune_images": parameters.finetune.images,
+            "threads": budget["compute.threads"],
+            "seeds": scope.seeds,
+        },
+        "parameters": parameters.model_dump(mode="json"),
         "floor": figures["fid_floor"],
         "equal_images": figures["fid_equal_images"],
         "held_out_accuracy": real["val_accuracy"],
     }
-
-
-def joined(results: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """The results, with the missing part from an earlier page of the same commit and parameters."""
-    path = folder / "scores" / "results.json"
-    if not path.exists():
-        return dict(results)
-    before, now = read_json(path), results["budget"]
-    same = all(before["budget"].get(key) == now[key] for key in ("commit", "seeds", "threads"))
-    if not same or before.get("parameters") != results["parameters"]:
-        return dict(results)
-    budget = now | {"train_images": before["budget"]["train_images"] | now["train_images"]}
-    kept: dict[str, Any] = {part: before[part] for part in IMAGES if part in before}
-    benchmarks = before["benchmarks"] | results["benchmarks"]
-    return {**kept, **results, "budget": budget, "benchmarks": benchmarks}
 
 
 def outcomes(snapshot: Snapshot, runs: Sequence[Values]) -> list[dict[str, Any]]:
@@ -292,21 +285,27 @@ def outcome(snapshot: Snapshot, values: Values) -> dict[str, Any]:
     return {"experiment": name, **{key: figures[key] for key in page.FIGURES}}
 
 
-def publish(snapshot: Snapshot, results: Mapping[str, Any], folder: Path) -> None:
-    """Write the page, its pictures, its data and the parameters of the snapshot."""
-    for rule in results.get("rules", []):
-        target = folder / "scores" / f"{file_name(rule['rule'])}.png"
-        experiments.fetch(snapshot, rule["runs"][0]["experiment"], str(GRID), target)
-    if "rules" in results:
-        with whole_file(folder / "scores" / "time.png") as partial:
-            quality_against_time(results).savefig(partial, format="png", dpi=120)
-    write_json(folder / "scores" / "results.json", results)
-    with whole_file(folder / "scores" / "params.yaml") as partial:
+def publish_scores(snapshot: Snapshot, results: Mapping[str, Any], folder: Path) -> None:
+    """Write the page of the scores, its pictures and its data."""
+    pictures = folder / PAGES["rules"]
+    for rule in results["rules"]:
+        grid = pictures / f"{file_name(rule['rule'])}.png"
+        experiments.fetch(snapshot, rule["runs"][0]["experiment"], str(GRID), grid)
+    with whole_file(pictures / "time.png") as partial:
+        quality_against_time(results).savefig(partial, format="png", dpi=120)
+    publish("rules", snapshot, results, folder)
+
+
+def publish(part: Part, snapshot: Snapshot, results: Mapping[str, Any], folder: Path) -> None:
+    """Write a page, its data and the parameters of the snapshot."""
+    name = PAGES[part]
+    write_json(folder / name / "results.json", results)
+    with whole_file(folder / name / "params.yaml") as partial:
         partial.write_text(snapshot.text(str(PARAMETERS)))
-    text = page.page(results)
-    with whole_file(folder / "scores.md") as partial:
+    text = page.page(name, results)
+    with whole_file(folder / f"{name}.md") as partial:
         partial.write_text(text)
-    create_markdown_artifact(key="scores", markdown=text, description="Scores side by side")
+    create_markdown_artifact(key=name, markdown=text, description=page.TITLES[name])
 
 
 def main() -> int:
@@ -331,6 +330,6 @@ def main() -> int:
     parser.add_argument(
         "-j", "--jobs", type=int, default=1, help="runs at a time, one per GPU or per THREADS cores (default: 1)"
     )
-    parser.add_argument("--output", default="docs", help="folder for scores.md and scores/ (default: docs)")
+    parser.add_argument("--output", default="docs", help="folder for the pages (default: docs)")
     arguments = parser.parse_args()
     return report("compare", lambda: compare(**vars(arguments), return_state=True))

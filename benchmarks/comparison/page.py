@@ -1,7 +1,7 @@
-"""docs/scores.md from the results of a comparison: tables are made here, the text around them is page.md.j2.
+"""The pages of a comparison from their results: tables are made here, the text around them is in *.md.j2.
 
-`compare` collects the results: budget, floor, held_out_accuracy, sampling, benchmarks, rules, ablations; the last two
-are absent if they were not asked for.
+`compare` collects the results. Both pages: budget, parameters, floor, equal_images, held_out_accuracy, benchmarks.
+Scores: rules. Ablations: ablations.
 """
 
 import statistics
@@ -9,30 +9,28 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from benchmarks.comparison.plan import ABLATIONS, file_name
 
 FIGURES = ("fid_ratio", "fid", "class_accuracy", "precision", "recall", "nearest_ratio")  # of one run
 _HEADS = ["FID / floor", "FID", "class accuracy", "precision", "recall", "nearest"]
 _GRIDS_PER_ROW = 3
+TITLES = {"scores": "Scores side by side", "ablations": "Ablations of the energy score"}
 
 
-def page(results: Mapping[str, Any]) -> str:
-    """The complete document."""
-    environment = Environment(undefined=StrictUndefined, keep_trailing_newline=True, trim_blocks=False)
-    template = environment.from_string((Path(__file__).parent / "page.md.j2").read_text())
-    benchmarks = results["benchmarks"]
-    return template.render(
-        budget={**results["budget"], "train_images": _budget(results["budget"])},
-        rules=_rules(results) if "rules" in results else None,
-        rates=_rates(benchmarks["scores"]) if "rules" in results else None,
-        heads=_heads(benchmarks["heads"]["figures"]),
-        ablations=_ablations(results) if "ablations" in results else None,
-        sampling=results["sampling"],
-        floor=results["floor"],
-        equal_images=results["equal_images"],
-        held_out_accuracy=results["held_out_accuracy"],
+def page(name: str, results: Mapping[str, Any]) -> str:
+    """The complete document of that name, a key of TITLES."""
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent), undefined=StrictUndefined, keep_trailing_newline=True
+    )
+    tables = {"scores": _scores, "ablations": _ablations}[name](results)
+    shared = ("budget", "floor", "equal_images", "held_out_accuracy")
+    return environment.get_template(f"{name}.md.j2").render(
+        title=TITLES[name],
+        sampling=results["parameters"]["sample"],
+        **{key: results[key] for key in shared},
+        **tables,
     )
 
 
@@ -41,23 +39,18 @@ def best(runs: Mapping[float, Sequence[Mapping]]) -> float:
     return min(runs, key=lambda key: _mean(runs[key], "fid_ratio"))
 
 
-def _budget(budget: Mapping) -> str:
-    """Training images by part: 51,200 (scores) and 22,400 (ablations); of a single part, the number alone."""
-    names = {"rules": "scores", "ablations": "ablations"}
-    if len(budget["train_images"]) == 1:
-        return f"{next(iter(budget['train_images'].values())):,}"
-    return " and ".join(f"{count:,} ({names[part]})" for part, count in budget["train_images"].items())
-
-
-def _rules(results: Mapping) -> dict[str, Any]:
+def _scores(results: Mapping) -> dict[str, Any]:
     """The tables about all rules, and the cells of their grids."""
-    rules, measured = results["rules"], results["benchmarks"]["scores"]["figures"]["rules"]
+    rules, benchmarks = results["rules"], results["benchmarks"]
+    measured = benchmarks["scores"]["figures"]["rules"]
     return {
         "best": _best_table(rules),
         "guidance": _guidance_table(rules),
         "facts": _facts_table(measured),
         "costs": _costs_table(measured),
         "grids": _grids(rules),
+        "rates": _rates(benchmarks["scores"]),
+        "heads": _heads(benchmarks["heads"]["figures"]),
     }
 
 
@@ -128,7 +121,8 @@ def _grids(rules: list[Mapping]) -> list[list[dict[str, Any]]]:
     return [cells[i : i + _GRIDS_PER_ROW] for i in range(0, len(cells), _GRIDS_PER_ROW)]
 
 
-def _ablations(results: Mapping) -> list[dict[str, Any]]:
+def _ablations(results: Mapping) -> dict[str, Any]:
+    """Each ablation with its table."""
     parts = []
     for ablation in ABLATIONS:
         variants = results["ablations"][ablation.title]
@@ -143,7 +137,7 @@ def _ablations(results: Mapping) -> list[dict[str, Any]]:
                 "variance": _variance_table(results["benchmarks"]["variance"]["figures"]) if pairs else "",
             }
         )
-    return parts
+    return {"ablations": parts}
 
 
 def _variance_table(figures: Mapping) -> str:

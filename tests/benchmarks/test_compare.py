@@ -17,7 +17,6 @@ from benchmarks.comparison.compare import (
     check_count,
     check_extractor,
     checked_scope,
-    joined,
     planned,
 )
 from benchmarks.comparison.figure import quality_against_time
@@ -166,42 +165,6 @@ def test_a_candidate_is_timed(one_thread):
 # --- what is written
 
 
-def published(folder: Path, **results) -> None:
-    (folder / "scores").mkdir(parents=True, exist_ok=True)
-    (folder / "scores/results.json").write_text(json.dumps(results))
-
-
-def test_a_part_made_alone_joins_the_other_of_the_same_commit(tmp_path):
-    shared = {"parameters": {"finetune": {"images": 10}}}
-    budget = {"commit": "abc", "finetune_images": 10, "seeds": 3, "threads": 1}
-    ablations = {
-        **shared,
-        "budget": {**budget, "train_images": {"ablations": 64}},
-        "ablations": {"Noise": []},
-        "benchmarks": {"heads": 2},
-    }
-    assert joined(ablations, tmp_path) == ablations
-    rules = {
-        **shared,
-        "budget": {**budget, "train_images": {"rules": 128}},
-        "rules": [{"rule": "energy"}],
-        "benchmarks": {"heads": 1, "scores": 1},
-    }
-    published(tmp_path, **rules)
-    whole = joined(ablations, tmp_path)
-    assert whole["rules"] == rules["rules"]
-    assert whole["ablations"] == ablations["ablations"]
-    assert whole["budget"]["train_images"] == {"rules": 128, "ablations": 64}
-    assert whole["benchmarks"] == {"heads": 2, "scores": 1}
-    again = {**rules, "rules": [{"rule": "kernel"}]}
-    assert joined(again, tmp_path)["rules"] == again["rules"]
-    for other in ({"commit": "abd"}, {"seeds": 1}, {"threads": 2}):
-        published(tmp_path, **{**rules, "budget": {**rules["budget"], **other}})
-        assert joined(ablations, tmp_path) == ablations
-    published(tmp_path, **{**rules, "parameters": {"finetune": {"images": 20}}})
-    assert joined(ablations, tmp_path) == ablations
-
-
 def test_a_comparison_needs_a_classifier(parameters):
     check_extractor(parameters)
     reference = parameters.reference.model_copy(update={"extractor": "inception"})
@@ -247,6 +210,47 @@ def test_differences_are_of_pairs_of_seeds():
         "1.000 ± 0.000",
     ]
     assert page.best({1.0: runs(3.0, 5.0), 1.5: runs(2.0, 5.9), 2.2: runs(1.0, 9.0)}) == 1.5
+
+
+def test_the_page_of_ablations_marks_what_params_yaml_says(parameters):
+    found = {
+        title: [
+            {
+                "values": variant,
+                "default": of_variant[0] == default_run(parameters, BUDGET),
+                "runs": runs(2.0 + k, 3.0 + k),
+            }
+            for k, (variant, of_variant) in enumerate(variants)
+        ]
+        for title, variants in ablation_runs(parameters, BUDGET, TWO_SEEDS).items()
+    }
+    text = page.page(
+        "ablations",
+        {
+            "budget": {
+                "commit": "0123456789abcdef",
+                "train_images": 640,
+                "finetune_images": 9600,
+                "threads": 1,
+                "seeds": 2,
+            },
+            "parameters": parameters.model_dump(mode="json"),
+            "floor": 0.09,
+            "equal_images": 359,
+            "held_out_accuracy": 0.986,
+            "benchmarks": {"variance": json.loads((ROOT / "benchmarks/results/variance.json").read_text())},
+            "ablations": found,
+        },
+    )
+    assert text.startswith("# Ablations of the energy score\n")
+    assert "commit `0123456789`" in text
+    assert [line for line in text.splitlines() if line.startswith("## ")][:-1] == [f"## {title}" for title in found]
+    assert "| **`score.alpha` 1.0** | 3.50 ± 0.71 |" in text
+    assert "| `score.alpha` 1.25 | 4.50 ± 0.71 | 0.100 ± 0.000 |" in text
+    assert text.count("| +1.00 ± 0.00 |") == len(
+        [variants for variants in found.values() if not variants[-1]["default"]]
+    )
+    assert text.count("Variance of the gradient") == 1
 
 
 def test_a_comparison_needs_as_many_images_as_are_held_out(parameters, tmp_path, monkeypatch):
@@ -317,7 +321,7 @@ def test_a_comparison_of_two_rules_goes_on_and_writes_its_page(tmp_path):
     tried = [run["fid"] for rule in results["rules"] for scale in rule["choice"] for run in scale["runs"]]
     reported = [run["fid"] for rule in results["rules"] for run in rule["runs"]]
     assert len(set(tried + reported)) == 8 + 4
-    assert (folder / "docs/scores.md").read_text() == page.page(results)
+    assert (folder / "docs/scores.md").read_text() == page.page("scores", results)
     assert Image.open(folder / "docs/scores/logarithmic-full.png").size > (100, 100)
     assert Image.open(folder / "docs/scores/time.png").size == (864, 528)
     assert (folder / "docs/scores/params.yaml").read_bytes() == (folder / "params.yaml").read_bytes()
