@@ -1,6 +1,6 @@
 """Rehearse the scoring of a published checkpoint at full width: real file names and formats, generated weights.
 
-    python -m tests.rehearsal                  # EAR-B on a CPU; started again, it goes on where it stopped
+    python -m tests.rehearsal                  # EAR-B on a CPU; started again, it resumes where it stopped
     python -m tests.rehearsal --classes 1000   # as many as ImageNet has
 
 Each class has one small training image. The commands are those of docs/imagenet.md, with the keys that a CPU needs;

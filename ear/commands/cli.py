@@ -43,7 +43,7 @@ def main() -> None:
 )
 @click.option("--force", is_flag=True, help="let a preset replace a file that was edited")
 @click.option(
-    "--upgrade", is_flag=True, help="bring a file of an earlier version to the present keys, keeping its values"
+    "--upgrade", is_flag=True, help="add new keys to a file of an earlier version, drop removed ones, keep your values"
 )
 def configure(overrides: tuple[str, ...], output: Path, force: bool, upgrade: bool) -> None:
     """Write params.yaml from a preset and overrides, or change the given keys of an existing one.
@@ -64,7 +64,7 @@ def configure(overrides: tuple[str, ...], output: Path, force: bool, upgrade: bo
 def doctor(context: click.Context) -> None:
     """Check machine and repository: Python, GPUs, shared memory, disk, locking, DVC, parameters, Prefect, versions.
 
-    Every finding comes with what to do about it. Exits with 1 if the pipeline cannot run like that.
+    Every finding comes with what to do about it. Exits with 1 if something would stop the pipeline.
     """
     from ear.commands import doctor
 
@@ -128,8 +128,8 @@ def verify(context: click.Context, repair: bool) -> None:
 
 @main.command(cls=_Command)
 @click.argument("stage", required=False, type=click.Choice(["tokenizer", "train", "finetune"]))
-@click.option("--every", type=click.FloatRange(min=0.1), default=5.0, show_default=True, help="seconds between looks")
-@click.option("--once", is_flag=True, help="show the present state and exit")
+@click.option("--every", type=click.FloatRange(min=0.1), default=5.0, show_default=True, help="seconds between updates")
+@click.option("--once", is_flag=True, help="print the current state and exit")
 @click.option(
     "--samples",
     type=click.IntRange(min=0),

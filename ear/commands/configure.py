@@ -44,7 +44,7 @@ def run(overrides: list[str], output: Path, *, force: bool = False) -> list[str]
 
 
 def upgrade(overrides: list[str], output: Path) -> list[str]:
-    """Bring an edited file of an earlier version to the present keys => lines that say what was added and removed.
+    """Add new keys to a file of an earlier version and drop removed ones => lines that say what was added and removed.
 
     Values of keys that still exist are kept, then `overrides` are applied; new keys get the values of the preset that
     the file, or `overrides`, name. The user's own comments are lost.
@@ -68,7 +68,7 @@ def upgrade(overrides: list[str], output: Path) -> list[str]:
     with whole_file(output.parent / SCHEMA_FILE) as partial:
         partial.write_text(json_schema())
     lines = [f"added {key}: {value}" for key, value in added.items()] + [f"removed {key}" for key in removed]
-    return lines or [f"{output} has the present keys already"]
+    return lines or [f"{output} is up to date already"]
 
 
 def _merged(fresh: dict, old: dict) -> tuple[dict, dict[str, Any], list[str]]:

@@ -38,7 +38,7 @@ _CRITICAL = (
 
 @dataclass(frozen=True)
 class Finding:
-    """What was found; with `fix` if it should be otherwise; `serious` if the pipeline cannot run like that."""
+    """What was found; with `fix` if it should be otherwise; `serious` if it would stop the pipeline."""
 
     subject: str
     found: str

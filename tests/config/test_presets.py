@@ -117,7 +117,7 @@ def test_an_upgrade_keeps_values_adds_new_keys_and_says_so(tmp_path):
     parameters = config.load(path)
     assert (parameters.train.learning_rate, parameters.data.path) == (0.5, "/images")
     assert parameters.model == composed("folder64").model
-    assert configure.upgrade([], path) == [f"{path} has the present keys already"]
+    assert configure.upgrade([], path) == [f"{path} is up to date already"]
 
 
 def test_an_upgrade_leaves_a_file_alone_whose_values_are_not_allowed(tmp_path):

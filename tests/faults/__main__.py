@@ -1,7 +1,7 @@
 """Inject faults into the real pipeline, count what happens, and write docs/reliability.md.
 
     python -m tests.faults                         # quick: at most ten minutes
-    python -m tests.faults --full --page           # an hour or more; started again, it goes on where it stopped
+    python -m tests.faults --full --page           # an hour or more; started again, it resumes where it stopped
     python -m tests.faults --only kill images
 
 Each batch of injections is a function of its number. Results are kept in work/faults until the code changes. Exits with

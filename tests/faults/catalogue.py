@@ -27,7 +27,7 @@ FAULTS = [
         "kill",
         "SIGKILL at a random moment of `dvc repro`, over all stages",
         "the process group is killed 10 times at seeded moments, each time started again; then it may finish",
-        "nothing but the shell's `Killed`; the next `dvc repro` goes on. If it says `Unable to read RWLock-file`, the "
+        "nothing but the shell's `Killed`; the next `dvc repro` resumes. If it says `Unable to read RWLock-file`, the "
         "kill hit DVC while it wrote its lock file: `rm .dvc/tmp/rwlock` (flows do it). If `./dvc.lock` is "
         "invalid, the same happened there: `git checkout dvc.lock`, or delete it; the run cache has what was done",
         "at most `runtime.checkpoint_images` images of training and those trained on while a checkpoint was being "
@@ -40,7 +40,7 @@ FAULTS = [
         "kill-flow",
         "SIGKILL to the flow alone, at a random moment",
         "the flow's process is killed, while DVC and the stage live on; the flow is started again at once",
-        "the next flow waits for the orphaned stage, and goes on",
+        "the next flow waits for the orphaned stage, and continues",
         "nothing",
         interruptions.kill_flow,
         1,
@@ -90,7 +90,7 @@ FAULTS = [
         "prefect",
         "Prefect's server restarted, its worker killed, a run cancelled",
         "during the train stage of a deployed run; then `dvc repro`",
-        "server: the run goes on to its end. Worker: the run ends with it, but Prefect still shows it as Running; "
+        "server: the run continues to its end. Worker: the run ends with it, but Prefect still shows it as Running; "
         "delete it there and start another. Cancelled: the stage saves",
         "nothing; a killed worker, as by SIGKILL to the stage",
         together.prefect,
