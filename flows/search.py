@@ -114,16 +114,22 @@ def search(
     return Completed(message=f"best {metric} {best.value:.6g}: {best.user_attrs['experiment']}; study in {output}")
 
 
+def _optuna() -> Any:
+    """The package. Raises UserError if it is missing."""
+    try:
+        import optuna
+    except ImportError as error:
+        raise UserError("a search needs Optuna; pip install -c requirements.txt -e '.[search]'.") from error
+    return optuna
+
+
 def opened_study(folder: Path, asked: Mapping[str, Any], seed: int) -> Any:
     """The study in `folder`, new or to be continued; `asked` says what it is of.
 
     Trials of a search that was killed come first: their experiments continue where they were. Raises UserError if
     Optuna is missing, or the study is of something else.
     """
-    try:
-        import optuna
-    except ImportError as error:
-        raise UserError("a search needs Optuna; pip install -c requirements.txt -e '.[search]'.") from error
+    optuna = _optuna()
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     folder.mkdir(parents=True, exist_ok=True)
     study = optuna.create_study(
@@ -175,7 +181,8 @@ def _suggested(trial: Any, key: str, choice: Range | list[Any]) -> Any:
         return trial.suggest_categorical(key, choice)
     if isinstance(choice.low, int) and isinstance(choice.high, int):
         return trial.suggest_int(key, choice.low, choice.high, log=choice.logarithmic)
-    return float(f"{trial.suggest_float(key, choice.low, choice.high, log=choice.logarithmic):.3g}")
+    drawn = trial.suggest_float(key, choice.low, choice.high, log=choice.logarithmic)
+    return min(max(float(f"{drawn:.6g}"), choice.low), choice.high)  # short, for names of experiments
 
 
 def _typed(choice: Range | list[Any], example: Any) -> Range | list[Any]:
@@ -207,8 +214,7 @@ def _done(study: Any) -> list[Any]:
 
 def write_back(output: str) -> dict[str, Any]:
     """Write the values of the best trial of the study in `output` into params.yaml => them. Raises UserError."""
-    import optuna
-
+    optuna = _optuna()
     if not (Path(output) / "study.db").is_file():
         raise UserError(f"{output} holds no study; run a search first.")
     study = optuna.load_study(study_name=_STUDY, storage=f"sqlite:///{output}/study.db")

@@ -115,19 +115,27 @@ def grid(parameters: dict[str, list[Any]]) -> dict[str, dict[str, Any]]:
     return {experiment_name(values, prefix="sweep"): values for values in combinations}
 
 
+class NoNumberError(UserError):
+    """A metric of one run is no number."""
+
+
 def compare(
     runs: dict[str, dict[str, Any]], metric: str, maximize: bool, jobs: int, save: Callable[[list[dict]], None]
 ) -> list[dict]:
     """Run the experiments, `jobs` at a time => a row each: experiment, values, metric, best, error.
 
-    The metric of a failed one is None. `save` is called with the rows so far after each run. Raises UserError if no
-    metrics file has `metric`.
+    The metric of a failed one, or of one without a number, is None. `save` is called with the rows so far after each
+    run. Raises UserError if no metrics file has `metric`.
     """
     rows: dict[str, dict] = {}
     snapshot = quiet_snapshot()
     for name, state in run_all(runs, snapshot, jobs):
-        found = find(metric, experiments.metrics(snapshot, name)) if state.is_completed() else None
-        error = "" if state.is_completed() else state.message
+        found, error = None, "" if state.is_completed() else state.message
+        if state.is_completed():
+            try:
+                found = find(metric, experiments.metrics(snapshot, name))
+            except NoNumberError as reason:  # of this run: fewer images than are held out have no FID / floor
+                error = str(reason)
         rows[name] = {"experiment": name, **runs[name], metric: found, **_STATISTICS, "best": False, "error": error}
         ordered = [rows[each] for each in runs if each in rows]
         mark_best(ordered, metric, maximize)
@@ -190,7 +198,7 @@ def _training(values: Mapping[str, Any]) -> dict[str, Any]:
 def find(metric: str, files: dict[str, dict]) -> float:
     """The value of `metric`, given as NAME or FILE:NAME; a NAME is looked up in the evaluation first.
 
-    Raises UserError if no file has it, several others have, or it is not a number.
+    Raises UserError if no file has it or several others have; NoNumberError if it is not a number.
     """
     named = {f"{row['file']}:{row['metric']}": row["value"] for row in metric_rows(files)}
     metric = f"{EVALUATION}:{metric}" if f"{EVALUATION}:{metric}" in named else metric
@@ -201,7 +209,7 @@ def find(metric: str, files: dict[str, dict]) -> float:
         raise UserError(f"metric {metric!r} is in several files; choose {' or '.join(matches)}.")
     value = named[matches[0]]
     if not isinstance(value, int | float) or not math.isfinite(value):
-        raise UserError(f"metric {matches[0]!r} is {value!r}, not a number to compare; choose another.")
+        raise NoNumberError(f"metric {matches[0]!r} is {value!r}, not a number to compare; choose another.")
     return value
 
 

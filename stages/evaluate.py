@@ -49,7 +49,10 @@ def work(parameters: Parameters, run: Run) -> None:
     blocks = generated.blocks(options.repeats)
     reference, extractor = Reference.load(REFERENCE), open_extractor(EXTRACTOR, device)
     reference.check(
-        extractor_sha256=extractor.sha256, image_size=generated.image_size, classes=generated.sampling["classes"]
+        "the generated images",
+        extractor_sha256=extractor.sha256,
+        image_size=generated.image_size,
+        classes=generated.sampling["classes"],
     )
     metrics.check_counts(options, generated=len(blocks[0]), real=len(reference.features))
 

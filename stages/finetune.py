@@ -9,6 +9,7 @@ from typing import Annotated
 
 from ear import config
 from ear.errors import UserError
+from ear.files.reading import reading
 from ear.files.tensors import read_tensors
 from ear.latents.statistics import Statistics
 from ear.latents.store import LatentStore
@@ -39,6 +40,8 @@ def work(parameters: Parameters, run: Run) -> None:
     set_precision(parameters.train.precision, device, key="train.precision")
     trained, description = load_model("data/model/model.safetensors")
     state, progress = read_tensors(STATE)
+    with reading(STATE, "training state", "run the train stage again"):
+        earlier = int(progress["images"])
     store = LatentStore("data/latents", "train")
     if description["tokenizer"] != store.tokenizer:
         raise UserError(
@@ -54,7 +57,7 @@ def work(parameters: Parameters, run: Run) -> None:
             schedule=options.schedule,
             warmup_images=0,
             temperature=options.temperature,
-            earlier_images=progress["images"],
+            earlier_images=earlier,
         ),
         parameters.train,
         store=store,
@@ -65,7 +68,7 @@ def work(parameters: Parameters, run: Run) -> None:
         check=run.check,
         statistics=Statistics(**description["statistics"]),
     )
-    phase.trainer.restore(state, images=progress["images"])
+    phase.trainer.restore(state, images=earlier)
     scratch = run.scratch(program.plain(parameters), ["data/latents/stats.json", STATE])
     phase.run(scratch, run.kept, program.live("finetune", parameters, scratch, phase.monitor.figures))
     phase.publish(run.output("data/finetuned"))

@@ -167,7 +167,7 @@ def _sentence(error: BaseException) -> str:
         return f"the GPU's memory is full; lower the stage's batch, one of {', '.join(_SIZES)}."
     if isinstance(error, OSError) and error.strerror and not isinstance(error, UserError):
         where = f"{error.filename}: " if error.filename else ""
-        return f"{where}{error.strerror}; nothing was published."
+        return f"{where}{error.strerror}; run the stage again when this is mended, and it resumes."
     return " ".join(str(error).split()) or type(error).__name__
 
 

@@ -41,7 +41,12 @@ def work(parameters: Parameters, run: Run) -> None:
     device = prepare_device(parameters.runtime.device, parameters.compute.threads)
     held_out, reference = PreparedImages("data/prepared", "val"), Reference.load(REFERENCE)
     extractor = open_extractor(EXTRACTOR, device)
-    reference.check(extractor_sha256=extractor.sha256, image_size=held_out.image_size, classes=list(held_out.classes))
+    reference.check(
+        "the held-out images",
+        extractor_sha256=extractor.sha256,
+        image_size=held_out.image_size,
+        classes=list(held_out.classes),
+    )
     scratch = run.scratch(program.plain(parameters), [EXTRACTOR, TOKENIZER, PREPARED])
     reconstructed = extract(
         Reconstructions(held_out, load_tokenizer(TOKENIZER), device),

@@ -20,11 +20,11 @@ from ear.files.tables import write_table
 from ear.lineage.run import Run
 from ear.runtime import distributed, randomness
 from ear.runtime.device import check_precision, prepare_device
+from ear.tokenizer import perceptual
 from ear.tokenizer.autoencoder import Identity, Tokenizer, kl_structure, new_kl, save_tokenizer
 from ear.tokenizer.components import fit_pca
 from ear.tokenizer.importing import import_tokenizer
 from ear.tokenizer.loss import AutoencoderLoss
-from ear.tokenizer.perceptual import load_perceptual
 from ear.tokenizer.reconstruction import describe, reconstruct
 from ear.tokenizer.training import AutoencoderTraining, Objective
 from ear.training.trainer import History
@@ -56,7 +56,8 @@ def work(parameters: Parameters, run: Run) -> None:
     tokenizer: Tokenizer
     if options.name == "kl":
         check_precision(options.precision, device.type == "cuda", key="tokenizer.precision")
-        scratch = run.scratch(program.plain(parameters), ["data/prepared/index.json"])
+        judges = perceptual.files(options.perceptual_folder) if options.perceptual_weight else ()
+        scratch = run.scratch(program.plain(parameters), ["data/prepared/index.json", *judges])
         training = train(PreparedImages("data/prepared", "train"), held_out, options, device)
         tokenizer, history = training.run(scratch, program.live("tokenizer", parameters, scratch))
     else:
@@ -72,13 +73,12 @@ def train(
     images: PreparedImages, held_out: PreparedImages, options: config.Tokenizer, device: torch.device
 ) -> AutoencoderTraining:
     """The training with these parameters, from new weights."""
-    perceptual = load_perceptual(options.perceptual_folder).to(device) if options.perceptual_weight else None
-    loss = AutoencoderLoss(options.kl_weight, perceptual, options.perceptual_weight)
+    judge = perceptual.load_perceptual(options.perceptual_folder).to(device) if options.perceptual_weight else None
+    loss = AutoencoderLoss(options.kl_weight, judge, options.perceptual_weight)
     seed = randomness.derive(options.seed, "tokenizer")
     objective = Objective(loss, seed=seed, device=device, precision=options.precision)
     structure = kl_structure(channels=options.channels, block_channels=options.block_channels, layers=options.layers)
-    weights = randomness.derive(seed, "weights")
-    tokenizer = new_kl(seed=weights, image_size=images.image_size, structure=structure)
+    tokenizer = new_kl(seed=randomness.derive(seed, "weights"), image_size=images.image_size, structure=structure)
     return AutoencoderTraining(tokenizer, options, images=images, held_out=held_out, objective=objective)
 
 

@@ -14,6 +14,7 @@ from ear.config.compose import presets
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")])
+_NO_COMMANDS = ("is",)
 TEXT = "\n".join(page.read_text() for page in PAGES)
 
 
@@ -32,7 +33,7 @@ def test_programs_exist():
 
 def test_subcommands_exist():
     named = set(re.findall(r"(?:^|`|\s)ear ([a-z]+)(?=[`\s])", TEXT, re.MULTILINE))
-    assert {"configure", "inspect", "describe"} <= named & set(cli.main.commands)
+    assert {"configure", "inspect", "describe"} <= named <= {*cli.main.commands, *_NO_COMMANDS}
 
 
 def test_make_targets_exist():
@@ -45,7 +46,7 @@ def test_make_targets_exist():
 
 def test_parameters_exist():
     sections = {name: set(field.annotation.model_fields) for name, field in config.Parameters.model_fields.items()}
-    for section, key in re.findall(rf"(?<!ear\.)\b({'|'.join(sections)})\.([a-z_]+)(?=[=`\s,])", TEXT):
+    for section, key in re.findall(rf"(?<!ear\.)\b({'|'.join(sections)})\.([a-z_]+)(?=[=`\s,:])", TEXT):
         assert key in sections[section] or key in ("py", "md", "json", "h5", "csv", "tsv", "png"), f"{section}.{key}"
 
 
@@ -55,5 +56,9 @@ def test_presets_exist():
 
 
 def test_python_names_exist():
-    for name in set(re.findall(r"\bear\.(load|generate|inpaint|interop|UserError)\b", TEXT)):
-        assert getattr(ear, name)
+    names = set(re.findall(r"\bear\.(\w+)\b(?!/)", TEXT)) - {"errors", "tokenizer", "config", "py", "pth"}
+    assert {"load", "generate", "load_pipeline", "interop", "UserError"} <= names
+    for name in names:
+        assert hasattr(ear, name), name
+    for name in set(re.findall(r"\bear\.interop\.(\w+)", TEXT)):
+        assert hasattr(ear.interop, name), name

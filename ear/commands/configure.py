@@ -14,6 +14,7 @@ from ear import config
 from ear.config import edit
 from ear.config.compose import compose, describe_preset, presets
 from ear.config.document import SCHEMA_FILE, descriptions, json_schema, to_yaml
+from ear.config.sections import MOVED
 from ear.errors import UserError
 from ear.files.atomic import whole_file
 from ear.lineage.record import difference
@@ -73,6 +74,7 @@ def upgrade(overrides: list[str], output: Path) -> list[str]:
 
 def _merged(fresh: dict, old: dict) -> tuple[dict, dict[str, Any], list[str]]:
     """(fresh sections with the old values, new keys with their values, old keys that exist no more)."""
+    old = _moved(old)
     merged = {
         section: {key: (old.get(section) or {}).get(key, value) for key, value in keys.items()}
         for section, keys in fresh.items()
@@ -81,6 +83,16 @@ def _merged(fresh: dict, old: dict) -> tuple[dict, dict[str, Any], list[str]]:
     had = {f"{section}.{key}" for section, keys in old.items() if isinstance(keys, dict) for key in keys}
     added = {key: merged[key.partition(".")[0]][key.partition(".")[2]] for key in sorted(known - had)}
     return merged, added, sorted(had - known)
+
+
+def _moved(old: dict) -> dict:
+    """The sections of an earlier version with values under the present names of their keys."""
+    sections = {section: dict(keys) for section, keys in old.items() if keys}
+    for before, now in MOVED.items():
+        (section, key), (new_section, new_key) = before.split("."), now.split(".")
+        if key in sections.get(section, {}):
+            sections.setdefault(new_section, {}).setdefault(new_key, sections[section].pop(key))
+    return sections
 
 
 def _command(overrides: list[str]) -> str:

@@ -133,7 +133,7 @@ def _of_outputs(entry: Declaration, record: Record, found: Mapping[str, Digests]
             yield Problem(entry.stage, f"{name} is damaged: not what the stage wrote", damaged=Path(name))
     own = {file.as_posix() for output in entry.outputs for file in files_under(output)}
     for name in sorted(own - record.outputs.keys() - {entry.record.as_posix()}):
-        yield Problem(entry.stage, f"{name} was not written by the stage", damaged=Path(name))
+        yield Problem(entry.stage, f"{name} was not written by the stage; move it elsewhere")
 
 
 def _md5(path: str, found: Mapping[str, Digests]) -> str:

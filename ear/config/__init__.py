@@ -7,7 +7,6 @@ code.
 from ear.config.parameters import Parameters, check_files, load, missing_files, named_files, named_paths, parse, read
 from ear.config.scores import Score
 from ear.config.sections import (
-    DIFFUSION_STEPS,
     Cache,
     Compute,
     Data,
@@ -24,7 +23,6 @@ from ear.config.sections import (
 )
 
 __all__ = [
-    "DIFFUSION_STEPS",
     "Cache",
     "Compute",
     "Data",

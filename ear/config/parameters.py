@@ -53,7 +53,7 @@ class Parameters(Section):
         checks.check_train(self.train, self.runtime)
         self.score.check()
         checks.check_data(self.data)
-        checks.check_guidance(self.model, self.train, self.sample)
+        checks.check_guidance(self.model, self.sample)
         checks.check_evaluation(self.sample, self.reference, self.evaluate)
         return self
 

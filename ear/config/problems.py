@@ -6,6 +6,8 @@ from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 
+from ear.config.sections import MOVED
+
 _KINDS = {  # the kind of error, up to its first underscore
     "int": "a whole number",
     "float": "a number",
@@ -28,7 +30,7 @@ def _sentence(found: Mapping[str, Any], model: type[BaseModel]) -> str:
     location, kind, value = found["loc"], found["type"], found["input"]
     key = _key(location)
     if kind == "extra_forbidden":
-        return f"{key} is not a known key; {_hint(location, model)}"
+        return f"{key} is not a known key; {_moved(key) or _hint(location, model)}"
     if kind == "missing":
         return f"{key} is missing; add it, or write the file again with `ear configure`."
     if kind == "value_error":
@@ -41,6 +43,10 @@ def _sentence(found: Mapping[str, Any], model: type[BaseModel]) -> str:
 def _key(location: Sequence[str | int]) -> str:
     """("score", "bandwidths", 1) => score.bandwidths[1]."""
     return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in location).lstrip(".")
+
+
+def _moved(key: str) -> str:
+    return f"it is called {MOVED[key]} now; `ear configure --upgrade` keeps its value." if key in MOVED else ""
 
 
 def _hint(location: Sequence[str | int], model: type[BaseModel]) -> str:

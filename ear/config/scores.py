@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from ear.config.sections import Lengths, Section
+from ear.config.sections import MOVED, Lengths, Section
 from ear.errors import UserError
 
 
@@ -111,6 +111,8 @@ def score_options(content: dict) -> ScoreOptions:
 
     Raises UserError for an unknown name, pydantic.ValidationError for wrong keys or values.
     """
+    moved = {key.partition(".")[2] for key in MOVED}
+    content = {key: value for key, value in content.items() if key not in moved}  # of a model of an earlier version
     name = content.get("name")
     if name not in OPTIONS:
         raise UserError(f"score.name is {name!r}, but must be one of {', '.join(OPTIONS)}.")

@@ -8,7 +8,9 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
-DIFFUSION_STEPS = 1000  # noise levels of the Hyvarinen score in training
+_DIFFUSION_STEPS = 1000  # ear.scores.hyvarinen.TRAINING_STEPS, which cannot be imported without torch
+# Keys of earlier versions => what they are called now.
+MOVED = {"score.sampling_steps": "sample.denoising_steps", "score.denoised_limit": "sample.denoised_limit"}
 Precision = Literal["float32", "tfloat32", "bfloat16"]
 _list_as_tuple = BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value)
 Counts = Annotated[tuple[Annotated[int, Field(ge=1)], ...], _list_as_tuple]  # YAML lists, frozen
@@ -193,7 +195,9 @@ class Sample(Section):
     )
     temperature: float = Field(description="inference temperature; 1: unchanged", ge=0)
     denoising_steps: int = Field(
-        description=f"hyvarinen: denoising steps per token, of {DIFFUSION_STEPS} in training", ge=1, le=DIFFUSION_STEPS
+        description=f"hyvarinen: denoising steps per token, of {_DIFFUSION_STEPS} in training",
+        ge=1,
+        le=_DIFFUSION_STEPS,
     )
     denoised_limit: float = Field(
         description="hyvarinen: clamp of predicted tokens, in standard deviations; 0: off", ge=0

@@ -17,6 +17,7 @@ from ear import config
 from ear.data.images import to_signed
 from ear.data.prepared import PreparedImages
 from ear.errors import UserError
+from ear.files.reading import reading
 from ear.files.tensors import read_tensors, write_tensors
 from ear.runtime import randomness
 from ear.runtime.ahead import read_ahead
@@ -145,7 +146,8 @@ def load_classifier(path: str | Path) -> Classifier:
     tensors, description = read_tensors(path)
     if description.get("name") != CLASSIFIER:
         raise UserError(f"{path} holds no classifier of this project; run the reference stage again.")
-    classifier = Classifier(len(description["classes"]), description["image_size"])
+    with reading(path, "classifier", "run the reference stage again"):
+        classifier = Classifier(len(description["classes"]), description["image_size"])
     try:
         classifier.load_state_dict(tensors)
     except RuntimeError as error:

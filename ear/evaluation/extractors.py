@@ -18,6 +18,7 @@ from ear.errors import MissingFileError, UserError
 from ear.evaluation.classifier import CLASSIFIER, FEATURES, LAYERS
 from ear.files.digests import named_digest, sha256
 from ear.files.downloads import downloaded
+from ear.files.reading import reading
 from ear.files.tensors import read_tensors, write_tensors
 from ear.files.weights import read_pickled, tensors_by_name
 
@@ -88,17 +89,16 @@ def open_extractor(path: str | Path, device: torch.device) -> Extractor:
     """
     _, description = read_tensors(path)
     name = description.get("name")
-    if name == CLASSIFIER:
-        weights = Path(path)
-    elif name == INCEPTION:
-        weights = inception_weights(description["weights"])
-    else:
+    if name not in _LAYERS:
         raise UserError(f"{path} describes no feature extractor; run the reference stage again.")
+    with reading(path, "description of an extractor", "run the reference stage again"):
+        weights = inception_weights(description["weights"]) if name == INCEPTION else Path(path)
+        expected = description["sha256"] if name == INCEPTION else None
     digest = sha256(weights)
-    if name == INCEPTION and digest != description["sha256"]:
+    if expected not in (None, digest):
         raise UserError(
-            f"{weights} has changed since the reference stage used it (SHA-256 {digest[:12]}, was "
-            f"{description['sha256'][:12]}); run that stage again."
+            f"{weights} has changed since the reference stage used it (SHA-256 {digest[:12]}, was {expected[:12]}); "
+            "run that stage again."
         )
     try:
         module = create_feature_extractor(

@@ -140,8 +140,8 @@ def check_counts(options: config.Evaluate, *, generated: int, real: int) -> None
     have = f"but there are {generated} generated and {real} real images"
     if generated < _SPLITS:
         raise UserError(
-            f"there are {generated} generated images, but the Inception score averages over {_SPLITS} splits; raise "
-            f"sample.count to {_SPLITS} or more."
+            f"a block has {generated} generated images, but the Inception score averages over {_SPLITS} splits; raise "
+            "sample.count, or lower evaluate.repeats."
         )
     if kid_subset_size > fewest:
         raise UserError(f"evaluate.kid_subset_size is {kid_subset_size}, {have}; set it to {fewest} or less.")

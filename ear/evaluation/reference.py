@@ -17,6 +17,7 @@ from ear.files.digests import sha256
 from ear.files.reading import reading
 from ear.files.tensors import read_tensors, write_tensors
 
+_DESCRIBED = ("extractor_sha256", "image_size", "classes")
 REFERENCE_ROWS = 10_000  # real images behind precision, recall and kernel distance, as in ADM's ImageNet reference
 
 
@@ -41,11 +42,13 @@ class Reference:
         names = ("mu", "sigma", "features", "held_out_mu", "held_out_sigma")
         if tensors.keys() != set(names):
             raise UserError(f"{path} holds {sorted(tensors)}, not {', '.join(names)}; run the reference stage again.")
+        if lacking := [key for key in _DESCRIBED if key not in description]:
+            raise UserError(f"{path} does not say its {', '.join(lacking)}; run the reference stage again.")
         mu, sigma, features, *held_out = (tensors[name] for name in names)
         return cls(Gaussian(mu, sigma), features, Gaussian(*held_out), description)
 
-    def check(self, *, extractor_sha256: str, image_size: int, classes: list[str]) -> None:
-        """Raise UserError unless generated images of this size and these classes can be compared with it."""
+    def check(self, what: str, *, extractor_sha256: str, image_size: int, classes: list[str]) -> None:
+        """Raise UserError unless images (`what`: which) of this size and these classes can be compared with it."""
         ours = self.description
         if extractor_sha256 != ours["extractor_sha256"]:
             raise UserError(
@@ -54,12 +57,12 @@ class Reference:
             )
         if image_size != ours["image_size"]:
             raise UserError(
-                f"the generated images have {image_size} pixels a side, but the reference images {ours['image_size']}; "
+                f"{what} have {image_size} pixels a side, but the reference images {ours['image_size']}; "
                 "run the stages again from prepare on."
             )
         if classes != ours["classes"]:
             raise UserError(
-                f"the generated images have {len(classes)} classes ({', '.join(classes[:3])}, ...), but the reference "
+                f"{what} have {len(classes)} classes ({', '.join(classes[:3])}, ...), but the reference "
                 f"images {len(ours['classes'])} ({', '.join(ours['classes'][:3])}, ...); run the stages again from "
                 "prepare on."
             )

@@ -26,7 +26,7 @@ from ear.scores.score import Loss
 from ear.training import checkpoint
 from ear.training.ema import Average
 from ear.training.optimizer import Group, MuonAdamW, adamw, schedule
-from ear.training.trainer import History, Trainer
+from ear.training.trainer import History, Trainer, check_shares
 
 _VALIDATION_IMAGES = 4096  # at most; held-out shards are stored shuffled
 _CODEBOOK_IMAGES = 4096  # training images, at most, that a codebook is fitted on
@@ -94,6 +94,8 @@ class Phase:
         check: Callable[[], None] | None = None,  # called now and then; it can only raise
         statistics: Statistics | None = None,  # that normalise the latents; default: their own
     ):
+        keys = ("train.global_batch_size", "train.micro_batch_size")
+        check_shares(options.global_batch_size, options.micro_batch_size, distributed.size(), keys)
         self.settings, self.options, self.device = settings, options, device
         self.store, self.held_out, self.mirror, self.workers = store, held_out, mirror, runtime.workers
         self.runtime, self.check = runtime, check

@@ -18,7 +18,7 @@ from ear.runtime.randomness import image_streams, normal
 from ear.sampling.generation import MODEL, TOKENIZER, ImageSampler
 from ear.sampling.sampler import sample
 from ear.sampling.settings import SamplingSettings
-from ear.scores.score import PUBLISHED
+from ear.scores.score import DENOISING
 
 
 def inpaint(
@@ -31,8 +31,8 @@ def inpaint(
     guidance: float = 1.0,
     schedule: str = "linear",
     temperature: float = 1.0,
-    denoising_steps: int = PUBLISHED.steps,  # here and below: of a model of the Hyvarinen score
-    denoised_limit: float = PUBLISHED.limit,
+    denoising_steps: int = DENOISING.steps,  # here and below: of a model of the Hyvarinen score
+    denoised_limit: float = DENOISING.limit,
     seed: int = 0,
     paste: bool = True,  # keep known pixels exactly; if false, all pixels come from the decoder
     batch_size: int = 64,

@@ -21,7 +21,7 @@ from ear.runtime.device import precise
 from ear.runtime.randomness import image_streams
 from ear.sampling.sampler import sample
 from ear.sampling.settings import SamplingSettings
-from ear.scores.score import PUBLISHED
+from ear.scores.score import DENOISING
 from ear.tokenizer.autoencoder import Tokenizer, load_tokenizer
 
 MODEL = "finetuned/model.safetensors"
@@ -161,8 +161,8 @@ def generate(
     guidance: float = 1.0,
     schedule: str = "linear",
     temperature: float = 1.0,
-    denoising_steps: int = PUBLISHED.steps,  # here and below: of a model of the Hyvarinen score
-    denoised_limit: float = PUBLISHED.limit,
+    denoising_steps: int = DENOISING.steps,  # here and below: of a model of the Hyvarinen score
+    denoised_limit: float = DENOISING.limit,
     seed: int = 0,
     batch_size: int = 64,
     device: torch.device | str = "cpu",

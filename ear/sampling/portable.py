@@ -21,28 +21,27 @@ from ear.model.files import describe, model_of
 from ear.sampling.editing import inpaint_with
 from ear.sampling.generation import ImageSampler
 from ear.sampling.settings import SamplingSettings
+from ear.scores.score import DENOISING
 from ear.tokenizer.autoencoder import describe_tokenizer, tokenizer_of
 
 FORMAT = "ear-pipeline-1"
 FILE, CARD = "pipeline.safetensors", "README.md"
 _MODEL, _TOKENIZER = "model.", "tokenizer."
+_SINCE = {"denoising_steps": DENOISING.steps, "denoised_limit": DENOISING.limit}  # earlier files lack them
 # What `generate` and `inpaint` default to.
-_SAMPLING = (
-    *("steps", "guidance", "schedule", "guidance_from", "guidance_to", "temperature"),
-    *("denoising_steps", "denoised_limit"),
-)
+_SAMPLING = ("steps", "guidance", "schedule", "guidance_from", "guidance_to", "temperature", *_SINCE)
 
 
 class Pipeline(ModelHubMixin):
     """A trained generator. `push_to_hub(NAME)` and `from_pretrained(NAME or folder)` are huggingface_hub's.
 
-    sampling: steps, guidance and its schedule, and temperature behind the metrics. metrics: plain values by name.
+    sampling: the keys of section `sample` in params.yaml that are behind the metrics. metrics: plain values by name.
     """
 
     def __init__(self, sampler: ImageSampler, *, tokenizer_sha256: str, sampling: Mapping, metrics: Mapping):
         self.sampler, self.tokenizer_sha256 = sampler, tokenizer_sha256
-        self.sampling = {name: sampling[name] for name in _SAMPLING if name in sampling}
-        self.metrics = dict(metrics)
+        given = {**_SINCE, **sampling}
+        self.sampling, self.metrics = {name: given[name] for name in _SAMPLING}, dict(metrics)
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -140,7 +139,8 @@ class Pipeline(ModelHubMixin):
         shape = self.sampler.model.shape
         side = self.sampler.image_shape[0]
         rows = "\n".join(f"| {name} | {value} |" for name, value in self.metrics.items())
-        sampling = ", ".join(f"{name} {value}" for name, value in self.sampling.items())
+        shown = [name for name in self.sampling if shape.score.name == "hyvarinen" or name not in _SINCE]
+        sampling = ", ".join(f"{name} {self.sampling[name]}" for name in shown)
         return f"""---
 library_name: ear
 tags: [image-generation, class-conditional, autoregressive, {shape.score.name}-score]

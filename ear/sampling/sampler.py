@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from ear.errors import UserError
 from ear.model.autoregressive import AutoregressiveModel, Conditions, Plan
 from ear.model.tokens import patchify, unpatchify
 from ear.runtime.randomness import Stream
@@ -29,8 +30,14 @@ def sample(
 ) -> Tensor:
     """Normalised latents [B, C, h, w] in float32.
 
-    Raises UserError if `known` is given to a causal model, or images mask different numbers of tokens.
+    Raises UserError if `known` is given to a causal model, images mask different numbers of tokens, or guidance needs a
+    null class that no training has seen.
     """
+    if settings.guidance != 1 and not model.label_dropout:
+        raise UserError(
+            f"guidance is {settings.guidance:g}, but the model was trained with model.label_dropout 0, so it knows no "
+            "null class; set guidance to 1."
+        )
     device = model.positions.device
     interval = settings.guidance_from, settings.guidance_to
     conditions = Conditions.of([int(label) for label in labels], guided=settings.guidance != 1.0, device=device)

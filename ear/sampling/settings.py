@@ -5,7 +5,8 @@ from typing import get_args
 
 from ear import config
 from ear.errors import UserError
-from ear.scores.score import PUBLISHED, Denoising
+from ear.scores.hyvarinen import TRAINING_STEPS
+from ear.scores.score import DENOISING, Denoising
 
 _ALLOWED = {
     name: get_args(config.Sample.model_fields[name].annotation)
@@ -23,8 +24,8 @@ class SamplingSettings:
     guidance_from: float = 0.0  # guidance acts while more than this share of the tokens is known after the step
     guidance_to: float = 1.0  # and not more than this share
     temperature: float = 1.0  # inference temperature of the score
-    denoising_steps: int = PUBLISHED.steps  # hyvarinen: denoising steps per token
-    denoised_limit: float = PUBLISHED.limit  # hyvarinen: clamp of predicted tokens, in standard deviations; 0: off
+    denoising_steps: int = DENOISING.steps  # hyvarinen: denoising steps per token
+    denoised_limit: float = DENOISING.limit  # hyvarinen: clamp of predicted tokens, in standard deviations; 0: off
     seed: int = 0  # image k is drawn from the random stream (seed, k)
     precision: str = "float32"  # of the model; bfloat16 is autocast
     decoder_precision: str = "float32"  # of the tokenizer's decoder
@@ -32,10 +33,8 @@ class SamplingSettings:
     def __post_init__(self):
         if self.steps < 1:
             raise UserError(f"steps is {self.steps}, but must be at least 1.")
-        if not 1 <= self.denoising_steps <= config.DIFFUSION_STEPS:
-            raise UserError(
-                f"denoising_steps is {self.denoising_steps}, but must be from 1 to {config.DIFFUSION_STEPS}."
-            )
+        if not 1 <= self.denoising_steps <= TRAINING_STEPS:
+            raise UserError(f"denoising_steps is {self.denoising_steps}, but must be from 1 to {TRAINING_STEPS}.")
         for name in ("guidance", "temperature", "denoised_limit"):
             if not getattr(self, name) >= 0:
                 raise UserError(f"{name} is {getattr(self, name)}, but must be at least 0.")

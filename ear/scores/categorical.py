@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ear.config.scores import Categorical
 from ear.errors import UserError
 from ear.runtime.randomness import Stream, choose
-from ear.scores.score import PUBLISHED, Denoising, HeadSize, Loss, Score
+from ear.scores.score import DENOISING, Denoising, HeadSize, Loss, Score
 
 _INIT_SD = 0.02
 
@@ -75,7 +75,7 @@ class CategoricalScore(Score):
         temperature: float = 1.0,  # divides the logits; 0 selects the most likely code
         unconditional: Tensor | None = None,
         guidance: float = 1.0,
-        denoising: Denoising = PUBLISHED,  # ignored
+        denoising: Denoising = DENOISING,  # ignored
     ) -> Tensor:
         """Hidden [N, W] => codes [N, D]; guidance extrapolates the logits."""
         logits = self.logits(hidden)

@@ -10,13 +10,12 @@ import math
 import torch
 from torch import Tensor, nn
 
-from ear.config import DIFFUSION_STEPS
 from ear.config.scores import Hyvarinen
 from ear.runtime.randomness import Stream, normal, uniform
 from ear.scores.modulated_mlp import ModulatedMLP
-from ear.scores.score import PUBLISHED, Denoising, HeadSize, Loss, Score
+from ear.scores.score import DENOISING, Denoising, HeadSize, Loss, Score
 
-TRAINING_STEPS = DIFFUSION_STEPS
+TRAINING_STEPS = 1000  # noise levels
 _TIME_CHANNELS = 256
 _INIT_SD = 0.02
 
@@ -83,7 +82,7 @@ class HyvarinenScore(Score):
         self.training_schedule = Schedule(cosine_alpha_bar(TRAINING_STEPS))
         self._sampling: dict[tuple[int, torch.device], tuple[Tensor, Schedule]] = {}
 
-    def evaluations_per_token(self, denoising: Denoising = PUBLISHED) -> int:
+    def evaluations_per_token(self, denoising: Denoising = DENOISING) -> int:
         """One for each denoising step."""
         return denoising.steps
 
@@ -120,12 +119,12 @@ class HyvarinenScore(Score):
         published code a likelihood of 8-bit pixels) is left out. The training temperature is ignored.
         """
         rows, device = len(target), target.device
-        hidden, target = hidden.repeat(self.samples, 1), target.repeat(self.samples, 1).float()
+        embedded, target = self.hidden_embedding(hidden).repeat(self.samples, 1), target.repeat(self.samples, 1).float()
         time = (uniform((len(target),), source, device) * TRAINING_STEPS).long().clamp(max=TRAINING_STEPS - 1)
         noise = normal(target.shape, source, device)
         schedule = self.training_schedule
         noised = _at(schedule.signal, time) * target + _at(schedule.noise, time) * noise
-        predicted, fraction = self.predict(noised, time, self.hidden_embedding(hidden))
+        predicted, fraction = self.predict(noised, time, embedded)
         with torch.autocast(device.type, enabled=False):
             error = (noise - predicted).square().mean(-1)
             bound = self._variance_bound(target, noised, time, predicted.detach(), fraction)
@@ -152,7 +151,7 @@ class HyvarinenScore(Score):
         temperature: float = 1.0,  # multiplies the noise that each step adds
         unconditional: Tensor | None = None,
         guidance: float = 1.0,
-        denoising: Denoising = PUBLISHED,
+        denoising: Denoising = DENOISING,
     ) -> Tensor:
         """Hidden [N, W] => tokens [N, D] by ancestral sampling; guidance extrapolates the predicted noise."""
         times, schedule = self.sampling_schedule(denoising.steps, hidden.device)

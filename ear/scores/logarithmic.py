@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ear.config.scores import Logarithmic
 from ear.runtime.randomness import Stream, choose, normal
-from ear.scores.score import PUBLISHED, Denoising, HeadSize, Loss, Score
+from ear.scores.score import DENOISING, Denoising, HeadSize, Loss, Score
 
 _CANDIDATES = 64  # draws that guidance selects from; at GIVT's scale of 1.4, 64 are enough to match the formula
 _INIT_SD = 0.02  # with zeros, all components would stay equal: they get equal gradients
@@ -107,7 +107,7 @@ class LogarithmicScore(Score):
         temperature: float = 1.0,  # multiplies the standard deviations
         unconditional: Tensor | None = None,
         guidance: float = 1.0,
-        denoising: Denoising = PUBLISHED,  # ignored
+        denoising: Denoising = DENOISING,  # ignored
     ) -> Tensor:
         """Hidden [N, W] => tokens [N, D]; guidance acts on the density (`guided`)."""
         mixture = self.mixture(hidden)

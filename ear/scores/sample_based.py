@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ear.config.scores import SampleBased
 from ear.runtime.randomness import Stream, normal, uniform
 from ear.scores.modulated_mlp import ModulatedMLP
-from ear.scores.score import PUBLISHED, Denoising, HeadSize, Loss, Score
+from ear.scores.score import DENOISING, Denoising, HeadSize, Loss, Score
 
 Distance = Callable[[Tensor, Tensor], Tensor]  # [..., D], [..., D] => [...]
 
@@ -132,7 +132,7 @@ class SampleBasedScore(Score):
         temperature: float = 1.0,
         unconditional: Tensor | None = None,  # hidden states of the null class, for guidance
         guidance: float = 1.0,
-        denoising: Denoising = PUBLISHED,  # ignored
+        denoising: Denoising = DENOISING,  # ignored
     ) -> Tensor:
         """Hidden [N, W] => one token per row [N, D]; guidance extrapolates the hidden state."""
         if unconditional is not None:

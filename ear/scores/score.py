@@ -36,11 +36,11 @@ class Loss(NamedTuple):
 class Denoising:
     """How a diffusion head draws a token; heads without noise levels ignore it."""
 
-    steps: int = 100  # of DIFFUSION_STEPS in training
-    limit: float = 0.0  # clamp of predicted tokens, in standard deviations; 0: off, as published
+    steps: int = 100  # of hyvarinen.TRAINING_STEPS
+    limit: float = 5.0  # clamp of predicted tokens, in standard deviations; 0: off, as published
 
 
-PUBLISHED = Denoising()
+DENOISING = Denoising()  # without the clamp, the first steps of a head that is not perfect can explode
 
 
 class Score(nn.Module, ABC):
@@ -61,7 +61,7 @@ class Score(nn.Module, ABC):
         names = ("strictly_proper", "temperature_scales", "guidance_extrapolates")
         return {name: getattr(self, name) for name in names}
 
-    def evaluations_per_token(self, denoising: Denoising = PUBLISHED) -> int:
+    def evaluations_per_token(self, denoising: Denoising = DENOISING) -> int:
         """Passes of the head's network per drawn token, without guidance."""
         return 1
 
@@ -86,7 +86,7 @@ class Score(nn.Module, ABC):
         temperature: float = 1.0,
         unconditional: Tensor | None = None,  # hidden states of the null class, for guidance
         guidance: float = 1.0,
-        denoising: Denoising = PUBLISHED,
+        denoising: Denoising = DENOISING,
     ) -> Tensor:
         """Hidden [N, W] => one token per row [N, D]."""
 

@@ -61,16 +61,21 @@ class Perceptual(nn.Module):
         return distance
 
 
+def files(folder: str | Path = "") -> list[Path]:
+    """The two files of `load_perceptual`, which raises what this raises."""
+    from torch_fidelity.sample_similarity_lpips import URL_VGG16_LPIPS
+    from torchvision.models import VGG16_Weights
+
+    return [_file(url, folder) for url in (VGG16_Weights.IMAGENET1K_V1.url, URL_VGG16_LPIPS)]
+
+
 def load_perceptual(folder: str | Path = "") -> Perceptual:
     """Read vgg16-397923af.pth and weights-vgg16-lpips.pth from `folder`.
 
     Without a folder, use torch's own copies, downloaded if absent. Raises MissingFileError or UserError naming the file
     that is missing, cannot be downloaded, is damaged, or holds other tensors.
     """
-    from torch_fidelity.sample_similarity_lpips import URL_VGG16_LPIPS
-    from torchvision.models import VGG16_Weights
-
-    vgg, channel_weights = (_read(url, folder) for url in (VGG16_Weights.IMAGENET1K_V1.url, URL_VGG16_LPIPS))
+    vgg, channel_weights = (tensors_by_name(read_pickled(path), origin=str(path)) for path in files(folder))
     network = Perceptual()
     names = _published_names(network)
     tensors = {ours: vgg[theirs] for ours, theirs in names.items() if theirs in vgg}
@@ -92,8 +97,8 @@ def _published_names(network: Perceptual) -> dict[str, str]:
     return names
 
 
-def _read(url: str, folder: str | Path) -> dict[str, Tensor]:
+def _file(url: str, folder: str | Path) -> Path:
     path = Path(folder) / url.rpartition("/")[2] if folder else downloaded(url, otherwise=_ELSEWHERE)
     if not path.is_file():
         raise MissingFileError(f"{path} does not exist; put it there, or set tokenizer.perceptual_folder to ''.")
-    return tensors_by_name(read_pickled(path), origin=str(path))
+    return path

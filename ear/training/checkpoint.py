@@ -99,11 +99,13 @@ class Writer:
 
 
 def _save(folder: Path, images: int, tensors: dict[str, torch.Tensor], description: dict, kept: Path | None) -> None:
-    write_tensors(at(folder, images), tensors, description)
-    if kept:
+    if kept:  # first: a training that resumes after this image keeps no checkpoint of it
         kept.mkdir(parents=True, exist_ok=True)
-        at(kept, images).unlink(missing_ok=True)
-        link(at(folder, images), at(kept, images))
+        write_tensors(at(kept, images), tensors, description)
+        at(folder, images).unlink(missing_ok=True)
+        link(at(kept, images), at(folder, images))
+    else:
+        write_tensors(at(folder, images), tensors, description)
     for path in _by_progress(folder)[:-_KEPT]:
         path.unlink()
 

@@ -1,9 +1,9 @@
 """The training loop of every network in the pipeline; model, loss and data are passed in.
 
 Progress is counted in images. A killed run that is started again resumes from its newest checkpoint and, on as many
-ranks as before, ends with the same bytes: data order, masks and noise are functions of (seed, images seen). A step
-always consists of the same micro-batches, divided among however many ranks there are; every rank holds the same
-weights, EMAs and optimiser moments, or its shard of them.
+ranks as before, ends with the same bytes on CPUs, and the same up to rounding on GPUs: data order, masks and noise are
+functions of (seed, images seen). A step always consists of the same micro-batches, divided among however many ranks
+there are; every rank holds the same weights, EMAs and optimiser moments, or its shard of them.
 """
 
 import contextlib
@@ -262,7 +262,8 @@ class Trainer(Generic[Network]):
     def log(self) -> None:
         """Append a row with the means since the last row; raises UserError if an update was not finite."""
         self._check_finite()
-        rate = self.optimizer.param_groups[0]["lr"]
+        # Of the last step; a run that resumes at the end has made none, and its optimiser holds the peak rate.
+        rate = self.optimizer.param_groups[0]["base"] * self.rate(self.images - self.global_batch_size)
         row = {"images": self.images, **self._means.read(), "rate": rate}
         self.history.training.append(row)
         self._live.training(row | self._speed.read(self.images))

@@ -155,7 +155,6 @@ def test_a_candidate_is_timed(one_thread):
     figures = candidate.figures()
     assert figures["parameters"] == sum(p.numel() for p in candidate.model.parameters())
     assert figures["evaluations_per_image"] == {"transformer": 2, "head": 16 * 5}
-    assert figures["facts"]["strictly_proper"] is True
     assert figures["facts"]["guidance_extrapolates"] == "predicted noise"
     assert candidate._training.trainer.images == 2 * 3 * parameters.train.global_batch_size
     assert figures["sampling_images_per_second"] > 0
@@ -193,6 +192,14 @@ def test_the_figure_has_a_point_with_its_spread_for_each_rule():
     assert points == [[5.0, 4.0], [20.0, 2.0]]
     low, high = axes.containers[0].lines[2][0].get_segments()[0][:, 1]
     assert (low, high) == pytest.approx((4 - 2**0.5, 4 + 2**0.5))
+
+
+@pytest.mark.parametrize(
+    "path", sorted(ROOT.glob("docs/**/results.json")), ids=lambda path: str(path.relative_to(ROOT))
+)
+def test_published_pages_are_made_from_their_results(path):
+    folder = path.parent
+    assert folder.with_suffix(".md").read_text() == page.page(folder.name, json.loads(path.read_text()))
 
 
 def test_differences_are_of_pairs_of_seeds():

@@ -10,6 +10,7 @@ from prepared_sets import pixels, write_prepared
 
 from ear.commands import report
 from ear.commands.report import parts
+from ear.data.preparation import _write_rejected
 from ear.display.live import FOLDER, Live
 from ear.sampling import samples
 
@@ -24,7 +25,7 @@ def repository(tmp_path, monkeypatch) -> Path:
     monkeypatch.chdir(tmp_path)
     images = pixels(60)
     write_prepared(tmp_path / "data/prepared", images, (40,), 20)
-    Path("data/prepared/rejected.csv").write_text("split,class,path,reason\ntrain,0,broken.png,truncated\n")
+    _write_rejected(Path("data/prepared/rejected.csv"), [("two\nlines\udcff.png", "truncated")])
     classes = report.parts.PreparedImages("data/prepared", "train").classes
     path = Path("data/samples/samples.h5")
     path.parent.mkdir()

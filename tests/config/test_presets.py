@@ -120,6 +120,17 @@ def test_an_upgrade_keeps_values_adds_new_keys_and_says_so(tmp_path):
     assert configure.upgrade([], path) == [f"{path} is up to date already"]
 
 
+def test_an_upgrade_keeps_the_value_of_a_key_that_moved(tmp_path):
+    path = tmp_path / "params.yaml"
+    configure.run(["preset=digits"], path)
+    text = path.read_text().replace("  denoising_steps: 100", "  steps_of_denoising: 100 #")
+    path.write_text(text.replace("  codes: 512", "  sampling_steps: 50\n  codes: 512"))
+    with pytest.raises(UserError, match=r"score\.sampling_steps is not .*; it is called sample\.denoising_steps now"):
+        config.load(path)
+    assert configure.upgrade([], path) == ["removed sample.steps_of_denoising"]
+    assert config.load(path).sample.denoising_steps == 50
+
+
 def test_an_upgrade_leaves_a_file_alone_whose_values_are_not_allowed(tmp_path):
     path = tmp_path / "params.yaml"
     configure.run(["preset=digits"], path)

@@ -184,7 +184,10 @@ def test_floor_is_small_for_one_distribution_and_uses_subsets_that_fit():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"generated": 9}, "there are 9 generated images, but the Inception score .* raise sample.count to 10"),
+        (
+            {"generated": 9},
+            "a block has 9 generated images, but the Inception score .* raise sample.count, or lower evaluate.repeats",
+        ),
         ({"kid_subset_size": 21}, "evaluate.kid_subset_size is 21, .* 30 generated and 20 real images; set it to 20"),
         ({"neighborhood": 20}, "evaluate.neighborhood is 20, .* set it below 20"),
     ],
@@ -218,9 +221,9 @@ def test_reference_survives_the_disk_byte_for_byte(tmp_path):
 )
 def test_reference_refuses_what_it_cannot_be_compared_with(changes, message):
     fitting = {"extractor_sha256": "a" * 64, "image_size": 16, "classes": ["0", "1"]}
-    reference(cloud(20)).check(**fitting)
+    reference(cloud(20)).check("the generated images", **fitting)
     with pytest.raises(ValueError, match=message):
-        reference(cloud(20)).check(**(fitting | changes))
+        reference(cloud(20)).check("the generated images", **(fitting | changes))
 
 
 def test_published_statistics_are_read(tmp_path):

@@ -25,6 +25,7 @@ from ear.errors import UserError
 from flows import command, devices, experiments, repository
 from flows.pipeline import main, pipeline
 from flows.search import Range, search, space_of
+from flows.search import _suggested as search_drawn
 from flows.search import _typed as search_typed
 from flows.sweep import _next, find, grid, mark_best, sweep, write, write_back
 
@@ -731,6 +732,17 @@ def test_metrics_of_the_evaluation_come_first():
         find("psnr", files)
 
 
+def test_a_run_without_a_number_does_not_end_its_sweep(repo, client):
+    program = Path("stage.py")
+    program.write_text(program.read_text().replace("value**2", "value**2 if value > 1 else None"))
+    state = sweep({"sample.temperature": [0.5, 2.0]}, return_state=True)
+    assert state.is_completed(), state.message
+    first, second = table("sweep")
+    assert first["fid"] == ""
+    assert "is None, not a number to compare" in first["error"]
+    assert (float(second["fid"]), second["error"], second["best"]) == (4.0, "", "True")
+
+
 def test_a_sweep_marks_the_best_and_leaves_the_workspace(repo, client):
     edit.apply("params.yaml", {"sample.seed": 5})  # an edit that is not committed goes into the runs, and stays
     before = {path: path.read_bytes() for path in map(Path, ("params.yaml", "dvc.lock", "out/last", "metrics.json"))}
@@ -845,6 +857,14 @@ def test_whole_bounds_of_a_fraction_are_searched_in_between():
     assert isinstance(search_typed(Range(1, 4), 1.5).low, float)
     assert isinstance(search_typed(Range(1, 4), 2).low, int)
     assert search_typed([1, 2], 1.5) == [1, 2]
+
+
+def test_a_range_close_to_one_is_searched_in_steps_that_matter():
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
+    decays = [search_drawn(study.ask(), "train.ema_decay", Range(0.99, 0.9999)) for _ in range(100)]
+    assert len(set(decays)) > 90
+    assert 0.99 <= min(decays) < 0.991
+    assert 0.999 < max(decays) <= 0.9999
 
 
 def test_a_search_of_a_metric_that_is_no_number_ends(repo, client):

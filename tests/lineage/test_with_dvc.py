@@ -189,6 +189,8 @@ def test_a_file_that_no_stage_wrote_is_named():
     assert told.returncode == 1
     assert "numbers: data/numbers/more.txt was not written by the stage" in told.stdout
     assert "numbers: data/numbers is not what dvc.lock lists" in told.stdout
+    assert "deleted" not in verify("--repair").stdout
+    assert Path("data/numbers/more.txt").read_text() == "9"  # it may be somebody's notes
 
 
 def test_a_lock_with_other_parameters_than_the_stage_saw_is_named():

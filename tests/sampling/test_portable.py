@@ -13,6 +13,7 @@ from trained import CLASSES
 import ear
 from ear.commands.cli import main
 from ear.files.tensors import read_tensors, write_tensors
+from ear.sampling import portable
 from ear.sampling.portable import Pipeline
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -82,9 +83,23 @@ def test_it_goes_to_a_folder_or_hub_with_a_model_card_and_back(exported, tmp_pat
     assert np.array_equal(again.generate([5], **DRAW), pipeline.generate([5], **DRAW))
 
 
+def test_a_name_of_a_hub_is_downloaded(exported, monkeypatch):
+    asked = []
+
+    def download(*arguments, **options):
+        asked.append((arguments, options))
+        return str(exported)
+
+    monkeypatch.setattr(portable, "hf_hub_download", download)
+    again = Pipeline._from_pretrained(model_id="you/digits", revision="v1", token=None)
+    assert asked == [(("you/digits", "pipeline.safetensors"), {"revision": "v1"})]
+    assert np.array_equal(again.generate([5], **DRAW), ear.load_pipeline(exported).generate([5], **DRAW))
+
+
 @pytest.mark.parametrize(
     ("damage", "said"),
     [
+        (lambda tensors, about: about["sampling"].pop("guidance"), "is not a readable description of a pipeline"),
         (lambda tensors, about: about.update(format="other"), "has format 'other', but must have 'ear-pipeline-1'"),
         (lambda tensors, about: about.pop("tokenizer"), "is not a readable description of a pipeline"),
         (lambda tensors, about: tensors.pop("model.null_class"), "lacks null_class"),

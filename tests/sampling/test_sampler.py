@@ -25,6 +25,14 @@ def test_image_k_is_the_same_in_any_batch():
     assert not torch.allclose(together[0], together[3])  # the same class, another stream
 
 
+def test_guidance_needs_a_null_class_that_was_trained():
+    model = tiny_model()
+    model.label_dropout = 0.0
+    assert draw(model, guidance=1.0).isfinite().all()
+    with pytest.raises(ValueError, match=r"^guidance is 2, but the model was trained with model\.label_dropout 0"):
+        draw(model, guidance=2.0)
+
+
 def test_guidance_one_is_no_guidance():
     model = tiny_model()
     unguided = draw(model, guidance=1.0)

@@ -88,13 +88,16 @@ def test_expected_score_is_maximal_at_the_truth(alpha):
     assert abs(best - 1.0) <= (0.0011 if alpha < 1.9 else 0.0021)
 
 
-def test_estimate_agrees_with_the_exact_expectation():
-    """The formula above is not taken on faith: sampled losses meet it, up to the constant E|N(0, I)|."""
-    constant = math.sqrt(2) * math.gamma(8.5) / math.gamma(8)  # E|N(0, I_16)|
+@pytest.mark.parametrize(("alpha", "temperature"), [(1.0, 1.0), (1.0, 0.9), (0.5, 1.0), (1.5, 0.99), (1.9, 1.0)])
+def test_estimate_agrees_with_the_exact_expectation(alpha, temperature):
+    """The formula above is not taken on faith: sampled losses meet it, up to the constant E|N(0, I)|^alpha."""
+    constant = 2 ** (alpha / 2) * math.gamma(8 + alpha / 2) / math.gamma(8)  # E|N(0, I_16)|^alpha
     for sigma in (0.5, 1.0, 2.0):
         x, y = sigma * draws(4, 50_000, 16), draws(1, 50_000, 16, name="y")
-        loss = energy_loss(x, y, alpha=1.0)
-        exact = constant * expected_gaussian_loss(torch.tensor(sigma, dtype=DOUBLE), alpha=1.0)
+        loss = energy_loss(x, y, alpha=alpha, temperature=temperature)
+        exact = constant * expected_gaussian_loss(
+            torch.tensor(sigma, dtype=DOUBLE), alpha=alpha, temperature=temperature
+        )
         assert abs(loss.mean() - exact) < 4.5 * loss.std() / math.sqrt(50_000)
 
 

@@ -10,7 +10,7 @@ import toy
 from factories import tiny_model
 from toy import head
 
-from ear import scores
+from ear import config, scores
 from ear.config import Score
 from ear.config.compose import compose
 from ear.config.scores import OPTIONS, score_options
@@ -266,6 +266,31 @@ def test_respaced_steps_span_the_training_steps():
     assert hyvarinen.respaced(1).tolist() == [999]
 
 
+def test_params_yaml_knows_how_many_steps_there_are():
+    content = compose(["sample.denoising_steps=1000"]).model_dump()
+    assert config.parse(content).sample.denoising_steps == hyvarinen.TRAINING_STEPS
+    content["sample"]["denoising_steps"] += 1
+    with pytest.raises(ValueError, match=r"sample\.denoising_steps is 1001, but must be .* at most 1000"):
+        config.parse(content)
+    with pytest.raises(ValueError, match=r"^denoising_steps is 1001, but must be from 1 to 1000\.$"):
+        SamplingSettings(denoising_steps=1001)
+
+
+def test_the_clamp_keeps_an_imperfect_head_in_range():
+    untrained = head("hyvarinen")
+    hidden = torch.randn(500, toy.HIDDEN, generator=generator(0, "hidden"))
+    clamped, free = (
+        untrained.sample(hidden, source=stream(0), denoising=Denoising(limit=limit)).abs().max() for limit in (3.0, 0.0)
+    )
+    assert clamped < 3.5
+    assert free > 10
+
+
+def test_options_of_a_model_that_had_its_sampling_among_them_are_read():
+    stored = {"name": "hyvarinen", "samples": 4, "sampling_steps": 50, "denoised_limit": 5.0}
+    assert score_options(stored) == score_options({"name": "hyvarinen", "samples": 4})
+
+
 class ExactGaussian(hyvarinen.HyvarinenScore):
     """Predicts the noise of N(0.7, 0.4^2) exactly, and the optimal variance."""
 
@@ -312,7 +337,7 @@ def test_diffusion_guidance_extrapolates_the_predicted_noise_and_temperature_sca
     head = ConstantNoise(factories.score_options("hyvarinen", samples=1), size)
 
     def draw(hidden: torch.Tensor, **options) -> torch.Tensor:
-        return head.sample(hidden, source=stream(0), denoising=Denoising(steps=10), **options)
+        return head.sample(hidden, source=stream(0), denoising=Denoising(steps=10, limit=0.0), **options)
 
     one, two, four = (torch.full((5, 4), value) for value in (1.0, 2.0, 4.0))
     torch.testing.assert_close(draw(two, unconditional=one, guidance=3.0), draw(four))  # 1 + 3 (2 - 1) = 4

@@ -32,6 +32,21 @@ def test_what_is_written_is_the_state_of_its_moment(tmp_path, slow):
     assert torch.equal(read_tensors(checkpoint.newest(tmp_path))[0]["weights"], torch.ones(3))
 
 
+def test_a_kill_before_the_link_leaves_the_checkpoint_that_is_kept(tmp_path, monkeypatch):
+    """A training that resumes after this image would not keep it: the interval has been crossed."""
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoint, "link", killed)
+    writer = checkpoint.Writer()
+    writer.save(tmp_path, 8, {"weights": torch.ones(3)}, {}, tmp_path / "kept")
+    with pytest.raises(KeyboardInterrupt):
+        writer.finish()
+    assert torch.equal(read_tensors(checkpoint.at(tmp_path / "kept", 8))[0]["weights"], torch.ones(3))
+    assert checkpoint.newest(tmp_path) is None
+
+
 def test_the_next_checkpoint_waits_for_the_one_before(tmp_path, slow):
     writer = checkpoint.Writer()
     writer.save(tmp_path, 8, {"weights": torch.ones(3)}, {})

@@ -346,17 +346,46 @@ def test_checkpoint_of_three_processes_serves_any_number(tmp_path, later):
         assert row == pytest.approx(expected, rel=1e-4)
 
 
-def terminate():
-    os.kill(os.getpid(), signal.SIGTERM)
+def test_a_restart_after_the_last_checkpoint_logs_the_rate_of_the_last_step(tmp_path):
+    """A kill during the last validation: the steps that are not logged yet have another rate than the first."""
+
+    def killed():
+        raise RuntimeError
+
+    rate = schedule("cosine", total_images=232, warmup_images=16)
+    whole = fit(trainer(rate=rate), tmp_path / "whole", total=232, validate=dict)
+    with pytest.raises(RuntimeError):
+        fit(trainer(rate=rate), tmp_path / "parts", total=232, validate=killed)
+    assert checkpoint.newest(tmp_path / "parts").name == "checkpoint-000000000232.safetensors"
+    assert_same(whole, fit(trainer(rate=rate), tmp_path / "parts", total=232, validate=dict))
+    assert [row["images"] for row in whole.history.training] == [200, 232]
+    assert whole.history.training[-1]["rate"] == 0.05 * rate(224) < 0.001
 
 
-def test_sigterm_saves_and_the_rerun_ends_in_the_same_state(tmp_path):
+def terminate(number: int = signal.SIGTERM):
+    os.kill(os.getpid(), number)
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGHUP"])
+def test_a_signal_saves_and_the_rerun_ends_in_the_same_state(tmp_path, name):
+    number = signal.Signals[name]
+    before = signal.getsignal(number)
     whole = fit(trainer(), tmp_path / "whole")
-    with pytest.raises(InterruptedError, match="training was stopped by SIGTERM after 216 images"):
-        fit(interrupt_at(trainer(), 212, terminate), tmp_path / "parts")
+    with pytest.raises(InterruptedError, match=f"training was stopped by {name} after 216 images"):
+        fit(interrupt_at(trainer(), 212, lambda: terminate(number)), tmp_path / "parts")
     assert checkpoint.newest(tmp_path / "parts").name == "checkpoint-000000000216.safetensors"
-    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    assert signal.getsignal(number) is before
     assert_same(whole, fit(trainer(), tmp_path / "parts"))
+
+
+def test_an_ignored_signal_stays_ignored(tmp_path):
+    """As under nohup: a closed terminal does not stop the training."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        done = fit(interrupt_at(trainer(), 212, lambda: terminate(signal.SIGHUP)), tmp_path)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert done.images == 400
 
 
 def test_sigterm_to_one_process_stops_all_after_the_same_step(tmp_path):

@@ -1,5 +1,6 @@
 """The parts of a report, each read from the files of one or two stages. They raise UserError if these are missing."""
 
+import csv
 import io
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -216,7 +217,8 @@ def data() -> Part:
     """How many images there are, and of which classes."""
     splits = {split: PreparedImages(DATA / "prepared", split) for split in ("train", "val")}
     classes = splits["train"].classes
-    rejected = (DATA / "prepared/rejected.csv").read_text().count("\n") - 1
+    with (DATA / "prepared/rejected.csv").open(newline="", errors="surrogateescape") as file:
+        rejected = sum(1 for _ in csv.reader(file)) - 1  # names may hold line breaks
     rows = [
         (name, *(str(int((images.labels == label).sum())) for images in splits.values()))
         for label, name in enumerate(classes[:_CLASSES])
