@@ -1,19 +1,30 @@
 """`ear watch` beside a training that writes rows."""
 
 import os
+import re
+import shutil
 import threading
 import time
 from pathlib import Path
 
 import pytest
+import torch
+import trained
 from click.testing import CliRunner
 from PIL import Image
+from prepared_sets import pixels
 
 from ear.commands import watch
 from ear.commands.cli import main
 from ear.display import live
 from ear.display.live import FOLDER, Live
+from ear.evaluation.classifier import Classifier, save_classifier
+from ear.evaluation.extractors import open_extractor
+from ear.evaluation.reference import Reference
+from ear.evaluation.statistics import Moments
+from ear.runtime.randomness import generator
 
+ROOT = Path(__file__).resolve().parents[2]
 KEY = "0123456789abcdef"
 
 
@@ -89,6 +100,26 @@ def test_the_newest_checkpoint_is_drawn_once(monkeypatch):
     live.archive("train", 0.0)
     assert "has ended" in next(texts)
     assert drawn == [("checkpoint-000000000128.safetensors", 20)]
+
+
+def test_samples_are_drawn_and_compared_with_the_reference(one_thread):
+    shutil.copy(ROOT / "params.yaml", "params.yaml")
+    trained.publish(Path("data"))
+    model = Path("data/finetuned/model.safetensors")
+    assert watch.draw_samples(model, 20) == "work/watch/samples.png: 20 images of model.safetensors"
+    assert Image.open("work/watch/samples.png").size[0] > 10 * 8
+    classifier = Classifier(10, 8).initialise(generator(0, "weights"))
+    save_classifier("data/reference/extractor.safetensors", classifier, classes=trained.CLASSES)
+    extractor = open_extractor("data/reference/extractor.safetensors", torch.device("cpu"))
+    features, _ = extractor(pixels(200))
+    moments = Moments()
+    moments.add(features)
+    about = {"extractor_sha256": extractor.sha256, "image_size": 8, "classes": list(trained.CLASSES)}
+    Reference(moments.gaussian(), features, moments.gaussian(), about).save("data/reference/features.safetensors")
+    figures = re.fullmatch(r".*, FID-20 ([\d.e+]+), class accuracy ([\d.]+)", watch.draw_samples(model, 20))
+    assert figures, "no figures"
+    assert float(figures[1]) > 0
+    assert 0 <= float(figures[2]) <= 1
 
 
 def test_samples_that_cannot_be_drawn_do_not_end_the_watch():

@@ -28,6 +28,7 @@ from flows.search import Range, search, space_of
 from flows.search import _suggested as search_drawn
 from flows.search import _typed as search_typed
 from flows.sweep import _next, find, grid, mark_best, sweep, write, write_back
+from flows.turns import turn
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -736,11 +737,11 @@ def test_a_run_without_a_number_does_not_end_its_sweep(repo, client):
     program = Path("stage.py")
     program.write_text(program.read_text().replace("value**2", "value**2 if value > 1 else None"))
     state = sweep({"sample.temperature": [0.5, 2.0]}, return_state=True)
-    assert state.is_completed(), state.message
-    first, second = table("sweep")
-    assert first["fid"] == ""
-    assert "is None, not a number to compare" in first["error"]
-    assert (float(second["fid"]), second["error"], second["best"]) == (4.0, "", "True")
+    assert state.message == (
+        "1 of 2 runs failed (sweep-sample.temperature=0.5: metric 'metrics.json:fid' is None, not a number to compare; "
+        "choose another.); best fid 4: sweep-sample.temperature=2.0"
+    )
+    assert [(row["fid"], row["best"]) for row in table("sweep")] == [(None, False), (4, True)]
 
 
 def test_a_sweep_marks_the_best_and_leaves_the_workspace(repo, client):
@@ -857,6 +858,23 @@ def test_whole_bounds_of_a_fraction_are_searched_in_between():
     assert isinstance(search_typed(Range(1, 4), 1.5).low, float)
     assert isinstance(search_typed(Range(1, 4), 2).low, int)
     assert search_typed([1, 2], 1.5) == [1, 2]
+
+
+def test_a_flow_waits_for_its_turn_and_says_so(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    said, entered = [], threading.Event()
+
+    def second() -> None:
+        with turn(said.append):
+            entered.set()
+
+    waiting = threading.Thread(target=second)
+    with turn(said.append):
+        waiting.start()
+        assert not entered.wait(1.5)
+        assert said == ["another flow works in this repository; this one starts when it ends"]
+    assert entered.wait(10)
+    waiting.join()
 
 
 def test_a_range_close_to_one_is_searched_in_steps_that_matter():
