@@ -33,6 +33,7 @@ from ear.files.hdf5 import fill, frame
 from ear.files.json_files import write_json
 from ear.latents.batches import latent_batches
 from ear.latents.store import FORMAT, STATS, LatentStore
+from ear.runtime.device import keep_freed_memory
 from ear.runtime.randomness import Coins, DataOrder
 
 SHAPE = (2, 32, 16, 16)
@@ -216,6 +217,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=4096, help="rows of the comparison (default: 4096)")
     parser.add_argument("--workers", type=int, default=2, help="threads, and processes of the baseline (default: 2)")
     options = parser.parse_args()
+    keep_freed_memory()  # as all stages do; the workers of the baseline inherit it
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     figures = {"rows": options.rows, "workers": options.workers, "row bytes": ROW_BYTES // 2, "growth": []}
     with tempfile.TemporaryDirectory() as folder:
