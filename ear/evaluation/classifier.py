@@ -21,6 +21,7 @@ from ear.files.reading import reading
 from ear.files.tensors import read_tensors, write_tensors
 from ear.runtime import randomness
 from ear.runtime.ahead import read_ahead
+from ear.runtime.device import for_device
 from ear.runtime.randomness import Stream, integers
 from ear.training.ema import Average
 from ear.training.optimizer import Group, adamw, schedule
@@ -172,11 +173,12 @@ def train_classifier(
 
     def batch_at(position: int) -> tuple[torch.Tensor, torch.Tensor]:
         rows = order.indices(position, batch_size).numpy()
-        return to_signed(images.images(rows)), torch.from_numpy(images.labels[rows])
+        return for_device(images.images(rows), device), for_device(images.labels[rows], device)
 
     def loss(batch, position: int):
+        pixels, labels = (part.to(device, non_blocking=True) for part in batch)
         source = randomness.stream(seed, "shift", position)
-        return classifier.loss(batch[0].to(device), batch[1].to(device), source), {}
+        return classifier.loss(to_signed(pixels), labels, source), {}
 
     group = Group(list(classifier.parameters()), weight_decay=_WEIGHT_DECAY)
     trainer = Trainer(

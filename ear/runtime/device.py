@@ -4,6 +4,7 @@ import contextlib
 import ctypes
 from collections.abc import Collection, Iterator
 
+import numpy as np
 import torch
 import torch.utils.deterministic
 from torch import nn
@@ -55,6 +56,12 @@ def keep_freed_memory() -> None:
 def uses_cuda(device: str) -> bool:
     """Whether stages compute on CUDA devices, for "auto", "cpu" or "cuda"."""
     return device != "cpu" and torch.cuda.is_available()
+
+
+def for_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
+    """The array as a tensor on the host; for a GPU in page-locked memory, so `to(non_blocking=True)` need not wait."""
+    tensor = torch.from_numpy(array)
+    return tensor.pin_memory() if device.type == "cuda" else tensor
 
 
 def device_name(device: torch.device) -> str:

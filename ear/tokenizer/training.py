@@ -12,7 +12,7 @@ from ear.data.prepared import PreparedImages
 from ear.display.live import Live
 from ear.runtime import distributed, randomness
 from ear.runtime.ahead import read_ahead
-from ear.runtime.device import precise
+from ear.runtime.device import for_device, precise
 from ear.tokenizer.autoencoder import KL, Tokenizer
 from ear.tokenizer.critic import CriticTraining, PatchCritic
 from ear.tokenizer.loss import AutoencoderLoss, Terms
@@ -42,9 +42,9 @@ class Objective:
         noise = randomness.normal((len(images), tokenizer.latent_channels, side, side), source, self.device)
         return self.loss(tokenizer, images, noise, inside=lambda: precise(self.precision, self.device))
 
-    def signed(self, images: np.ndarray) -> torch.Tensor:
+    def signed(self, images: torch.Tensor) -> torch.Tensor:
         """uint8 [B, H, W, 3] => [B, 3, H, W] in [-1, 1] on the device."""
-        return to_signed(torch.from_numpy(images).to(self.device))
+        return to_signed(images.to(self.device, non_blocking=True))
 
     @torch.no_grad()
     def held_out(self, tokenizer: Tokenizer, images: PreparedImages, batch_size: int) -> dict[str, float]:
@@ -52,7 +52,8 @@ class Objective:
         rows = min(len(images), _VALIDATION_IMAGES)
         names, sums = self.loss.figures, torch.zeros(1 + len(self.loss.figures), dtype=torch.float64)
         for start in distributed.own_slice(range(0, rows, batch_size)):
-            batch = self.signed(images.images(np.arange(start, min(start + batch_size, rows))))
+            pixels = images.images(np.arange(start, min(start + batch_size, rows)))
+            batch = self.signed(for_device(pixels, self.device))
             terms = self.terms(tokenizer, batch, "validation", start)
             values = torch.stack([terms.loss, *(terms.figures[name] for name in names)])
             sums += values.double().cpu() * len(batch)
@@ -116,12 +117,16 @@ class AutoencoderTraining:
             )
         return self.trainer.average.module, self.trainer.history
 
-    def batches(self, positions: Iterator[int]) -> Iterator[np.ndarray]:
-        """The uint8 micro-batches that start at the given positions."""
+    def batches(self, positions: Iterator[int]) -> Iterator[torch.Tensor]:
+        """The uint8 micro-batches that start at the given positions, on the host."""
         order, size = randomness.DataOrder(len(self.images), self.objective.seed), self.options.micro_batch_size
-        return read_ahead(lambda position: self.images.images(order.indices(position, size).numpy()), positions)
 
-    def loss(self, batch: np.ndarray, position: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        def batch_at(position: int) -> torch.Tensor:
+            return for_device(self.images.images(order.indices(position, size).numpy()), self.objective.device)
+
+        return read_ahead(batch_at, positions)
+
+    def loss(self, batch: torch.Tensor, position: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """The loss of one uint8 micro-batch, for the trainer; also trains the critic."""
         images = self.objective.signed(batch)
         terms = self.objective.terms(self.tokenizer, images, "training", position)

@@ -34,7 +34,10 @@ def test_a_step_is_the_mean_over_its_micro_batches(tmp_path):
     rows = randomness.DataOrder(16, 0).indices(0, 8).numpy()
     losses = [
         trained.objective.terms(
-            tokenizer, trained.objective.signed(trained.images.images(rows[at : at + 4])), "training", at
+            tokenizer,
+            trained.objective.signed(torch.from_numpy(trained.images.images(rows[at : at + 4]))),
+            "training",
+            at,
         ).loss
         for at in (0, 4)
     ]
@@ -84,7 +87,7 @@ def test_micro_batches_that_processes_cannot_share_are_named(tmp_path, monkeypat
 
 def test_bfloat16_follows_float32_and_leaves_loss_and_gradients_in_float32(tmp_path):
     trained = training(tmp_path / "prepared", images=8, micro_batch_size=4)
-    images = trained.objective.signed(pixels(4))
+    images = trained.objective.signed(torch.from_numpy(pixels(4)))
     found = {}
     for precision in ("float32", "bfloat16"):
         trained.objective.precision = precision
