@@ -32,15 +32,11 @@ def test_a_step_is_the_mean_over_its_micro_batches(tmp_path):
     trained = training(tmp_path / "prepared", images=8, micro_batch_size=4)
     tokenizer = new_kl(seed=0, image_size=8, structure=STRUCTURE)
     rows = randomness.DataOrder(16, 0).indices(0, 8).numpy()
-    losses = [
-        trained.objective.terms(
-            tokenizer,
-            trained.objective.signed(torch.from_numpy(trained.images.images(rows[at : at + 4]))),
-            "training",
-            at,
-        ).loss
-        for at in (0, 4)
-    ]
+
+    def pixels_at(at: int) -> torch.Tensor:
+        return trained.objective.signed(torch.from_numpy(trained.images.images(rows[at : at + 4])))
+
+    losses = [trained.objective.terms(tokenizer, pixels_at(at), "training", at).loss for at in (0, 4)]
     sum(loss / 2 for loss in losses).backward()
     norm = torch.stack([p.grad.norm() for p in tokenizer.parameters()]).norm()
     _, history = trained.run(tmp_path / "checkpoints")
