@@ -168,6 +168,7 @@ def test_the_rows_of_a_finished_training_are_kept_beside_the_pipeline(finished):
     [
         ("evaluate.neighborhood", 2, {"evaluate"}),
         ("sample.guidance", 2.5, {"sample"}),
+        ("sample.denoising_steps", 50, {"sample"}),
         ("finetune.temperature", 0.97, {"finetune"}),
         ("train.learning_rate", 2e-3, {"train", "finetune"}),  # what finetune does not name it takes from train
         ("score.alpha", 1.5, {"train"}),
@@ -178,6 +179,7 @@ def test_the_rows_of_a_finished_training_are_kept_beside_the_pipeline(finished):
         ("prepare.compression", "gzip", {"prepare"}),
         ("data.mirror", True, {"train", "finetune"}),
         ("data.val_fraction", 0.3, {"fetch"}),
+        ("data.class_names", [*"abcdefghij"], {"fetch"}),
         ("runtime.workers", 2, set()),
     ],
 )
