@@ -6,6 +6,7 @@ hole is inpainting, a margin is outpainting; with another label, either changes 
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Unpack
 
 import numpy as np
 import torch
@@ -17,8 +18,7 @@ from ear.runtime.device import precise
 from ear.runtime.randomness import image_streams, normal
 from ear.sampling.generation import MODEL, TOKENIZER, ImageSampler
 from ear.sampling.sampler import sample
-from ear.sampling.settings import SamplingSettings
-from ear.scores.score import DENOISING
+from ear.sampling.settings import SamplingOptions, SamplingSettings
 
 
 def inpaint(
@@ -27,32 +27,19 @@ def inpaint(
     labels: Sequence[int | str],  # class numbers or names, one per image
     *,
     data: str | Path = "data",  # the pipeline's data folder
-    steps: int = 16,  # for the tokens that are redrawn
-    guidance: float = 1.0,
-    schedule: str = "linear",
-    temperature: float = 1.0,
-    denoising_steps: int = DENOISING.steps,  # here and below: of a model of the Hyvarinen score
-    denoised_limit: float = DENOISING.limit,
     seed: int = 0,
     paste: bool = True,  # keep known pixels exactly; if false, all pixels come from the decoder
     batch_size: int = 64,
     device: torch.device | str = "cpu",
+    **options: Unpack[SamplingOptions],  # as those of `ear.generate`; steps are for the tokens that are redrawn
 ) -> np.ndarray:
     """Redraw every token that the mask touches, given the other tokens and the label => uint8 images [N, H, W, 3].
 
     Image k depends only on (seed, k), its pixels, its mask and its label. Raises UserError if the arrays do not fit
     each other or the model, a mask is empty, `steps` is less than 1, or the model is causal.
     """
+    settings = SamplingSettings(seed=seed, **options)
     sampler = ImageSampler.open(Path(data) / MODEL, Path(data) / TOKENIZER, device)
-    settings = SamplingSettings(
-        steps=steps,
-        guidance=guidance,
-        schedule=schedule,
-        temperature=temperature,
-        denoising_steps=denoising_steps,
-        denoised_limit=denoised_limit,
-        seed=seed,
-    )
     return inpaint_with(sampler, images, mask, labels, settings, paste=paste, batch_size=batch_size)
 
 

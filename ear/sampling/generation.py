@@ -6,7 +6,7 @@ labels => normalised latents (ear.sampling.sampler) => latents => images in [-1,
 import operator
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 import torch
@@ -20,8 +20,7 @@ from ear.model.files import load_model
 from ear.runtime.device import precise
 from ear.runtime.randomness import image_streams
 from ear.sampling.sampler import sample
-from ear.sampling.settings import SamplingSettings
-from ear.scores.score import DENOISING
+from ear.sampling.settings import SamplingOptions, SamplingSettings
 from ear.tokenizer.autoencoder import Tokenizer, load_tokenizer
 
 MODEL = "finetuned/model.safetensors"
@@ -157,30 +156,18 @@ def generate(
     labels: Sequence[int | str],  # class numbers or names, one per image
     *,
     model: str | Path | None = None,  # a model file or a checkpoint; default: data/finetuned/model.safetensors
-    steps: int = 16,
-    guidance: float = 1.0,
-    schedule: str = "linear",
-    temperature: float = 1.0,
-    denoising_steps: int = DENOISING.steps,  # here and below: of a model of the Hyvarinen score
-    denoised_limit: float = DENOISING.limit,
     seed: int = 0,
     batch_size: int = 64,
     device: torch.device | str = "cpu",
+    **options: Unpack[SamplingOptions],
 ) -> np.ndarray:
     """Generate uint8 images [N, H, W, 3]; image k depends only on (seed, k) and its label.
 
-    Raises MissingFileError if a stage has not run; UserError for an empty or unknown label, or less than one step.
+    options: steps=16, guidance=1.0, temperature=1.0 and all other fields of `SamplingSettings`. Raises MissingFileError
+    if a stage has not run; UserError for an empty or unknown label, or an option that is not allowed.
     """
+    settings = SamplingSettings(seed=seed, **options)
     sampler = ImageSampler.open(model or Path(data) / MODEL, Path(data) / TOKENIZER, device)
-    settings = SamplingSettings(
-        steps=steps,
-        guidance=guidance,
-        schedule=schedule,
-        temperature=temperature,
-        denoising_steps=denoising_steps,
-        denoised_limit=denoised_limit,
-        seed=seed,
-    )
     return sampler.generate(labels, settings, batch_size=batch_size)
 
 

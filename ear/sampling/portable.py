@@ -6,7 +6,7 @@ the metrics, and the metrics. On a hub (huggingface_hub) or in a folder it lies 
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from ear.latents.statistics import Statistics
 from ear.model.files import describe, model_of
 from ear.sampling.editing import inpaint_with
 from ear.sampling.generation import ImageSampler
-from ear.sampling.settings import SamplingSettings
+from ear.sampling.settings import SamplingOptions, SamplingSettings
 from ear.scores.score import DENOISING
 from ear.tokenizer.autoencoder import describe_tokenizer, tokenizer_of
 
@@ -48,35 +48,23 @@ class Pipeline(ModelHubMixin):
         """Class names by number."""
         return self.sampler.model.shape.classes
 
-    def settings(self, seed: int = 0, **changes: Any) -> SamplingSettings:
-        """The sampling behind the metrics, with the changes that are not None."""
-        given = {name: value for name, value in changes.items() if value is not None}
-        return SamplingSettings(**{**self.sampling, **given}, seed=seed)
+    def settings(self, seed: int = 0, **changes: Unpack[SamplingOptions]) -> SamplingSettings:
+        """The sampling behind the metrics, with these changes."""
+        return SamplingSettings(**{**self.sampling, **changes}, seed=seed)
 
     def generate(
         self,
         labels: Sequence[int | str],  # class numbers or names, one per image
         *,
-        steps: int | None = None,  # None here and below: as for the metrics
-        guidance: float | None = None,
-        schedule: str | None = None,
-        temperature: float | None = None,
-        denoising_steps: int | None = None,
-        denoised_limit: float | None = None,
         seed: int = 0,
         batch_size: int = 64,
+        **changes: Unpack[SamplingOptions],
     ) -> np.ndarray:
-        """Generate uint8 images [N, H, W, 3]; image k depends on (seed, k) and its label. Raises as `ear.generate`."""
-        settings = self.settings(
-            seed,
-            steps=steps,
-            guidance=guidance,
-            schedule=schedule,
-            temperature=temperature,
-            denoising_steps=denoising_steps,
-            denoised_limit=denoised_limit,
-        )
-        return self.sampler.generate(labels, settings, batch_size=batch_size)
+        """Generate uint8 images [N, H, W, 3]; image k depends on (seed, k) and its label.
+
+        changes: of the sampling behind the metrics, such as guidance=2.0. Raises as `ear.generate`.
+        """
+        return self.sampler.generate(labels, self.settings(seed, **changes), batch_size=batch_size)
 
     def inpaint(
         self,
@@ -84,26 +72,16 @@ class Pipeline(ModelHubMixin):
         mask: np.ndarray,  # bool [N, H, W], true where pixels are redrawn
         labels: Sequence[int | str],
         *,
-        steps: int | None = None,
-        guidance: float | None = None,
-        schedule: str | None = None,
-        temperature: float | None = None,
-        denoising_steps: int | None = None,
-        denoised_limit: float | None = None,
         seed: int = 0,
         paste: bool = True,
         batch_size: int = 64,
+        **changes: Unpack[SamplingOptions],
     ) -> np.ndarray:
-        """Redraw every token that the mask touches => uint8 [N, H, W, 3]. Raises as `ear.inpaint`."""
-        settings = self.settings(
-            seed,
-            steps=steps,
-            guidance=guidance,
-            schedule=schedule,
-            temperature=temperature,
-            denoising_steps=denoising_steps,
-            denoised_limit=denoised_limit,
-        )
+        """Redraw every token that the mask touches => uint8 [N, H, W, 3].
+
+        changes: as those of `generate`. Raises as `ear.inpaint`.
+        """
+        settings = self.settings(seed, **changes)
         return inpaint_with(self.sampler, images, mask, labels, settings, paste=paste, batch_size=batch_size)
 
     def save(self, path: str | Path) -> None:

@@ -1,7 +1,7 @@
 """Settings of sampling, passed as one object from the sample stage or `ear.generate` to the sampler."""
 
 from dataclasses import dataclass, fields
-from typing import get_args
+from typing import TypedDict, get_args
 
 from ear import config
 from ear.errors import UserError
@@ -12,6 +12,21 @@ _ALLOWED = {
     name: get_args(config.Sample.model_fields[name].annotation)
     for name in ("schedule", "precision", "decoder_precision")
 }
+
+
+class SamplingOptions(TypedDict, total=False):
+    """The fields of `SamplingSettings` but for the seed, as keyword arguments."""
+
+    steps: int
+    guidance: float
+    schedule: str
+    guidance_from: float
+    guidance_to: float
+    temperature: float
+    denoising_steps: int
+    denoised_limit: float
+    precision: str
+    decoder_precision: str
 
 
 @dataclass(frozen=True, kw_only=True)

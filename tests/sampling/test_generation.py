@@ -12,7 +12,7 @@ import ear
 from ear.latents.statistics import Statistics
 from ear.sampling import generation
 from ear.sampling.generation import ImageSampler
-from ear.sampling.settings import SamplingSettings
+from ear.sampling.settings import SamplingOptions, SamplingSettings
 from ear.tokenizer.autoencoder import Identity
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -127,3 +127,10 @@ def test_bfloat16_moves_images_a_little(data):
 def test_labels_are_balanced():
     assert generation.balanced_labels(5, 2) == [0, 1, 0, 1, 0]
     assert [list(part) for _, part in generation.batches([0, 1, 0, 1, 0], 2)] == [[0, 1], [0, 1], [0]]
+
+
+def test_options_are_the_fields_of_the_settings():
+    fields = {name: kind for name, kind in SamplingSettings.__annotations__.items() if name != "seed"}
+    assert SamplingOptions.__annotations__ == fields
+    with pytest.raises(TypeError, match="guidence"):
+        ear.generate("data", [0], guidence=2.0)
