@@ -29,6 +29,7 @@ def page(name: str, results: Mapping[str, Any]) -> str:
     return environment.get_template(f"{name}.md.j2").render(
         title=TITLES[name],
         sampling=results["parameters"]["sample"],
+        data=results["parameters"]["data"],
         **{key: results[key] for key in shared},
         **tables,
     )
