@@ -28,7 +28,13 @@ os.register_at_fork(after_in_child=_forget_prefect)
 
 
 # `make test` gives each worker one file after the other, in this order.
-_FIRST = ["test_pipeline.py", "test_flows.py", "test_tokenizer_stages.py", "test_training_stages.py"]  # the longest
+_FIRST = [
+    "test_pipeline.py",
+    "test_flows.py",
+    "test_doc_commands.py",
+    "test_serve.py",
+    "test_tokenizer_stages.py",
+]  # the longest
 # Backward passes on tensors without data start threads of autograd, after which a process cannot fork and train.
 _LAST = ["test_costs.py", "test_describe.py", "test_scaling.py", "test_folder64.py"]
 
