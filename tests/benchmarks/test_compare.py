@@ -341,6 +341,7 @@ def test_a_comparison_of_two_rules_goes_on_and_writes_its_page(tmp_path):
     subprocess.run([*repository.DVC, "exp", "remove", name], cwd=folder, env=environment, check=True)
     again = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
     assert again.returncode == 0, again.stdout + again.stderr
-    assert [again.stderr.count(f"python -m stages.{stage}") for stage in ("cache", "train", "sample")] == [0, 0, 1]
+    # DVC's run cache has its stages; only the experiment itself is made again.
+    assert [again.stderr.count(f"python -m stages.{stage}") for stage in ("cache", "train", "sample")] == [0, 0, 0]
     rerun = json.loads((folder / "docs/scores/results.json").read_text())
     assert rerun["rules"] == results["rules"]
