@@ -14,7 +14,7 @@ from ear.config.compose import presets
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")])
-_NO_COMMANDS = ("is",)
+_NO_COMMANDS = ("is",)  # words that follow the name `ear` in prose
 TEXT = "\n".join(page.read_text() for page in PAGES)
 
 

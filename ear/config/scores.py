@@ -111,8 +111,8 @@ def score_options(content: dict) -> ScoreOptions:
 
     Raises UserError for an unknown name, pydantic.ValidationError for wrong keys or values.
     """
-    moved = {key.partition(".")[2] for key in MOVED}
-    content = {key: value for key, value in content.items() if key not in moved}  # of a model of an earlier version
+    # Models of an earlier version hold keys that have moved to another section.
+    content = {key: value for key, value in content.items() if f"score.{key}" not in MOVED}
     name = content.get("name")
     if name not in OPTIONS:
         raise UserError(f"score.name is {name!r}, but must be one of {', '.join(OPTIONS)}.")

@@ -1,4 +1,4 @@
-"""ear.load and ear.generate: images, random streams, batches, and errors for bad labels and settings."""
+"""Checks that `ear.load` and `ear.generate` draw the same images in any batch, and refuse bad labels and settings."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""The training loop: gradient accumulation, ranks, checkpoints, resume, signals, non-finite gradients."""
+"""Checks that a training ends in the same state however it is divided, stopped, killed and resumed."""
 
 import multiprocessing
 import os
