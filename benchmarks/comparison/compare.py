@@ -33,6 +33,7 @@ from prefect.states import Completed, Failed
 from benchmarks.comparison import page
 from benchmarks.comparison.figure import quality_against_time
 from benchmarks.comparison.plan import (
+    ABLATION_TITLES,
     GUIDANCE,
     RULES,
     Scope,
@@ -77,6 +78,7 @@ def compare(
     seeds: int = Scope.seeds,
     rules: Sequence[str] = tuple(RULES),
     guidance: Sequence[float] = GUIDANCE,
+    ablations: Sequence[str] = ABLATION_TITLES,
     only: Part | None = None,
     threads: int | None = None,
     jobs: int = 1,
@@ -90,6 +92,7 @@ def compare(
         seeds: trainings of each model, from `train.seed` on.
         rules: names of plan.RULES; the others are compared with the first.
         guidance: the scales that each rule is tried at.
+        ablations: titles in plan.ABLATIONS.
         only: the rules, or the ablations of the energy score; none means both, a page of each.
         threads: `compute.threads` of every run; none: that of params.yaml.
         jobs: runs at a time, each on its own GPU, or on its own `threads` cores.
@@ -108,7 +111,7 @@ def compare(
         }
         check_extractor(parameters)
         check_count(parameters)
-        scope = checked_scope(rules, guidance, seeds, parameters)
+        scope = checked_scope(rules, guidance, ablations, seeds, parameters)
         runs = planned(parameters, budget, scope)
         for values in runs:
             edit.check(PARAMETERS, values)
@@ -135,16 +138,24 @@ def check_committed() -> None:
         raise UserError(f"{edited[0]} is not as the last commit has it; commit it, so that the page can name its code.")
 
 
-def checked_scope(rules: Sequence[str], guidance: Sequence[float], seeds: int, parameters: config.Parameters) -> Scope:
-    """What is compared, each model once. Raises UserError for an unknown rule, no rule or scale, or no seed."""
-    unknown = [rule for rule in rules if rule not in RULES]
-    if unknown:
-        raise UserError(f"{unknown[0]!r} is not among the rules; name some of {', '.join(map(repr, RULES))}.")
-    if not rules or not guidance or seeds < 1:
+def checked_scope(
+    rules: Sequence[str],
+    guidance: Sequence[float],
+    ablations: Sequence[str],
+    seeds: int,
+    parameters: config.Parameters,
+) -> Scope:
+    """What is compared, each model once. Raises UserError for an unknown name, or if there is nothing to compare."""
+    for kind, names, known in (("rules", rules, RULES), ("ablations", ablations, ABLATION_TITLES)):
+        unknown = [name for name in names if name not in known]
+        if unknown:
+            raise UserError(f"{unknown[0]!r} is not among the {kind}; name some of {', '.join(map(repr, known))}.")
+    if not rules or not guidance or not ablations or seeds < 1:
         raise UserError(
-            f"{len(rules)} rules, {len(guidance)} scales and {seeds} seeds, but at least 1 of each is needed."
+            f"{len(rules)} rules, {len(guidance)} scales, {len(ablations)} ablations and {seeds} seeds, but at least "
+            "1 of each is needed."
         )
-    return Scope(distinct(rules, parameters), tuple(dict.fromkeys(guidance)), seeds)
+    return Scope(distinct(rules, parameters), tuple(dict.fromkeys(guidance)), ablations, seeds)
 
 
 def check_extractor(parameters: config.Parameters) -> None:
@@ -324,6 +335,14 @@ def main() -> int:
     )
     parser.add_argument(
         "--guidance", nargs="+", type=float, default=[*GUIDANCE], metavar="SCALE", help=f"scales to try ({GUIDANCE})"
+    )
+    parser.add_argument(
+        "--ablations",
+        nargs="+",
+        choices=ABLATION_TITLES,
+        default=[*ABLATION_TITLES],
+        metavar="TITLE",
+        help="headings of ablations.md",
     )
     parser.add_argument("--only", choices=("rules", "ablations"), help="default: both")
     parser.add_argument("--threads", type=int, help="compute.threads of every run (default: that of params.yaml)")

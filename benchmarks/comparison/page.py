@@ -126,6 +126,8 @@ def _ablations(results: Mapping) -> dict[str, Any]:
     """Each ablation with its table."""
     parts = []
     for ablation in ABLATIONS:
+        if ablation.title not in results["ablations"]:
+            continue
         variants = results["ablations"][ablation.title]
         default = next(each["runs"] for each in variants if each["default"])
         rows = [_ablation_row(each["values"], each["runs"], default) for each in variants]

@@ -30,15 +30,6 @@ RULES: dict[str, Values] = {
 
 
 @dataclass(frozen=True)
-class Scope:
-    """What is compared: rules, each at these guidance scales, from so many training seeds."""
-
-    rules: Sequence[str] = tuple(RULES)
-    scales: Sequence[float] = GUIDANCE
-    seeds: int = 3
-
-
-@dataclass(frozen=True)
 class Ablation:
     """One question about the energy score and the changes that answer it."""
 
@@ -73,6 +64,12 @@ ABLATIONS = (
     ),
     Ablation("Noise", "The distribution that the head turns into tokens.", _each("score.noise", "uniform", "gaussian")),
     Ablation("Width of the noise", "Its dimensions per token.", _each("score.noise_channels", 8, 32, 128)),
+    Ablation("Width of the head", "Of its residual blocks.", _each("model.head_width", 64, 128, 256)),
+    Ablation(
+        "Rate of the head",
+        "The learning rate of the head's matrices relative to that of all others; published: 0.25.",
+        _each("train.head_rate", 0.25, 1.0),
+    ),
     Ablation(
         "Attention and order",
         "Masked tokens, several per step, or one token after the other.",
@@ -106,6 +103,17 @@ ABLATIONS = (
     ),
     Ablation("Steps", "Passes in which the tokens are drawn; one trained model.", _each("sample.steps", 4, 8, 16)),
 )
+ABLATION_TITLES = tuple(ablation.title for ablation in ABLATIONS)
+
+
+@dataclass(frozen=True)
+class Scope:
+    """What is compared: rules, each at these guidance scales, and ablations, from so many training seeds."""
+
+    rules: Sequence[str] = tuple(RULES)
+    scales: Sequence[float] = GUIDANCE
+    ablations: Sequence[str] = ABLATION_TITLES
+    seeds: int = 3
 
 
 def distinct(rules: Sequence[str], parameters: config.Parameters) -> tuple[str, ...]:
@@ -152,6 +160,8 @@ def ablation_runs(
     default = default_run(parameters, budget)
     found: dict[str, list[tuple[Values, list[Values]]]] = {}
     for ablation in ABLATIONS:
+        if ablation.title not in scope.ablations:
+            continue
         runs = [(variant, changes({**default, **variant}, parameters)) for variant in ablation.variants]
         if default not in [values for _, values in runs]:
             runs.insert(0, ({key: edit.value_of(parameters, key) for key in ablation.variants[0]}, default))

@@ -20,7 +20,16 @@ from benchmarks.comparison.compare import (
     planned,
 )
 from benchmarks.comparison.figure import quality_against_time
-from benchmarks.comparison.plan import Scope, ablation_runs, changes, default_run, reported_runs, rule_runs, run_name
+from benchmarks.comparison.plan import (
+    ABLATION_TITLES,
+    Scope,
+    ablation_runs,
+    changes,
+    default_run,
+    reported_runs,
+    rule_runs,
+    run_name,
+)
 from benchmarks.scores import Candidate
 from ear import config
 from ear.config import edit
@@ -87,26 +96,47 @@ def test_every_ablation_holds_the_parameters_as_they_are(guidance):
     assert guided[0][0] == {"sample.guidance": 1.0 if guidance == 1.8 else 1.7}
 
 
+def test_some_ablations(parameters):
+    scope = checked_scope(["energy"], [2.0], ["Rate of the head", "Noise"], 1, parameters)
+    found = planned(parameters, {"ablations": {"train.images": 640}}, scope)
+    assert [{key: value for key, value in run.items() if key != "train.images"} for run in found] == [
+        {},
+        {"score.noise": "gaussian"},
+        {},
+        {"train.head_rate": 1.0},
+    ]
+
+
 def test_some_rules_at_some_scales(parameters):
-    scope = checked_scope(["hyvarinen", "energy"], [2.0, 4.0], 2, parameters)
+    scope = checked_scope(["hyvarinen", "energy"], [2.0, 4.0], ABLATION_TITLES, 2, parameters)
     found = planned(parameters, {"rules": BUDGET}, scope)
     assert [(run.get("score.name", "energy"), run["sample.guidance"], run.get("train.seed", 0)) for run in found] == [
         *(("hyvarinen", scale, seed) for seed in (0, 1) for scale in (2.0, 4.0)),
         *(("energy", scale, seed) for seed in (0, 1) for scale in (2.0, 4.0)),
     ]
+    with pytest.raises(UserError, match=r"^'Depth' is not among the ablations; name some of 'Exponent of the "):
+        checked_scope(["energy"], [2.0], ["Noise", "Depth"], 2, parameters)
+    with pytest.raises(UserError, match="1 rules, 1 scales, 0 ablations and 2 seeds, but at least 1 of each is needed"):
+        checked_scope(["energy"], [2.0], [], 2, parameters)
     with pytest.raises(UserError, match=r"^'givt' is not among the rules; name some of 'energy', 'kernel', "):
-        checked_scope(["energy", "givt"], [2.0], 2, parameters)
+        checked_scope(["energy", "givt"], [2.0], ABLATION_TITLES, 2, parameters)
     for rules, scales, seeds in (([], [2.0], 1), (["energy"], [], 1), (["energy"], [2.0], 0)):
         with pytest.raises(UserError, match="at least 1 of each is needed"):
-            checked_scope(rules, scales, seeds, parameters)
+            checked_scope(rules, scales, ABLATION_TITLES, seeds, parameters)
 
 
 def test_a_model_has_one_row(parameters):
     causal = compose(["preset=digits", "model.attention=causal", "model.order=raster"])
     every = [*plan.RULES, "energy"]
-    assert sorted({*plan.RULES} - {*checked_scope(every, [2.0], 1, parameters).rules}) == ["energy, masked"]
-    assert sorted({*plan.RULES} - {*checked_scope(every, [2.0], 1, causal).rules}) == ["energy, causal raster"]
-    assert checked_scope(["energy, masked", "energy"], [2.0], 1, parameters).rules == ("energy, masked",)
+    assert sorted({*plan.RULES} - {*checked_scope(every, [2.0], ABLATION_TITLES, 1, parameters).rules}) == [
+        "energy, masked"
+    ]
+    assert sorted({*plan.RULES} - {*checked_scope(every, [2.0], ABLATION_TITLES, 1, causal).rules}) == [
+        "energy, causal raster"
+    ]
+    assert checked_scope(["energy, masked", "energy"], [2.0], ABLATION_TITLES, 1, parameters).rules == (
+        "energy, masked",
+    )
 
 
 def test_every_run_is_valid(parameters, tmp_path):
@@ -132,7 +162,9 @@ def test_runs_of_one_training_are_neighbours(parameters):
     trained = [rule for rule in plan.RULES if rule != "hyvarinen, 10 steps"]  # which samples another rule's models
     keys = [
         json.dumps({key: value for key, value in values.items() if not key.startswith("sample.")})
-        for values in planned(parameters, {"rules": BUDGET}, checked_scope(trained, [1.0, 1.4], 3, parameters))
+        for values in planned(
+            parameters, {"rules": BUDGET}, checked_scope(trained, [1.0, 1.4], ABLATION_TITLES, 3, parameters)
+        )
     ]
     assert len([1 for before, after in itertools.pairwise(keys) if before != after]) + 1 == len(set(keys)) == 21
 
