@@ -20,7 +20,7 @@ from ear.training import checkpoint
 from ear.training.ema import Average, decay_at
 from ear.training.gradients import SharedGradients
 from ear.training.means import Means
-from ear.training.optimizer import Group, MuonAdamW, adamw, schedule, set_rate
+from ear.training.optimizer import Group, MuonAdamW, adamw, orthogonalised, schedule, set_rate
 from ear.training.trainer import Trainer, check_shares
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -254,10 +254,46 @@ def test_muon_moves_a_matrix_alike_in_all_directions():
     assert values.min() > 0.6
     assert values.max() < 1.3
     assert (update * matrix.grad).sum() > 0
-    before = [p.detach().clone() for p in (matrix, vector)]
+    kept = (matrix, vector, optimizer.state[matrix]["momentum_buffer"])
+    before = [tensor.detach().clone() for tensor in kept]
     matrix.grad, optimizer.found_inf = torch.full((8, 4), float("nan")), torch.ones(())
     optimizer.step()
-    assert all(torch.equal(p, old) for p, old in zip((matrix, vector), before, strict=True))
+    assert all(torch.equal(tensor, old) for tensor, old in zip(kept, before, strict=True))
+
+
+@pytest.mark.parametrize("shape", [(12, 5), (5, 12)])
+def test_muon_steps_as_torch_has_it(shape):
+    """torch.optim.Muon rounds to bfloat16 on every device, so they agree to its precision."""
+    source = generator(0, "gradients")
+    ours, theirs = (nn.Parameter(torch.ones(shape)) for _ in range(2))
+    vector = nn.Parameter(torch.ones(1))  # AdamW's
+    optimizer = MuonAdamW([Group([ours, vector], 0.5)], [ours], learning_rate=0.1, beta1=0.9, beta2=0.95)
+    reference = torch.optim.Muon([theirs], lr=0.1, weight_decay=0.5, momentum=0.95, adjust_lr_fn="match_rms_adamw")
+    optimizer.found_inf, vector.grad = torch.zeros(()), torch.zeros(1)
+    for _ in range(3):
+        ours.grad = torch.randn(shape, generator=source)
+        theirs.grad = ours.grad.clone()
+        optimizer.step()
+        reference.step()
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=0.004)
+    assert (ours - 1).abs().max() > 0.15
+    averages = (
+        state[matrix]["momentum_buffer"] for state, matrix in ((optimizer.state, ours), (reference.state, theirs))
+    )
+    torch.testing.assert_close(*averages)
+
+
+def test_orthogonalised_matrices_keep_their_singular_vectors():
+    source = generator(0, "matrix")
+    matrix = torch.randn(6, 4, generator=source)
+    left, values, right = torch.linalg.svd(matrix, full_matrices=False)
+    found = left.T @ orthogonalised(matrix) @ right.T
+    torch.testing.assert_close(found, torch.diag(found.diagonal()), rtol=0, atol=1e-5)
+    assert values.max() / values.min() > 2
+    assert 0.65 < found.diagonal().min() < found.diagonal().max() < 1.25
+    torch.testing.assert_close(orthogonalised(matrix.T), orthogonalised(matrix).T)
+    torch.testing.assert_close(orthogonalised(1000 * matrix), orthogonalised(matrix))
+    assert torch.equal(orthogonalised(torch.zeros(3, 2)), torch.zeros(3, 2))
 
 
 @pytest.mark.parametrize("muon", [False, True])
