@@ -70,8 +70,7 @@ $(BIN)/.test-ready: $(BIN)/.ready
 	command -v chromium || { apt-get update -qq && apt-get install -qq --no-install-recommends chromium fonts-dejavu-core; } || true
 	touch $@
 
-# Locks stay, too: with a new file, a second flow would start beside one that runs.
-KEPT := kept live search sweep tensorboard wandb mlflow.db flow.lock devices locks
-clean:  ## delete scratch of unfinished stages and local Prefect state, never results, kept checkpoints or studies
-	find work -mindepth 1 -maxdepth 1 $(KEPT:%=! -name %) -exec rm -rf {} + 2>/dev/null || true
+SCRATCH := fetch prepare reference tokenizer reconstruct cache train finetune sample evaluate experiments logs times watch
+clean:  ## delete scratch of stages, when none runs, and local Prefect state; never results, kept checkpoints or studies
+	rm -rf $(SCRATCH:%=work/%)
 	rm -rf .prefect .coverage .coverage.* .mypy_cache .pytest_cache .ruff_cache

@@ -28,7 +28,7 @@ GRID = Path("data/samples/grid.png")
 REPORT = Path("data/report.html")  # of `ear report`
 _LARGEST_PICTURE = 1 << 20  # bytes; a larger one would make the page that shows it slow
 _SECONDS_BETWEEN_UPDATES = 5.0
-_PROGRESS = re.compile(r"(?P<title>[\w ]+): (?P<done>\d+)/(?P<total>\d+) ")  # a line of ear.display.progress
+_PROGRESS = re.compile(r"(?P<title>[\w -]+): (?P<done>\d+)/(?P<total>\d+) ")  # a line of ear.display.progress
 
 
 class Shown:
@@ -67,7 +67,7 @@ class Shown:
 
 @contextlib.contextmanager
 def only_shown() -> Iterator[None]:
-    """Around what is only for the page: if it fails, as without a server, a warning is logged and the run goes on."""
+    """Log a warning instead of failing if something cannot be shown on Prefect's page."""
     try:
         yield
     except Exception as error:  # of the network, the server, the client

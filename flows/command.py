@@ -5,13 +5,18 @@ import os
 import signal
 import subprocess
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import psutil
 
 _running: set[subprocess.Popen] = set()
+_starting = threading.Lock()
 GRACE_SECONDS = 25.0  # to write a training state; Prefect kills a cancelled flow itself after 30
+
+
+class StoppedError(Exception):
+    """What was to run was stopped before it began."""
 
 
 def stream(
@@ -21,29 +26,33 @@ def stream(
     environment: Mapping[str, str] | None = None,
     folder: str | Path | None = None,
     grace: float = GRACE_SECONDS,
+    stopped: threading.Event | None = None,
 ) -> int:
     """Run `command` in `folder`, pass each line of its output to `line` immediately, return its exit code.
 
     Standard output and error are merged. If the wait is interrupted (Ctrl-C, a signal handler that raises, an error in
     `line`), the command and all its descendants are stopped first: SIGINT to each, `grace` seconds to clean up, then
-    SIGKILL.
+    SIGKILL. Raises StoppedError if `stopped` is set before the command begins.
     """
     let_commands_be_interrupted()
-    process = subprocess.Popen(
-        command,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        errors="replace",
-        bufsize=1,
-        env=environment,
-        cwd=folder,
-        # Its own group: signals to this process do not reach the command directly, only through `_stop`.
-        start_new_session=True,
-    )
+    with _starting:
+        if stopped and stopped.is_set():
+            raise StoppedError("stopped before it began")
+        process = subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            bufsize=1,
+            env=environment,
+            cwd=folder,
+            # Its own group: signals to this process do not reach the command directly, only through `_stop`.
+            start_new_session=True,
+        )
+        _running.add(process)
     assert process.stdout is not None
     with process.stdout:
-        _running.add(process)
         try:
             for text in process.stdout:
                 line(text.rstrip())
@@ -63,9 +72,15 @@ def let_commands_be_interrupted() -> None:
         signal.signal(signal.SIGINT, lambda *_: None)
 
 
-def stop_all(grace: float = GRACE_SECONDS) -> None:
-    """Stop the commands that other threads of this process run, in which no signal or Ctrl-C arrives."""
-    _stop(list(_running), grace)
+def stop_all(stopped: threading.Event, grace: float = GRACE_SECONDS) -> None:
+    """Stop the commands that other threads of this process run, in which no signal or Ctrl-C arrives.
+
+    `stopped` is set first, so that those that watch it begin no further command.
+    """
+    stopped.set()
+    with _starting:
+        running = list(_running)
+    _stop(running, grace)
 
 
 def _stop(processes: Sequence[subprocess.Popen], grace: float) -> None:
@@ -81,6 +96,13 @@ def _stop(processes: Sequence[subprocess.Popen], grace: float) -> None:
         _signal(family, signal.SIGKILL)
         for process in processes:
             process.wait()
+
+
+def folders() -> Iterator[tuple[int, Path]]:
+    """Every process that this user may look at, and the folder that it works in."""
+    for process in psutil.process_iter(["cwd"]):
+        if process.info["cwd"]:
+            yield process.pid, Path(process.info["cwd"])
 
 
 def _family(pid: int) -> list[psutil.Process]:

@@ -14,15 +14,12 @@ from filelock import FileLock, Timeout
 
 from ear import config
 from ear.runtime.cores import cores
+from flows.command import StoppedError
 
 FOLDER = Path("work/devices")
 _CPU = "cpu"
 _VISIBLE = "CUDA_VISIBLE_DEVICES"
 _POLL_SECONDS = 1.0
-
-
-class StoppedError(Exception):
-    """A run was stopped while it waited."""
 
 
 def devices(parameters: config.Parameters) -> list[str]:

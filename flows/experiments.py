@@ -25,12 +25,14 @@ from ear.errors import UserError
 from ear.files.atomic import whole_file, whole_folder
 from ear.lineage.declaration import declarations, stages_of
 from ear.lineage.run import SHARED_WORK, WORK, clear_finished
-from flows import repository
-from flows.devices import StoppedError, environment, hold, needed
+from flows import command, repository
+from flows.command import StoppedError
+from flows.devices import environment, hold, needed
 from flows.repository import RepositoryError
 
 COPIES = Path("work/experiments")
 LOCK = "dvc.lock"
+_POLL_SECONDS = 1.0
 
 
 def experiment_name(values: Mapping[str, Any], prefix: str) -> str:
@@ -60,14 +62,15 @@ class Snapshot:
 
 
 def take_snapshot() -> Snapshot:
-    """The workspace as it is, with new files that git does not ignore.
+    """The workspace as it is, with new files that git does not ignore, but for the inputs that params.yaml names.
 
     Nothing in the workspace, its index or its branches changes. Raises RepositoryError.
     """
+    inputs = [path for path in config.named_paths(config.load(PARAMETERS)).values() if not path.is_absolute()]
     with tempfile.TemporaryDirectory() as folder:
         index = {"GIT_INDEX_FILE": str(Path(folder) / "index")}
         _git("read-tree", "HEAD", variables=index)
-        _git("add", "--all", variables=index)
+        _git("add", "--all", "--", ".", *(f":(exclude){path}" for path in inputs), variables=index)
         return Snapshot(_git("rev-parse", "HEAD").strip(), _git("write-tree", variables=index).strip())
 
 
@@ -88,15 +91,14 @@ def run(
     parameters = edit.check(PARAMETERS, values)
     with hold(needed(parameters, among), among, line, stopped) as held:
         copy = COPIES / held[0]
+        _wait_for_others(copy, line, stopped)
         _bring_up(copy, snapshot)
         _show_inputs(copy, edit.check(copy / PARAMETERS, values))  # the workspace's may have been edited since
         edit.apply(copy / PARAMETERS, values)
         if name in _names(snapshot, copy):
             repository.act("exp", "remove", name, line=line, folder=copy)
         shared = {SHARED_WORK: str(Path.cwd() / WORK), **environment(held)}
-        if stopped and stopped.is_set():
-            raise StoppedError("stopped before it began")
-        repository.act("exp", "run", "--name", name, line=line, folder=copy, variables=shared)
+        repository.act("exp", "run", "--name", name, line=line, folder=copy, variables=shared, stopped=stopped)
         clear_finished(declarations().values(), copy)
         reference = f"{snapshot.references}{name}"
         _git("fetch", "--quiet", str(copy), f"+{reference}:{reference}")
@@ -123,6 +125,20 @@ def metrics(snapshot: Snapshot, name: str) -> dict[str, dict]:
     tracked = _git("ls-tree", "-r", "--name-only", "-z", f"{snapshot.references}{name}").split("\0")
     paths = [path for path in tracked if path in outputs and path.endswith(".json")]
     return {path: json.loads(read(snapshot, name, path)) for path in paths}
+
+
+def _wait_for_others(copy: Path, line: Callable[[str], None], stopped: threading.Event | None) -> None:
+    """Wait until no process works in the copy: those of a flow that was killed go on without it.
+
+    Raises StoppedError once `stopped` is set.
+    """
+    place, stopped, said = copy.absolute(), stopped or threading.Event(), False
+    while others := [pid for pid, folder in command.folders() if folder.is_relative_to(place)]:
+        if not said:
+            line(f"process {others[0]} of an earlier flow still works in {copy}; this run starts when it ends")
+            said = True
+        if stopped.wait(_POLL_SECONDS):
+            raise StoppedError("stopped before it began")
 
 
 def _bring_up(copy: Path, snapshot: Snapshot) -> None:

@@ -100,11 +100,6 @@ def restore(name: str) -> None:
         get_run_logger().info("restored the earlier outputs of %s: %s", name, ", ".join(restored))
 
 
-def Cached(**options: Any) -> State:
-    """Prefect's state of a task whose result was there already."""
-    return Completed(name="Cached", **options)
-
-
 def run_name() -> str:
     """What a run was asked for: its stages and overrides."""
     asked = flow_run.parameters or {}
@@ -132,13 +127,14 @@ def pipeline(
         targets = repository.known(stages or graph, graph)
         order = repository.with_upstream(graph, targets)
         forced = repository.known((targets if force else ()) if isinstance(force, bool) else force, order)
-        parameters = edit.check(PARAMETERS, overrides or {})
-        readiness.check(parameters, overrides or {})
+        readiness.check(edit.check(PARAMETERS, overrides or {}), overrides or {})
         say = get_run_logger().info
-        among = devices(parameters)
-        with turn(say), hold(needed(parameters, among), among, say) as held:
-            edit.apply(PARAMETERS, overrides or {})
-            return bring_up_to_date(graph, order, forced, environment(held))
+        with turn(say):
+            parameters = edit.check(PARAMETERS, overrides or {})  # again: another flow may have written the file
+            among = devices(parameters)
+            with hold(needed(parameters, among), among, say) as held:
+                edit.apply(PARAMETERS, overrides or {})
+                return bring_up_to_date(graph, order, forced, environment(held))
     except (UserError, RepositoryError) as error:
         return Failed(message=str(error))
 

@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
@@ -23,6 +24,8 @@ from flows import command
 # Without --wait-for-lock, a stage that has finished is reported as failed if another DVC process holds the lock.
 DVC = [sys.executable, "-m", "dvc", "--wait-for-lock"]
 _LINES_KEPT = 200
+# Lines after a stage's own error.
+_NO_REASON = ("ERROR: failed to reproduce", "(details: ", "(earlier outputs: ")
 _BUSY_SECONDS = 2.0  # between two tries while another DVC process is in the way
 # DVC's advice about git after every run; noise in a flow's log.
 _ADVICE = (
@@ -66,12 +69,17 @@ def ask(*arguments: str, folder: Path = Path()) -> str:
 
 
 def act(
-    *arguments: str, line: Callable[[str], None], folder: Path = Path(), variables: Mapping[str, str] | None = None
+    *arguments: str,
+    line: Callable[[str], None],
+    folder: Path = Path(),
+    variables: Mapping[str, str] | None = None,
+    stopped: threading.Event | None = None,
 ) -> None:
     """Run a DVC command in `folder` and pass each line of its output to `line` immediately.
 
     While another DVC process works on the same files, it is tried again, without a limit of time: trainings last days.
-    `variables`: of the environment, beside the present ones. Raises RepositoryError.
+    `variables`: of the environment, beside the present ones. Raises RepositoryError; StoppedError if `stopped` is set
+    before a try begins.
     """
     settings = {**environment(), **(variables or {})}
     said = ""
@@ -83,7 +91,7 @@ def act(
                 kept.append(text)
                 line(text)
 
-        if not command.stream([*DVC, *arguments], line=keep, environment=settings, folder=folder):
+        if not command.stream([*DVC, *arguments], line=keep, environment=settings, folder=folder, stopped=stopped):
             return
         error = failure(kept)
         if not _passes(error, folder):
@@ -115,7 +123,7 @@ def failure(lines: Iterable[str]) -> RepositoryError:
     if "failed to run: " in said:
         starts = [i for i, text in enumerate(lines) if text.startswith("> ")]
         own = lines[starts[-1] + 1 :] if starts else lines
-        own = [text for text in own if not text.startswith(("ERROR: failed to reproduce", "(details: "))]
+        own = [text for text in own if not text.startswith(_NO_REASON)]
         said = own[-1] if own else said
     return RepositoryError(said)
 

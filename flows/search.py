@@ -33,6 +33,7 @@ from ear.config import edit
 from ear.config.edit import PARAMETERS
 from ear.errors import UserError
 from flows import experiments, readiness, repository
+from flows.artifacts import only_shown
 from flows.experiments import Snapshot, experiment_name
 from flows.program import report
 from flows.repository import RepositoryError
@@ -107,7 +108,8 @@ def search(
     except (UserError, RepositoryError) as error:
         return Failed(message=str(error))
     rows = [{"experiment": t.user_attrs["experiment"], **t.user_attrs["values"], metric: t.value} for t in _done(study)]
-    create_table_artifact(key="search", table=rows, description=f"{metric} of every trial")
+    with only_shown():
+        create_table_artifact(key="search", table=rows, description=f"{metric} of every trial")
     if not rows:
         return Failed(message=f"none of {failures} trials succeeded; the log above says why")
     best = study.best_trial
@@ -193,13 +195,13 @@ def _typed(choice: Range | list[Any], example: Any) -> Range | list[Any]:
 
 
 def _others(parameters: config.Parameters, space: Mapping[str, Any]) -> dict[str, Any]:
-    """The parameters that the search does not choose."""
+    """The parameters that the search does not choose and that can change a result."""
     sections = parameters.model_dump(mode="json")
     return {
         f"{section}.{name}": value
         for section, values in sections.items()
         for name, value in values.items()
-        if f"{section}.{name}" not in space
+        if section != "runtime" and f"{section}.{name}" not in space
     }
 
 

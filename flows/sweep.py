@@ -45,8 +45,9 @@ from ear.config.edit import PARAMETERS
 from ear.errors import UserError
 from ear.files.atomic import whole_file
 from flows import command, experiments, readiness, repository
-from flows.artifacts import metric_rows
-from flows.devices import StoppedError, devices, needed
+from flows.artifacts import metric_rows, only_shown
+from flows.command import StoppedError
+from flows.devices import devices, needed
 from flows.experiments import Snapshot, experiment_name
 from flows.program import report
 from flows.repository import RepositoryError
@@ -100,7 +101,8 @@ def sweep(
         rows = compare(runs, metric, maximize, jobs, lambda rows: write(rows, list(parameters), metric, Path(output)))
     except (UserError, RepositoryError) as error:
         return Failed(message=str(error))
-    create_table_artifact(key="sweep", table=rows, description=f"{metric} by {', '.join(parameters)}")
+    with only_shown():
+        create_table_artifact(key="sweep", table=rows, description=f"{metric} by {', '.join(parameters)}")
     return summary(rows, metric, output)
 
 
@@ -176,12 +178,13 @@ def run_all(runs: Mapping[str, Mapping[str, Any]], snapshot: Snapshot, jobs: int
                 name = _next(waiting, running, runs)
                 waiting.remove(name)
                 running[name] = run_experiment.submit(name, dict(runs[name]), snapshot, among, stopped)
-            for name in [name for name, future in running.items() if future.state.is_final()]:
+            # Not `future.state`, which asks the server: an outage of it must not end the runs.
+            for name in [name for name, future in running.items() if future.wrapped_future.done()]:
+                running[name].wait()
                 yield name, running.pop(name).state
             time.sleep(_POLL_SECONDS)
     finally:
-        stopped.set()  # for those that still wait for a device
-        command.stop_all()
+        command.stop_all(stopped)
 
 
 def _next(waiting: Sequence[str], running: Collection[str], runs: Mapping[str, Mapping[str, Any]]) -> str:

@@ -23,7 +23,7 @@ from ear.display.trackers import Start, opened
 from ear.errors import UserError
 from ear.files.json_files import write_json
 from ear.lineage.declaration import locked
-from ear.lineage.run import Run
+from ear.lineage.run import Run, unfinished
 from ear.runtime import distributed
 
 LOGS = Path("work/logs")
@@ -115,7 +115,8 @@ def live(stage: str, parameters: Any, scratch: Path, more: Callable[[dict], dict
     if not distributed.is_main():
         return Live(more=more)
     names, run, values = parameters.runtime.trackers, f"{stage}-{scratch.name}", plain(parameters)
-    trackers = lambda images: opened(names, Start(run, scratch, values, images))  # noqa: E731
+    shared = unfinished(stage).parent
+    trackers = lambda images: opened(names, Start(run, scratch, shared, values, images))  # noqa: E731
     return Live(FOLDER / stage, key=scratch.name, more=more, trackers=trackers)
 
 
@@ -167,7 +168,7 @@ def _sentence(error: BaseException) -> str:
         return f"the GPU's memory is full; lower the stage's batch, one of {', '.join(_SIZES)}."
     if isinstance(error, OSError) and error.strerror and not isinstance(error, UserError):
         where = f"{error.filename}: " if error.filename else ""
-        return f"{where}{error.strerror}; run the stage again when this is mended, and it resumes."
+        return f"{where}{error.strerror}; fix this and run the stage again: it resumes."
     return " ".join(str(error).split()) or type(error).__name__
 
 

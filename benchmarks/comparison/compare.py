@@ -53,7 +53,7 @@ from ear.errors import UserError
 from ear.files.atomic import whole_file
 from ear.files.json_files import read_json, write_json
 from flows import command, experiments, repository
-from flows.artifacts import GRID
+from flows.artifacts import GRID, only_shown
 from flows.devices import devices, hold
 from flows.experiments import Snapshot
 from flows.program import report
@@ -316,7 +316,8 @@ def publish(part: Part, snapshot: Snapshot, results: Mapping[str, Any], folder: 
     text = page.page(name, results)
     with whole_file(folder / f"{name}.md") as partial:
         partial.write_text(text)
-    create_markdown_artifact(key=name, markdown=text, description=page.TITLES[name])
+    with only_shown():
+        create_markdown_artifact(key=name, markdown=text, description=page.TITLES[name])
 
 
 def main() -> int:

@@ -7,6 +7,7 @@ them again.
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,11 @@ from typing import Any
 from ear.display.progress import Progress
 from ear.errors import UserError
 from ear.files.atomic import remove
-from ear.files.digests import files_under
+from ear.files.digests import code_digest, files_under, sha256
 from ear.lineage.cache import cache_folder, listed_files, stored
 from ear.lineage.declaration import Declaration, declarations, locked
 from ear.lineage.record import Record, difference
+from ear.runtime.cores import cores
 from ear.runtime.versions import versions
 
 _BLOCK = 1 << 20  # bytes
@@ -53,7 +55,7 @@ def run(*, repair: bool) -> tuple[list[str], bool]:
     found = _digests(stages)
     records = {entry.stage: record for entry in stages if (record := _record(entry, lock[entry.stage], found))}
     problems = [problem for entry in stages for problem in _problems(entry, lock[entry.stage], records, found)]
-    lines = [f"{problem.stage}: {problem.what}" for problem in problems] + _notes(records)
+    lines = [f"{problem.stage}: {problem.what}" for problem in problems] + _notes(stages, records, lock)
     damaged = [problem.damaged for problem in problems if problem.damaged]
     if repair and damaged:
         deleted = _repair(damaged, lock, cache_folder())
@@ -86,9 +88,9 @@ def _digests(stages: Iterable[Declaration]) -> dict[str, Digests]:
     """The digests of every file of every output, by path."""
     files = [file for entry in stages for output in entry.outputs for file in files_under(output)]
     found = {}
-    with Progress("verifying", len(files), unit="file") as progress:
-        for file in files:
-            found[file.as_posix()] = _digest(file)
+    with Progress("verifying", len(files), unit="file") as progress, ThreadPoolExecutor(cores()) as pool:
+        for file, digests in zip(files, pool.map(_digest, files), strict=True):
+            found[file.as_posix()] = digests
             progress.advance(1)
     return found
 
@@ -123,6 +125,9 @@ def _problems(
         makers = [other for other in records.values() if name in other.outputs]
         if makers and makers[0].outputs[name] != digest:
             yield Problem(entry.stage, f"it read another {name} than the {makers[0].stage} stage has written now")
+        elif not makers and Path(name).is_file() and sha256(name) != digest:  # named by a parameter: no stage writes it
+            fix = f"put that file back, or read this one with `dvc repro --force {entry.stage}`"
+            yield Problem(entry.stage, f"{name} is not the file that it read; {fix}")
 
 
 def _of_outputs(entry: Declaration, record: Record, found: Mapping[str, Digests]) -> Iterator[Problem]:
@@ -147,15 +152,33 @@ def _md5(path: str, found: Mapping[str, Digests]) -> str:
     return hashlib.md5(listing.encode(), usedforsecurity=False).hexdigest() + ".dir"
 
 
-def _notes(records: Mapping[str, Record]) -> list[str]:
-    """What is no disagreement but worth knowing: other libraries, and work continued under other code."""
+def _notes(stages: Iterable[Declaration], records: Mapping[str, Record], lock: Mapping[str, Any]) -> list[str]:
+    """What is no disagreement but worth knowing: other libraries, and other code than dvc.lock says."""
     lines = []
-    for stage, record in records.items():
+    for entry in stages:
+        stage, record = entry.stage, records.get(entry.stage)
+        if record is None:
+            continue
+        if others := _other_code(entry, record, lock[stage]):
+            lines.append(f"note: dvc.lock lists {', '.join(others)} as they are now, but {stage} ran with others")
         if differing := difference(record.libraries, versions()):
             lines.append(f"note: {stage} ran with other libraries than are installed now ({differing})")
         if record.earlier_code:
             lines.append(f"note: {stage} was begun under other code and continued (runtime.other_code)")
     return lines
+
+
+def _other_code(entry: Declaration, record: Record, locked_entry: Mapping[str, Any]) -> list[str]:
+    """Code that dvc.lock lists as it is, though the stage ran with another: edited just before DVC looked at it."""
+    listed = {item["path"]: item["md5"] for item in locked_entry.get("deps", [])}
+    present = [path for path in entry.code if listed.get(path.as_posix()) == _md5_of_code(path)]
+    return [path.as_posix() for path in present if record.code.get(path.as_posix()) != code_digest(path)]
+
+
+def _md5_of_code(path: Path) -> str:
+    """The MD5 that dvc.lock has of a Python file or of a package."""
+    found = {file.as_posix(): _digest(file) for file in files_under(path) if "__pycache__" not in file.parts}
+    return _md5(path.as_posix(), found)
 
 
 def _repair(damaged: Iterable[Path], lock: Mapping[str, Any], cache: Path) -> list[Path]:

@@ -104,12 +104,16 @@ def check_train(train: Train, runtime: Runtime) -> None:
 
 
 def check_guidance(model: Model, sample: Sample) -> None:
-    """The interval of guidance must not be empty, and guidance needs a null class that a training has seen."""
+    """Guidance needs a null class that a training has seen."""
     if sample.guidance != 1 and not model.label_dropout:
         raise UserError(
             f"sample.guidance is {sample.guidance:g}, but model.label_dropout is 0, so no training would see the null "
             "class; set sample.guidance to 1, or model.label_dropout above 0 (as published weights were trained: 0.1)."
         )
+
+
+def check_interval(sample: Sample) -> None:
+    """The interval of guidance must not be empty."""
     if sample.guidance_from >= sample.guidance_to:
         raise UserError(
             f"sample.guidance_from is {sample.guidance_from:g}, but must be below sample.guidance_to, "

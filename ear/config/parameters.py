@@ -54,6 +54,7 @@ class Parameters(Section):
         self.score.check()
         checks.check_data(self.data)
         checks.check_guidance(self.model, self.sample)
+        checks.check_interval(self.sample)
         checks.check_evaluation(self.sample, self.reference, self.evaluate)
         return self
 

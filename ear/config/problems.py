@@ -32,7 +32,7 @@ def _sentence(found: Mapping[str, Any], model: type[BaseModel]) -> str:
     if kind == "extra_forbidden":
         return f"{key} is not a known key; {_moved(key) or _hint(location, model)}"
     if kind == "missing":
-        return f"{key} is missing; add it, or write the file again with `ear configure`."
+        return f"{key} is missing; `ear configure --upgrade` adds it."
     if kind == "value_error":
         return str(found["ctx"]["error"])
     if kind in ("too_short", "string_too_short"):

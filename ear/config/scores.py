@@ -48,7 +48,9 @@ class Energy(SampleBased):
     """Options of the energy score."""
 
     alpha: float = Field(description="exponent of the distance, strictly between 0 and 2", gt=0, lt=2)
-    smoothing: float = Field(description="distances are smoothed below this length; 1e-6, or 1e-2 for alpha < 1", gt=0)
+    smoothing: float = Field(
+        description="distances are smoothed below this length; 1e-6, or 1e-2 for alpha < 1", ge=1e-12
+    )
 
 
 class Kernel(SampleBased):

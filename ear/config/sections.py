@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
+_LARGEST_SEED = 2**32 - 1  # of NumPy's generators, which torch-fidelity uses
 _DIFFUSION_STEPS = 1000  # ear.scores.hyvarinen.TRAINING_STEPS, which cannot be imported without torch
 # Keys of earlier versions => what they are called now.
 MOVED = {"score.sampling_steps": "sample.denoising_steps", "score.denoised_limit": "sample.denoised_limit"}
@@ -77,7 +78,7 @@ class Tokenizer(Section):
     )
     layers: int = Field(description="kl: residual blocks per level", ge=1)
     kl_weight: float = Field(
-        description="kl: weight of the KL term per image, relative to the mean absolute error", ge=0
+        description="kl: weight of the KL term of an image relative to its absolute error, both summed", ge=0
     )
     perceptual_weight: float = Field(
         description="kl: weight of LPIPS relative to the mean absolute error; 0: off", ge=0
@@ -200,12 +201,12 @@ class Sample(Section):
         le=_DIFFUSION_STEPS,
     )
     denoised_limit: float = Field(
-        description="hyvarinen: clamp of predicted tokens, in standard deviations; 0: off", ge=0
+        description="hyvarinen: clamp of predicted tokens, in standard deviations of all latents; 0: off", ge=0
     )
     precision: Precision = Field(description="float32; on CUDA also tfloat32 or bfloat16 (autocast, float32 tokens)")
     decoder_precision: Precision = Field(description="of the tokenizer's decoder; as precision")
     batch_size: int = Field(description="images generated per batch; changes results slightly (rounding)", ge=1)
-    seed: int = Field(description="image k is drawn from its own random stream (seed, k)", ge=0)
+    seed: int = Field(description="image k is drawn from its own random stream (seed, k)", ge=0, lt=2**63)
 
 
 class Reference(Section):
@@ -216,10 +217,13 @@ class Reference(Section):
     )
     weights: str = Field(description="inception: weights file; empty: torch-fidelity downloads it")
     statistics: str = Field(description="inception: npz with mu and sigma, instead of the training images; empty: none")
-    batch_size: int = Field(description="images per forward pass; changes results slightly (rounding)", ge=1)
+    batch_size: int = Field(
+        description="images per forward pass; classifier: also per training step, so another one has other features",
+        ge=1,
+    )
     images: int = Field(description="classifier: training images, counted with repetition", ge=1)
     learning_rate: float = Field(description="classifier: peak rate of AdamW, cosine decay", gt=0)
-    seed: int = Field(description="classifier: seed of weights and data order", ge=0)
+    seed: int = Field(description="classifier: seed of weights and data order", ge=0, le=_LARGEST_SEED)
 
 
 class Evaluate(Section):
@@ -231,7 +235,7 @@ class Evaluate(Section):
     )
     kid_subset_size: int = Field(description="KID: images per subset; at most the number of images", ge=2)
     neighborhood: int = Field(description="precision and recall: k of the k-nearest-neighbour manifolds", ge=1)
-    seed: int = Field(description="seed of KID's subsets and Inception score's splits", ge=0)
+    seed: int = Field(description="seed of KID's subsets and Inception score's splits", ge=0, le=_LARGEST_SEED)
 
 
 class Runtime(Section):

@@ -34,8 +34,9 @@ class Start:
 
     run: str  # name
     folder: Path  # of the unfinished training, where the ids of runs are kept
+    work: Path  # folder that all copies of the repository share
     parameters: Mapping[str, Any]  # plain values, by section
-    images: int  # after which this sitting begins
+    images: int  # after which this run starts
 
 
 def opened(names: Iterable[str], start: Start) -> list[Tracker]:
@@ -67,7 +68,7 @@ class _Careful:
             yield
         except Exception as error:  # a tracker can fail in any way
             reason = " ".join(f"{type(error).__name__}: {error}".split())
-            print(f"note: {self._name} shows no more of this training ({reason})", flush=True)
+            print(f"note: {self._name} has failed and is off for the rest of this training ({reason})", flush=True)
             self._tracker = None
 
 
@@ -77,7 +78,7 @@ class _TensorBoard:
     def __init__(self, start: Start):
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = SummaryWriter(f"work/tensorboard/{start.run}", purge_step=start.images + 1)
+        self._writer = SummaryWriter(str(start.work / "tensorboard" / start.run), purge_step=start.images + 1)
         self._writer.add_text("parameters", f"```\n{start.parameters}\n```")
 
     def log(self, table: str, row: Row) -> None:
@@ -95,7 +96,7 @@ class _MLflow:
     def __init__(self, start: Start):
         import mlflow
 
-        os.environ.setdefault("MLFLOW_TRACKING_URI", "sqlite:///work/mlflow.db")
+        os.environ.setdefault("MLFLOW_TRACKING_URI", f"sqlite:///{start.work}/mlflow.db")
         mlflow.set_experiment("ear")
         known = _read_id(start.folder, "mlflow")
         self._mlflow, active = mlflow, mlflow.start_run(run_id=known, run_name=None if known else start.run)
@@ -123,7 +124,7 @@ class _Wandb:
             name=start.run,
             id=known,
             resume="allow",
-            dir="work",
+            dir=start.work,
             config=dict(start.parameters),
             reinit=True,
         )

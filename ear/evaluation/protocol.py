@@ -17,7 +17,7 @@ from ear.evaluation.reference import Reference
 PUBLISHED_IMAGES = 50_000  # generated images behind a published FID
 PUBLISHED_CLASSES = 1_000  # of ImageNet
 PUBLISHED_STATISTICS = {256: "VIRTUAL_imagenet256_labeled.npz", 512: "VIRTUAL_imagenet512.npz"}  # by image size
-_PIXELS = "uint8, decoded in float32, never through a lossy file; real ones by ADM's centre crop"
+_PIXELS = "uint8, decoded in {}, never through a lossy file; real ones by ADM's centre crop"
 
 
 def describe(
@@ -38,7 +38,7 @@ def describe(
         "images": len(labels[0]),
         "blocks": len(labels),
         "images_per_class": {"least": int(np.min(per_class)), "most": int(np.max(per_class))},
-        "pixels": _PIXELS,
+        "pixels": _PIXELS.format(sampling["decoder_precision"]),
         "sampling": {name: value for name, value in sampling.items() if name != "classes"},
         "extractor": {
             "name": extractor.name,

@@ -17,7 +17,7 @@ from ear.files.digests import sha256
 from ear.files.reading import reading
 from ear.files.tensors import read_tensors, write_tensors
 
-_DESCRIBED = ("extractor_sha256", "image_size", "classes")
+_DESCRIBED = ("name", "images", "statistics_sha256", "extractor_sha256", "image_size", "classes")
 REFERENCE_ROWS = 10_000  # real images behind precision, recall and kernel distance, as in ADM's ImageNet reference
 
 

@@ -263,12 +263,8 @@ def _write_remotely(
     device: str,
 ) -> list[float]:
     """`write_piece` in a worker of a cluster."""
-    encoder = Encoder(
-        _tokenizer(cluster.tokenizer, fingerprint).to(device),
-        fingerprint,
-        batch_size,
-        prepare_device(device, cluster.threads),
-    )
+    place = prepare_device(device, cluster.threads)
+    encoder = Encoder(_tokenizer(cluster.tokenizer, fingerprint).to(place), fingerprint, batch_size, place)
     return write_piece(piece, _images(prepared, index)[piece.split], encoder, scratch)
 
 

@@ -66,7 +66,7 @@ class Run:
         remove(self._staging)  # of a killed run
         self._leaving.callback(remove, self._staging)
         self._code = self._code_now()
-        inputs = Inputs([*self.declared.inputs, *files], *published(declared.values()), unread=unread)
+        inputs = Inputs([*self.declared.inputs, *files], *published(self._makers(declared)), unread=unread)
         self._leaving.callback(inputs.close)
         self._inputs = inputs
 
@@ -75,6 +75,18 @@ class Run:
 
     def __exit__(self, *_: object) -> None:
         self._leaving.close()
+
+    def _makers(self, declared: Mapping[str, Declaration]) -> list[Declaration]:
+        """The stages that wrote its inputs; a damaged record of any other must not stop it."""
+        return [
+            entry
+            for entry in declared.values()
+            if any(
+                made.is_relative_to(read) or read.is_relative_to(made)
+                for made in entry.outputs
+                for read in self.declared.inputs
+            )
+        ]
 
     @property
     def _staging(self) -> Path:
@@ -205,15 +217,14 @@ class Run:
         absent = [str(path) for path in made if not self.output(path).exists()]
         if absent:
             raise RuntimeError(f"the {self.declared.stage} stage has not written {', '.join(absent)}")
-        inputs = self._inputs.digests()
-        self._check_unchanged()
-        outputs = self._output_digests(made)
+        inputs, outputs = self._inputs.digests(), self._output_digests(made)
         record = Record(
             self.declared.stage, self._began, self._code, versions(), inputs, outputs, earlier_code=self._earlier_code
         )
         record.write(self.output(self.declared.record))
         if self._scratch:
             write_json(_beside(self._scratch, _DONE), {"md5": _md5(self.output(self.declared.record))})
+        self._check_unchanged()  # last: digests of large outputs take minutes
         for path in [*made, self.declared.record]:
             replace(self.output(path), path)
 

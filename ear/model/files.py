@@ -12,6 +12,7 @@ from ear.model.masked import MaskedModel
 from ear.model.shape import Shape
 
 FORMAT = "ear-model-1"
+FILE = "model.safetensors"  # in the folder of a training stage
 _CHOICES = ("averaged", "averaged_long", "weights")  # sets of weights in a checkpoint
 _MODELS: dict[str, type[MaskedModel] | type[CausalModel]] = {"bidirectional": MaskedModel, "causal": CausalModel}
 
@@ -34,9 +35,11 @@ def save_model(path: str | Path, model: AutoregressiveModel, latents: dict) -> N
 def load_model(path: str | Path, weights: str | None = None) -> tuple[AutoregressiveModel, dict]:
     """(model in eval mode, description) of a file written by `save_model`, or of a checkpoint of a training.
 
+    path: the file, or the folder that a training stage wrote.
     weights: which of a checkpoint's; averaged (default), averaged_long, or weights, those that are trained.
     Raises MissingFileError; UserError for another format, other `weights`, or tensors that do not fit the shape.
     """
+    path = Path(path) / FILE if Path(path).is_dir() else path
     description = read_description(path)
     part = ""
     if about := description.get("about"):

@@ -119,6 +119,8 @@ def load_into(
 def save_published(model: AutoregressiveModel, path: str | Path) -> None:
     """Write the weights as a published checkpoint (entries `model` and `model_ema` are equal).
 
+    The file cannot hold the statistics that normalise latents: published code multiplies latents by 0.2325, so it draws
+    right images only with a model that was trained so (`train.weights`).
     Raises UserError for a model that such a file cannot hold: of another score or noise, or causal.
     """
     named = published_tensors(model)

@@ -13,11 +13,12 @@ from ear.display.live import Live
 from ear.files.atomic import link, whole_folder
 from ear.files.json_files import rounded, write_json
 from ear.files.tables import write_table
+from ear.files.tensors import write_tensors
 from ear.latents.batches import latent_batches
 from ear.latents.statistics import Statistics, normalised
 from ear.latents.store import LatentStore
 from ear.model.autoregressive import AutoregressiveModel
-from ear.model.files import build_model, describe, save_model
+from ear.model.files import FILE, describe
 from ear.model.monitoring import Monitor
 from ear.model.tokens import patchify
 from ear.runtime import distributed, randomness
@@ -91,7 +92,7 @@ class Phase:
         mirror: bool,  # also train on mirror images
         device: torch.device,
         runtime: config.Runtime,
-        check: Callable[[], None] | None = None,  # called now and then; it can only raise
+        check: Callable[[], None] | None = None,  # called now and then; raises to stop the training
         statistics: Statistics | None = None,  # that normalise the latents; default: their own
     ):
         keys = ("train.global_batch_size", "train.micro_batch_size")
@@ -101,8 +102,8 @@ class Phase:
         self.runtime, self.check = runtime, check
         self.seed = randomness.derive(options.seed, settings.name)
         self.statistics = statistics or store.statistics
-        self.latents = {"statistics": self.statistics.as_dict(), "tokenizer": store.tokenizer}
-        self.about = describe(model, self.latents)
+        latents = {"statistics": self.statistics.as_dict(), "tokenizer": store.tokenizer}
+        self.about = describe(model, latents)
         self.batch_loss = BatchLoss(self.statistics, self.seed, options.precision, device)
         tokens = training_tokens(model, store, self.seed, self.statistics, _REFERENCE_IMAGES)
         self.monitor = Monitor(model, tokens, device)
@@ -214,21 +215,18 @@ class Phase:
 
         state_from: folder of the checkpoints, of which the last becomes the training state of a following phase.
         """
-        averaged = self.trainer.average.module
-        weights = host_copies(averaged.state_dict())
+        weights, history = host_copies(self.trainer.average.module.state_dict()), self.trainer.history
         if not distributed.is_main():
             return
-        history, model = self.trainer.history, build_model(averaged.shape)
-        model.load_state_dict(weights)
         with whole_folder(target) as folder:
-            save_model(folder / "model.safetensors", model, self.latents)
+            write_tensors(folder / FILE, weights, self.about)
             if state_from:
                 link(checkpoint.at(state_from, self.trainer.images), folder / "state.safetensors")
             write_table(folder / "training.tsv", history.training)
             write_table(folder / "validation.tsv", history.validation)
             metrics = {
                 "images": self.trainer.images,
-                "parameters": sum(p.numel() for p in model.parameters()),
+                "parameters": sum(p.numel() for p in self.trainer.module.parameters()),
                 "training_loss": history.training[-1]["loss"],
                 "validation_loss": history.validation[-1]["loss"],
                 "validation_loss_averaged": history.validation[-1]["averaged_loss"],

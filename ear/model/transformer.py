@@ -56,6 +56,7 @@ class Attention(nn.Module):
             weights, biases = (part.split((x.shape[-1], 2 * x.shape[-1])) for part in (self.qkv.weight, self.qkv.bias))
             (q,) = self._split(F.linear(pick(x, wanted), weights[0], biases[0]), 1)
             k, v = self._split(F.linear(x, weights[1], biases[1]), 2)
+        assert wanted is None or not self.causal  # the mask of causal attention is of all positions
         if cache is not None:
             # A single new position attends to all earlier ones and needs no mask; several must be the first positions.
             assert self.causal

@@ -41,8 +41,8 @@ def rank() -> int:
 
 
 def local_rank() -> int:
-    """Rank of this process on its machine; selects its device."""
-    return int(os.environ.get("LOCAL_RANK", "0"))
+    """Rank of this process on its machine, which selects its device; 0 as `rank` is."""
+    return int(os.environ.get("LOCAL_RANK", "0")) if launched() else 0
 
 
 def is_main() -> bool:

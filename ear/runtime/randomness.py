@@ -90,7 +90,7 @@ def choose(logits: torch.Tensor, source: Stream) -> torch.Tensor:
     """Logits [N, K] => one index per row, int64 [N], with probability softmax(logits), from one uniform number."""
     threshold = uniform((len(logits), 1), source, logits.device)
     cumulative = logits.softmax(-1).cumsum(-1)
-    return (cumulative < threshold * cumulative[:, -1:]).sum(-1)
+    return (cumulative <= threshold * cumulative[:, -1:]).sum(-1)
 
 
 def seed_dropout(seed: int, position: int) -> None:

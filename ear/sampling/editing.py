@@ -16,7 +16,7 @@ from ear.errors import UserError
 from ear.latents.statistics import normalised
 from ear.runtime.device import precise
 from ear.runtime.randomness import image_streams, normal
-from ear.sampling.generation import MODEL, TOKENIZER, ImageSampler
+from ear.sampling.generation import MODEL, TOKENIZER, ImageSampler, check_batch_size
 from ear.sampling.sampler import sample
 from ear.sampling.settings import SamplingOptions, SamplingSettings
 
@@ -72,6 +72,7 @@ def masked_tokens(mask: np.ndarray, pixels: int) -> np.ndarray:
 
 def _equal_counts(drawn: np.ndarray, batch_size: int) -> Iterator[np.ndarray]:
     """Yield batches of image numbers with equally many masked tokens, as sampling needs them."""
+    check_batch_size(batch_size)
     counts = drawn.sum(axis=1)
     for count in np.unique(counts):
         numbers = np.flatnonzero(counts == count)

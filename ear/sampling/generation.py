@@ -33,8 +33,7 @@ def load(path: str | Path, weights: str | None = None) -> AutoregressiveModel:
     weights: which of a checkpoint's; averaged (default), averaged_long, or weights, those that are trained.
     Raises MissingFileError or UserError.
     """
-    path = Path(path)
-    return load_model(path / "model.safetensors" if path.is_dir() else path, weights)[0]
+    return load_model(path, weights)[0]
 
 
 class ImageSampler:
@@ -141,9 +140,16 @@ class ImageSampler:
 
 
 def batches(labels: Sequence[int], batch_size: int) -> Iterator[tuple[int, Sequence[int]]]:
-    """Yield (number of the first image, labels) for each batch."""
+    """Yield (number of the first image, labels) for each batch. Raises UserError for a batch without images."""
+    check_batch_size(batch_size)
     for first in range(0, len(labels), batch_size):
         yield first, labels[first : first + batch_size]
+
+
+def check_batch_size(batch_size: int) -> None:
+    """Raise UserError for a batch without images."""
+    if batch_size < 1:
+        raise UserError(f"batch_size is {batch_size}, but must be at least 1.")
 
 
 def balanced_labels(count: int, classes: int) -> list[int]:

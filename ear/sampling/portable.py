@@ -49,7 +49,7 @@ class Pipeline(ModelHubMixin):
         return self.sampler.model.shape.classes
 
     def settings(self, seed: int = 0, **changes: Unpack[SamplingOptions]) -> SamplingSettings:
-        """The sampling behind the metrics, with these changes."""
+        """The sampling behind the metrics, with these changes; in float32 unless they say otherwise."""
         return SamplingSettings(**{**self.sampling, **changes}, seed=seed)
 
     def generate(

@@ -1,17 +1,16 @@
 """Settings of sampling, passed as one object from the sample stage or `ear.generate` to the sampler."""
 
-from dataclasses import dataclass, fields
-from typing import TypedDict, get_args
+from dataclasses import asdict, dataclass, fields
+from typing import TypedDict
+
+import numpy as np
+from pydantic import ValidationError
 
 from ear import config
+from ear.config.checks import check_interval
+from ear.config.problems import first_problem
 from ear.errors import UserError
-from ear.scores.hyvarinen import TRAINING_STEPS
 from ear.scores.score import DENOISING, Denoising
-
-_ALLOWED = {
-    name: get_args(config.Sample.model_fields[name].annotation)
-    for name in ("schedule", "precision", "decoder_precision")
-}
 
 
 class SamplingOptions(TypedDict, total=False):
@@ -46,21 +45,12 @@ class SamplingSettings:
     decoder_precision: str = "float32"  # of the tokenizer's decoder
 
     def __post_init__(self):
-        if self.steps < 1:
-            raise UserError(f"steps is {self.steps}, but must be at least 1.")
-        if not 1 <= self.denoising_steps <= TRAINING_STEPS:
-            raise UserError(f"denoising_steps is {self.denoising_steps}, but must be from 1 to {TRAINING_STEPS}.")
-        for name in ("guidance", "temperature", "denoised_limit"):
-            if not getattr(self, name) >= 0:
-                raise UserError(f"{name} is {getattr(self, name)}, but must be at least 0.")
-        for name, allowed in _ALLOWED.items():
-            if getattr(self, name) not in allowed:
-                raise UserError(f"{name} is {getattr(self, name)!r}, but must be {' or '.join(map(repr, allowed))}.")
-        if not 0 <= self.guidance_from < self.guidance_to <= 1:
-            raise UserError(
-                f"guidance_from is {self.guidance_from} and guidance_to {self.guidance_to}, but they must be shares of "
-                "the tokens, from 0 to 1, the first one smaller."
-            )
+        try:
+            values = {name: v.item() if isinstance(v, np.generic) else v for name, v in asdict(self).items()}
+            options = config.Sample.model_validate({"count": 1, "batch_size": 1, **values})
+        except ValidationError as error:
+            raise UserError(first_problem(error, config.Sample)) from error
+        check_interval(options)
 
     @classmethod
     def of(cls, options: config.Sample) -> "SamplingSettings":

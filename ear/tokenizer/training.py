@@ -29,7 +29,7 @@ _CLIP_NORM = 1.0
 class Objective:
     """The loss of batches of uint8 images; its noise is a function of (seed, purpose, position).
 
-    precision: of the autoencoder: float32, tfloat32 or bfloat16. The loss itself is computed in float32.
+    precision: of the autoencoder: float32, tfloat32 or bfloat16. The loss itself has float32, or tfloat32 with that.
     """
 
     def __init__(self, loss: AutoencoderLoss, *, seed: int, device: torch.device, precision: str = "float32"):

@@ -83,7 +83,9 @@ def logged(tmp_path, *names: str) -> None:
     for done, rows in ((0, (64, 128)), (64, (128, 192))):
 
         def start(images: int):
-            return opened(names, Start("train-1", tmp_path, {"train": {"rate": 0.1}, "mirror": True}, images))
+            return opened(
+                names, Start("train-1", tmp_path, tmp_path / "work", {"train": {"rate": 0.1}, "mirror": True}, images)
+            )
 
         shown = Live(tmp_path / "live", key="1", trackers=start)
         shown.begin(done, {}, (done, done))
@@ -151,10 +153,10 @@ def test_a_tracker_that_fails_is_told_once_and_ends_nothing(tmp_path, monkeypatc
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("WANDB_MODE", raising=False)
     monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=start))
-    (tracker,) = opened(["wandb"], Start("train-1", tmp_path, {}, 0))
+    (tracker,) = opened(["wandb"], Start("train-1", tmp_path, tmp_path / "work", {}, 0))
     tracker.log("training", ROW)
     tracker.log("training", ROW)
     tracker.close()
     told = capsys.readouterr().out
-    assert told == "note: wandb shows no more of this training (ConnectionError: no route)\n"
+    assert told == "note: wandb has failed and is off for the rest of this training (ConnectionError: no route)\n"
     assert read_rows(tmp_path / TRAINING) == []

@@ -243,7 +243,8 @@ def test_reasons_name_parameters_code_inputs_and_outputs():
 
 
 def test_a_failure_is_the_last_line_of_the_stage():
-    ran = ["Running stage 'b':", "> python b.py", "step 1", "b: broken; mend it.", "(details: work/logs/b.log)"]
+    said = ["b: broken; mend it.", "(details: work/logs/b.log)", "(earlier outputs: `dvc checkout b`, and `git ...`)"]
+    ran = ["Running stage 'b':", "> python b.py", "step 1", *said]
     end = "ERROR: failed to reproduce 'b': failed to run: python b.py, exited with 1"
     assert str(repository.failure([*ran, end])) == "b: broken; mend it."
     assert str(repository.failure(["> python b.py", end])) == end.removeprefix("ERROR: ")

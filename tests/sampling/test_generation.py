@@ -70,14 +70,24 @@ def test_class_names_are_told_from_class_numbers(tmp_path):
     ("changes", "message"),
     [
         ({"temperature": -1.0}, r"temperature is -1\.0, but must be at least 0"),
-        ({"guidance": float("nan")}, "guidance is nan, but must be at least 0"),
+        ({"guidance": float("nan")}, "guidance is nan, but must be a number"),
+        ({"steps": 8.0}, r"steps is 8\.0, but must be a whole number"),
         ({"schedule": "cosine"}, "schedule is 'cosine', but must be 'linear' or 'constant'"),
-        ({"precision": "bf16"}, "precision is 'bf16', but must be 'float32' or "),
+        ({"precision": "bf16"}, "precision is 'bf16', but must be 'float32', 'tfloat32' or 'bfloat16'"),
     ],
 )
 def test_settings_that_params_yaml_would_refuse_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         SamplingSettings(**changes)
+
+
+def test_a_batch_has_images(data):
+    with pytest.raises(ValueError, match=r"^batch_size is 0, but must be at least 1\.$"):
+        ear.generate(data, [0], batch_size=0)
+
+
+def test_settings_may_be_numpy_numbers():
+    assert SamplingSettings(steps=np.int64(4), guidance=np.float32(2)).steps == 4
 
 
 @pytest.mark.parametrize("labels", [[], np.zeros(0, dtype=int)])

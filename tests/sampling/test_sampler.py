@@ -113,9 +113,17 @@ def test_a_causal_model_without_guided_steps_draws_as_without_guidance():
     torch.testing.assert_close(draw(model, guidance=3.0, guidance_to=1e-9), draw(model, guidance=1.0))
 
 
-@pytest.mark.parametrize("interval", [(0.5, 0.5), (0.6, 0.2), (-0.1, 1.0), (0.0, 1.1)])
-def test_an_empty_interval_is_refused(interval):
-    with pytest.raises(ValueError, match=r"^guidance_from is .* and guidance_to .*, but they must be shares"):
+@pytest.mark.parametrize(
+    ("interval", "message"),
+    [
+        ((0.5, 0.5), r"guidance_from is 0\.5, but must be below sample\.guidance_to, 0\.5"),
+        ((0.6, 0.2), r"guidance_from is 0\.6, but must be below sample\.guidance_to, 0\.2"),
+        ((-0.1, 1.0), r"^guidance_from is -0\.1, but must be at least 0 and below 1"),
+        ((0.0, 1.1), r"^guidance_to is 1\.1, but must be at most 1 and above 0"),
+    ],
+)
+def test_an_empty_interval_is_refused(interval, message):
+    with pytest.raises(ValueError, match=message):
         SamplingSettings(guidance_from=interval[0], guidance_to=interval[1])
 
 

@@ -272,7 +272,7 @@ def test_params_yaml_knows_how_many_steps_there_are():
     content["sample"]["denoising_steps"] += 1
     with pytest.raises(ValueError, match=r"sample\.denoising_steps is 1001, but must be .* at most 1000"):
         config.parse(content)
-    with pytest.raises(ValueError, match=r"^denoising_steps is 1001, but must be from 1 to 1000\.$"):
+    with pytest.raises(ValueError, match=r"^denoising_steps is 1001, but must be at least 1 and at most 1000\.$"):
         SamplingSettings(denoising_steps=1001)
 
 

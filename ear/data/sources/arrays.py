@@ -23,6 +23,7 @@ from ear.data.manifest import ListedImage
 from ear.data.sources.listing import Source, hold_out, in_order
 from ear.display.progress import Progress
 from ear.errors import UserError
+from ear.files.atomic import whole_file
 from ear.files.disk import require_space
 
 _BLOCK = 1 << 20  # bytes copied at a time
@@ -240,7 +241,7 @@ def unpack(arrays: Sequence[Array], folder: Path) -> str:
 def _copy(array: Array, target: Path, digest: Any) -> None:
     """Copy the pixels of one array to a file, and update the SHA-256 with them."""
     left = math.prod(array.shape)
-    with array.open() as stream, target.open("wb") as file:
+    with array.open() as stream, whole_file(target) as partial, partial.open("wb") as file:
         while block := stream.read(min(_BLOCK, left + 1)):  # one more byte, so that checksums at the end are compared
             left -= len(block)
             if left < 0:

@@ -6,6 +6,7 @@ import numpy as np
 from PIL import Image
 
 from ear.data.sources.listing import held_out
+from ear.files.atomic import whole_file
 
 
 def write_digits(folder: str | Path, *, val_fraction: float) -> None:
@@ -22,6 +23,5 @@ def write_digits(folder: str | Path, *, val_fraction: float) -> None:
         names = {f"{label}/{k:04d}.png": k for k in np.flatnonzero(source.target == label)}
         chosen = held_out(list(names), val_fraction)
         for name, k in names.items():
-            path = Path(folder, "val" if name in chosen else "train", name)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(pixels[k]).save(path)
+            with whole_file(Path(folder, "val" if name in chosen else "train", name)) as partial:
+                Image.fromarray(pixels[k]).save(partial, format="png")

@@ -44,12 +44,16 @@ def find(root: Path, *, val_fraction: float) -> Source:
 
 
 def _check_names(root: Path) -> None:
-    """Refuse folders such as `valid`, which would be taken for a class or ignored."""
-    has = [name for name in ("train", "val", "valid", "validation") if (root / name).is_dir()]
-    if has and has[0] != "train":
-        raise UserError(f"{root} has {has[0]} but no train; name the folder of training images train.")
-    if len(has) > 1 and has[1] != "val":
-        raise UserError(f"{root} has {has[1]} but no val; rename it to val.")
+    """Refuse folders such as `valid` or `Test`, which would be taken for a class or ignored."""
+    names, _ = _entries(root)
+    training = [name for name in names if name.lower() in ("train", "training")]
+    held_out = [name for name in names if name.lower() in ("val", "valid", "validation", "test", "testing")]
+    surely = training or [name for name in held_out if name.lower().startswith("val")]  # test alone may be a class
+    if "train" in names:
+        if held_out and "val" not in held_out:
+            raise UserError(f"{root} has {held_out[0]} but no val; rename it to val.")
+    elif held_out and surely:
+        raise UserError(f"{root} has {surely[0]} but no train; name the folder of training images train.")
 
 
 def _side_by_side(root: Path, truth: imagenet.Truth | None) -> list[ListedImage]:
