@@ -4,6 +4,7 @@
 Scores: rules. Ablations: ablations.
 """
 
+import shlex
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -44,9 +45,13 @@ def _scores(results: Mapping) -> dict[str, Any]:
     """The tables about all rules, and the cells of their grids."""
     rules, benchmarks = results["rules"], results["benchmarks"]
     measured = benchmarks["scores"]["figures"]["rules"]
+    scales = [scale["guidance"] for scale in rules[0]["choice"]]
+    chosen = {"guidance": [f"{scale:g}" for scale in scales], "rules": [rule["rule"] for rule in rules]}
     return {
         "best": _best_table(rules),
         "guidance": _guidance_table(rules),
+        "at_the_edge": [rule["rule"] for rule in rules if rule["guidance"] in (min(scales), max(scales))],
+        "command": _command("rules", "images", results["budget"], chosen),
         "facts": _facts_table(measured),
         "costs": _costs_table(measured),
         "grids": _grids(rules),
@@ -140,7 +145,16 @@ def _ablations(results: Mapping) -> dict[str, Any]:
                 "variance": _variance_table(results["benchmarks"]["variance"]["figures"]) if pairs else "",
             }
         )
-    return {"ablations": parts}
+    chosen = {"ablations": [*results["ablations"]]}
+    return {"ablations": parts, "command": _command("ablations", "ablation-images", results["budget"], chosen)}
+
+
+def _command(part: str, images: str, budget: Mapping[str, Any], chosen: Mapping[str, Sequence[str]]) -> str:
+    """The command that makes a page again, two models at a time."""
+    counts = {images: budget["train_images"], "seeds": budget["seeds"], "threads": budget["threads"], "jobs": 2}
+    options = [f"--{name} {value}" for name, value in counts.items()]
+    options += [f"--{name} {shlex.join(values)}" for name, values in chosen.items()]
+    return f"python -m benchmarks.comparison --only {part} {' '.join(options)}"
 
 
 def _variance_table(figures: Mapping) -> str:
