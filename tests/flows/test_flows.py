@@ -641,6 +641,29 @@ def test_experiments_see_inputs_that_git_ignores(repo):
         )
 
 
+def test_a_snapshot_leaves_out_the_inputs_that_parameters_name(repo):
+    """They can be millions of images in a folder that git does not ignore."""
+    Path("images").mkdir()
+    Path("images/a").write_text("pixels")
+    Path("notes").write_text("new")
+    edit.apply("params.yaml", {"data.source": "folder", "data.path": "images"})
+    listed = run("git", "ls-tree", "-r", "--name-only", experiments.take_snapshot().tree, cwd=repo).split()
+    assert "notes" in listed
+    assert "images/a" not in listed
+
+
+def test_an_experiment_waits_for_what_a_killed_flow_left_in_its_copy(repo):
+    """Else it would check out other code under the feet of a running stage."""
+    snapshot, lines = experiments.take_snapshot(), []
+    run_lines("before", {"sample.guidance": 3.0}, snapshot)
+    orphan = subprocess.Popen(["sleep", "3"], cwd=experiments.COPIES / "cpu")
+    started = time.monotonic()
+    experiments.run("after", {"sample.guidance": 4.0}, snapshot=snapshot, among=["cpu"], line=lines.append)
+    assert orphan.poll() == 0
+    assert time.monotonic() - started > 2
+    assert lines[0].startswith(f"process {orphan.pid} of an earlier flow still works in work/experiments/cpu; ")
+
+
 def test_experiments_share_the_folder_of_unfinished_work(repo):
     Path("stage.py").write_text("import os; raise SystemExit(os.environ['EAR_WORK'])")
     with pytest.raises(repository.RepositoryError, match=f"^{repo}/work$"):
@@ -678,7 +701,7 @@ def test_a_run_that_waits_does_not_begin_after_a_stop(repo):
     stopped, ended = threading.Event(), []
 
     def wait() -> None:
-        with pytest.raises(devices.StoppedError), devices.hold(1, ["0"], ended.append, stopped):
+        with pytest.raises(command.StoppedError), devices.hold(1, ["0"], ended.append, stopped):
             raise AssertionError("it has begun")
         ended.append("stopped")
 
@@ -689,8 +712,15 @@ def test_a_run_that_waits_does_not_begin_after_a_stop(repo):
         stopped.set()
     waiting.join(20)
     assert ended == ["other runs use 0; this one starts when they end", "stopped"]
-    with pytest.raises(devices.StoppedError):
+    with pytest.raises(command.StoppedError):
         experiments.run("late", {}, snapshot=experiments.take_snapshot(), among=["0"], line=print, stopped=stopped)
+
+
+def test_no_command_begins_after_all_were_stopped():
+    stopped = threading.Event()
+    command.stop_all(stopped)
+    with pytest.raises(command.StoppedError):
+        command.stream([sys.executable, "-c", "print(1)"], line=print, stopped=stopped)
 
 
 def hold_both(said: list[str]) -> None:

@@ -13,6 +13,7 @@ from ear.errors import UserError
 from ear.files.digests import sha256
 from ear.lineage import run as run_module
 from ear.lineage.declaration import declarations
+from ear.lineage.digests import file_digests
 from ear.lineage.record import Record
 from ear.lineage.run import Run, clear_finished
 
@@ -112,6 +113,21 @@ def test_an_edit_during_the_run_publishes_nothing_and_keeps_the_progress(edit, s
     assert [(path / "kept.txt").read_text() for path in scratches()] == ["begun"]
 
 
+def test_an_edit_while_outputs_are_hashed_publishes_nothing(monkeypatch):
+    """Digests of large outputs take minutes."""
+
+    def edited_meanwhile(paths):
+        found = file_digests(paths)
+        edit_package(second)
+        return found
+
+    second = Second()
+    monkeypatch.setattr(run_module, "file_digests", edited_meanwhile)
+    with pytest.raises(UserError, match=r"code changed while the stage ran \(package\)"):
+        second()
+    assert not Path("data/sum.txt").exists()
+
+
 def test_undoing_the_edit_publishes_what_was_kept():
     second = Second()
     with pytest.raises(UserError):
@@ -138,6 +154,16 @@ def test_a_damaged_input_is_named_with_the_remedy():
     with pytest.raises(UserError, match=r"data/numbers/2\.txt is not what the first stage wrote.*ear verify --repair"):
         Second()()
     assert not Path("data/sum.txt").exists()
+
+
+def test_a_damaged_record_stops_only_the_stages_that_need_it():
+    Second()()
+    Path("data/lineage/second.json").write_text("{")
+    first()
+    Second()()
+    Path("data/lineage/first.json").write_text("{")
+    with pytest.raises(UserError, match=r"data/lineage/first\.json"):
+        Second()()
 
 
 def test_an_input_that_is_not_read_is_neither_checked_nor_recorded():

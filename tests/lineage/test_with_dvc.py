@@ -35,7 +35,7 @@ def values():
 try:
     with open("ran.txt", "a") as log:
         log.write(NAME + "\\n")
-    with Run(NAME, values) as run:
+    with Run(NAME, values, files=[path for path in [Path("weights.pth")] if path.exists()]) as run:
         work(run, values()[NAME])
         if hook := os.environ.get("MEANWHILE"):
             exec(hook)
@@ -210,6 +210,27 @@ def test_other_libraries_are_a_note():
     path.write_text(json.dumps(content))
     assert dvc("commit", "--force", "total").returncode == 0
     assert "note: total ran with other libraries than are installed now (numpy: 0.1, now " in verify().stdout
+
+
+def test_code_that_dvc_lists_but_the_stage_did_not_run_is_a_note():
+    with open("total_stage.py", "a") as file:
+        file.write("# edited after the last look of the stage\n")
+    assert dvc("commit", "--force", "total").returncode == 0
+    told = verify()
+    assert told.returncode == 0
+    assert "note: dvc.lock lists total_stage.py as they are now, but total ran with others" in told.stdout
+    assert "numbers ran with" not in told.stdout
+
+
+def test_a_replaced_file_that_a_parameter_names_is_a_problem():
+    """DVC tracks its name alone."""
+    Path("weights.pth").write_text("published")
+    assert dvc("repro", "--force", "total").returncode == 0
+    assert verify().returncode == 0
+    Path("weights.pth").write_text("others")
+    told = verify()
+    assert told.returncode == 1
+    assert "total: weights.pth is not the file that it read; put that file back, or read this one with" in told.stdout
 
 
 def test_a_failed_stage_is_restored_by_the_flow(repository):
