@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import re
 from pathlib import Path
 
 import pytest
@@ -111,6 +112,13 @@ def test_declared_parameters_exist_and_none_is_unused():
             used |= {f"{section}.{n}" for n in ([name] if name else sections[section])}
     keys = {f"{section}.{name}" for section, names in sections.items() for name in names}
     assert keys - used == {f"runtime.{name}" for name in sections["runtime"]}
+
+
+def test_the_page_says_what_a_change_reruns():
+    rows = re.findall(r"^\| `(\w+)` \| (.+) \|$", (ROOT / "docs/pipeline.md").read_text(), re.M)
+    assert {stage: sorted(re.findall(r"`([\w.]+)`", keys)) for stage, keys in rows} == {
+        stage: sorted(entry["params"]) for stage, entry in STAGES.items()
+    }
 
 
 def test_a_stage_sees_declared_parameters_only():
