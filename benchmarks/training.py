@@ -47,7 +47,7 @@ def plain_loss(model: MaskedModel, latents: Tensor, labels: Tensor, source: Stre
     hidden = model.hidden(tokens, mask, labels, null).flatten(0, 1).repeat(rule.samples, 1)
     samples = rule.generate(hidden, rule.draw_noise((len(hidden),), source, hidden.device))
     samples = samples.unflatten(0, (rule.samples, -1))
-    per_token = pairwise_loss(samples, tokens.flatten(0, 1)[None], rule.distance, pairs=rule.pairs)
+    per_token = pairwise_loss(samples, tokens.flatten(0, 1)[None], rule.distance, pairs=rule.pairs).value
     return (per_token * mask.flatten()).sum() / mask.sum()
 
 

@@ -37,7 +37,7 @@ def energy_loss(
     def between(a: Tensor, b: Tensor) -> Tensor:
         return distance(a, b, alpha=alpha, smoothing=smoothing)
 
-    return pairwise_loss(samples, targets, between, temperature=temperature, pairs=pairs)
+    return pairwise_loss(samples, targets, between, temperature=temperature, pairs=pairs).value
 
 
 class EnergyScore(SampleBasedScore):

@@ -35,29 +35,20 @@ def pairwise_loss(
     *,
     temperature: float = 1.0,  # weight of the repulsion, in (0, 1]; only 1 is strictly proper
     pairs: str = "all",  # or disjoint: each sample is in one pair (the mean of m/2 two-sample losses)
-) -> Tensor:
+) -> Loss:
     """Per-token loss [N]: an unbiased estimate of the negative score (with all pairs, a U-statistic).
 
-    The attraction of samples to targets, minus `temperature` times the repulsion of samples from each other.
-    """
-    attraction, repulsion = attraction_and_repulsion(samples, targets, distance, pairs=pairs)
-    return attraction - temperature * repulsion
-
-
-def attraction_and_repulsion(
-    samples: Tensor, targets: Tensor, distance: Distance, *, pairs: str = "all"
-) -> tuple[Tensor, Tensor]:
-    """2/(mk) sum_ij d(x_i, y_j) and the mean over pairs of d(x_i, x_j), per token [N] each.
-
-    More samples reduce the variance without changing the expectation; all pairs reduce it more than disjoint ones.
-    Distances are computed without autocast.
+    The attraction 2/(mk) sum_ij d(x_i, y_j), minus `temperature` times the repulsion, the mean over pairs of
+    d(x_i, x_j); both are its parts. More samples reduce the variance without changing the expectation; all pairs reduce
+    it more than disjoint ones. Distances are computed without autocast.
     """
     m, k = len(samples), len(targets)
     repelled = list(itertools.combinations(samples, 2)) if pairs == "all" else samples.unflatten(0, (-1, 2))
     with torch.autocast(samples.device.type, enabled=False):
-        attraction = _sum(distance(x, y) for x, y in itertools.product(samples, targets))
-        repulsion = _sum(distance(a, b) for a, b in repelled)
-        return attraction * (2 / (m * k)), repulsion / len(repelled)
+        attraction = _sum(distance(x, y) for x, y in itertools.product(samples, targets)) * (2 / (m * k))
+        repulsion = _sum(distance(a, b) for a, b in repelled) / len(repelled)
+        parts = {"attraction": attraction.detach(), "repulsion": repulsion.detach()}
+        return Loss(attraction - temperature * repulsion, parts)
 
 
 def _sum(terms: Iterable[Tensor]) -> Tensor:
@@ -109,9 +100,7 @@ class SampleBasedScore(Score):
         noise = self.draw_noise((self.samples, len(hidden)), source, hidden.device)
         targets = target if target.dim() == 3 else target[None]
         samples = self.generate(hidden, noise)
-        attraction, repulsion = attraction_and_repulsion(samples, targets, self.distance, pairs=self.pairs)
-        parts = {"attraction": attraction.detach(), "repulsion": repulsion.detach()}
-        return Loss(attraction - temperature * repulsion, parts)
+        return pairwise_loss(samples, targets, self.distance, temperature=temperature, pairs=self.pairs)
 
     def references(self, tokens: Tensor) -> dict[str, float]:
         """The loss of an untrained head, which outputs 0, and of the best prediction that knows only the position.
