@@ -73,7 +73,7 @@ class Training:
         return loss.value, loss.parts
 
     def step(self) -> None:
-        """One optimiser step on a global batch, with a row of the log now and then."""
+        """One optimiser step on a global batch, with a row of the log every 25 steps."""
         self.trainer.step(self._batches())
         self._steps += 1
         if self._steps % LOG_STEPS == 0:

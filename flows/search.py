@@ -3,9 +3,9 @@
     python -m flows.search --trials 20 --set train.learning_rate=1e-4..1e-2:log score.samples=2,4,8
 
 A range LOW..HIGH is searched evenly, or with :log in its logarithm, by whole numbers if the key is one; values with
-commas are choices. Trials run in a
-copy of the workspace, one after the other. They sample from another seed than params.yaml does, so the images that
-choose are not those that are reported. Started again, a search continues until the study has that many trials.
+commas are choices. Trials run in a copy of the workspace, one after the other. They sample from another seed than
+params.yaml does, so the images that choose are not those that are reported. Started again, a search continues until the
+study has that many trials.
 `--apply` writes the best trial's values into params.yaml, and `dvc repro` measures them on fresh samples.
 
 Optuna is an extra:

@@ -2,8 +2,8 @@
 
 Reads data/latents and, if train.weights names one, a published checkpoint to start from (DVC does not track that file).
 Writes data/model: EMA weights, the complete training state, logs and metrics. A killed run resumes from its last
-checkpoint and ends in the same bytes. A finished training goes on if train.images alone grew and the schedule is
-constant.
+checkpoint and ends in the same bytes. A finished training is extended if train.images alone grew and the schedule
+is constant.
 """
 
 from dataclasses import dataclass

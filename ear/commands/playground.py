@@ -169,7 +169,7 @@ def inpainted(
         edited = pipeline.inpaint(image[None], mask[None], [label], seed=int(seed or 0), **how)
     except UserError as error:
         return None, str(error)
-    return _large(pipeline, edited[0]), f"{mask.mean():.0%} of the image are redrawn as {label}"
+    return _large(pipeline, edited[0]), f"{mask.mean():.0%} of the image is redrawn as {label}"
 
 
 def small(pipeline: Pipeline, picture: np.ndarray, layers: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:

@@ -23,7 +23,7 @@ _HEIGHT, _WIDTH, _MARGIN = 15, 90, 20  # of the curve in the terminal, in charac
 
 
 def run(stage: str | None, *, every: float, once: bool, samples: int, samples_every: float) -> Iterator[str]:
-    """Yield texts to print until the training ends, one per look with something new; writes pictures in work/watch.
+    """Yield texts to print until the training ends, one per update; writes pictures in work/watch.
 
     Before one has begun, the only text says that it waits.
 

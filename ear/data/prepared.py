@@ -123,5 +123,8 @@ def _open(path: Path, repository: Path) -> tuple[_Stored | Links, np.ndarray, in
             return Links.read_from(file, labels, repository), labels, size
         images = file["images"]
         if images.shape != (len(labels), size, size, 3) or images.dtype != np.uint8:
-            raise UserError(f"{path} holds images {images.dtype} {images.shape} and {len(labels)} labels.")
+            raise UserError(
+                f"{path} holds images {images.dtype} {images.shape} and {len(labels)} labels, which do not belong "
+                "together; run the prepare stage again."
+            )
         return _Stored(path, images.id.get_offset()), labels, size

@@ -104,7 +104,7 @@ class LatentStore:
         """Moments and labels of the given rows, in the given order: (float16 [n, 2C, h, w], int64 [n]).
 
         indices: row numbers 0 .. N - 1. mirrored: bool [n], which are to be mirror images' moments; default: none.
-        pinned: return page-locked memory, which a GPU reads while the host goes on.
+        pinned: return page-locked memory, which a GPU reads while the host computes.
         Raises IndexError for any other row number, negative ones included.
         """
         wanted = np.asarray(indices, dtype=np.int64)

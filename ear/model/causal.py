@@ -86,7 +86,7 @@ class CausalModel(AutoregressiveModel):
     def draw(self, tokens: Tensor, orders: Tensor, conditions: Conditions, draw_tokens: DrawTokens, plan: Plan) -> None:
         """Draw all tokens, in place, from the start of each order to its end; the transformer sees each slot once.
 
-        Rows without a class go along in steps without guidance too: later ones need their keys and values.
+        Rows without a class are computed in every step: guidance in a later one needs their keys and values.
         """
         assert plan.count == self.tokens
         caches, positions = self.caches(), orders.split(1, dim=1)  # [B, 1] each

@@ -23,7 +23,7 @@ def build_model(shape: Shape) -> AutoregressiveModel:
 
 
 def describe(model: AutoregressiveModel, latents: dict) -> dict:
-    """What a file with its weights says of a model; `latents`: their statistics, and their tokenizer."""
+    """The metadata stored with the weights of a model; `latents`: their statistics, and their tokenizer."""
     return {**latents, "format": FORMAT, "shape": model.shape.as_dict()}
 
 

@@ -92,7 +92,7 @@ class Phase:
         mirror: bool,  # also train on mirror images
         device: torch.device,
         runtime: config.Runtime,
-        check: Callable[[], None] | None = None,  # called now and then; raises to stop the training
+        check: Callable[[], None] | None = None,  # called after each row of the log; raises to stop the training
         statistics: Statistics | None = None,  # that normalise the latents; default: their own
     ):
         keys = ("train.global_batch_size", "train.micro_batch_size")

@@ -1,4 +1,4 @@
-"""Reading ahead of who computes."""
+"""Prefetching: a thread prepares the next item while this one is used."""
 
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor

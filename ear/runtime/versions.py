@@ -1,4 +1,4 @@
-"""Versions of the libraries that decide about bytes and numbers."""
+"""Versions of the libraries that can change a number or a byte."""
 
 import importlib.metadata
 

@@ -191,7 +191,7 @@ def save_tokenizer(path: str | Path, tokenizer: Tokenizer) -> None:
 
 
 def describe_tokenizer(tokenizer: Tokenizer) -> dict:
-    """What a file with its weights says of a tokenizer."""
+    """The metadata stored with the weights of a tokenizer."""
     return {
         "format": FORMAT,
         "kind": tokenizer.kind,

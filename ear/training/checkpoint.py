@@ -65,7 +65,7 @@ def _of_parameter(moments: dict[str, torch.Tensor], parameter: str) -> dict[str,
 class Writer:
     """Writes checkpoints in a thread of its own, one at a time, from a copy in the host's memory.
 
-    So the training goes on meanwhile; copying stops it for a moment.
+    Training continues meanwhile; only copying interrupts it for a moment.
     """
 
     def __init__(self):

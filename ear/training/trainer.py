@@ -106,7 +106,7 @@ class Trainer(Generic[Network]):
         checkpoint_images: int,  # interval
         keep_images: int = 0,  # interval of the checkpoints that are kept in `kept`; 0: none
         kept: Path | None = None,  # folder for them
-        about: Mapping | None = None,  # what checkpoints say of the network, for who reads them without its trainer
+        about: Mapping | None = None,  # stored in checkpoints, so that they can be loaded without a trainer
         validate: Callable[[], dict[str, float]] | None = None,  # metrics, the same on every rank
         validate_images: int = 0,  # interval; 0: only at the end
         check: Callable[[], None] | None = None,  # called after each log row; raises to stop the run
@@ -297,7 +297,7 @@ class Trainer(Generic[Network]):
         sums, means = self._means.state()
         description = {
             "images": self.images,
-            "training": [*self.history.training],  # which goes on while this is written
+            "training": [*self.history.training],  # a copy: training adds rows while this is written
             "validation": [*self.history.validation],
             "means": means,
             "about": dict(about or {}),

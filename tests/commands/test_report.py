@@ -82,7 +82,7 @@ def test_a_report_of_a_pipeline_that_has_not_finished_shows_what_there_is(reposi
         titles = page.locator("h2").all_text_contents()
         assert titles[:3] == ["Metrics", "Real and generated images", "Nearest training images"]
         missing = page.locator(".missing").all_text_contents()
-        assert missing[0].startswith("Not there: data/evaluation/metrics.json does not exist; run the stage")
+        assert missing[0].startswith("Missing: data/evaluation/metrics.json does not exist; run the stage")
         assert "train (running or stopped)" in page.locator("figcaption").all_text_contents()
         broken = page.evaluate("[...document.images].filter(i => !i.naturalWidth).length")
         assert (page.locator("img").count() > 3, broken, left) == (True, 0, [])

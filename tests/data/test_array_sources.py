@@ -132,11 +132,11 @@ IDX_FAULTS = {
     ),
     "floats": ({"train_images": b"\0\0\x0d\x03" + idx(IMAGES)[4:]}, "is not an idx file of bytes"),
     "short labels": ({"train_labels": idx(LABELS)[:-2]}, "ends early, judging by its header, [12]; save or download"),
-    "long labels": ({"t10k_labels": idx(LABELS[:3]) + b"x"}, "goes on after its last label, judging by its header"),
+    "long labels": ({"t10k_labels": idx(LABELS[:3]) + b"x"}, "continues after its last label, judging by its header"),
     "short images": ({"train_images": idx(IMAGES)[:-7]}, "ends 7 bytes early, judging by its header, [12, 6, 5]"),
     "long images": (
         {"t10k_images": idx(HELD) + b"x"},
-        "goes on after its last image, judging by its header, [3, 6, 5]",
+        "continues after its last image, judging by its header, [3, 6, 5]",
     ),
     "other shape": ({"t10k_images": idx(HELD[:, :5])}, "has images of [5, 5], "),
     "new class": ({"t10k_labels": idx(LABELS[:3] + 1)}, "has class 3, which "),

@@ -368,7 +368,7 @@ def fail():
 
 @pytest.mark.parametrize("later", [3, 1])
 def test_checkpoint_of_three_processes_serves_any_number(tmp_path, later):
-    """Three stop and go on in the same bits; one process goes on from their checkpoint within float error."""
+    """Three stop and continue in the same bits; one process continues from their checkpoint within float error."""
     options = {"micro": 2, "global_batch_size": 12}
     whole = together(lambda: results(fit(trainer(**options), tmp_path / "whole")), 3)[0]
     stopped = together(lambda: fit(interrupt_at(trainer(**options), 212, fail), tmp_path / "parts"), 3)

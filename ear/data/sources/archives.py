@@ -133,9 +133,14 @@ def _header(block: bytes, title: str, position: int) -> tarfile.TarInfo:
         what = "is not an uncompressed tar archive" if position == 0 else "is damaged"
         raise UserError(f"{title} {what}: byte {position} starts no tar header; download it again.") from error
     if header.size < 0:
-        raise UserError(f"{title} is damaged: {header.name!r} at byte {position} has {header.size} bytes.")
+        raise UserError(
+            f"{title} is damaged: {header.name!r} at byte {position} has {header.size} bytes; download it again."
+        )
     if header.type not in (*_REGULAR, *_PAX, tarfile.DIRTYPE):
-        raise UserError(f"{title}: {header.name!r} at byte {position} is a link, a device or the like; remove it.")
+        raise UserError(
+            f"{title}: {header.name!r} at byte {position} has tar type {header.type!r}, but must be a file or a "
+            "folder; pack regular files in the POSIX format (`tar --format=posix`)."
+        )
     if PurePosixPath(header.name).is_absolute() or ".." in PurePosixPath(header.name).parts:
         raise UserError(f"{title}: the name {header.name!r} at byte {position} leads out of its folder; remove it.")
     return header

@@ -179,7 +179,7 @@ def _labels(stream: IO[bytes], kind: np.dtype, count: int, images: int, title: s
         raise UserError(f"{title} has {count} labels for {images} images; give every image one.")
     content = stream.read(count * kind.itemsize + 1)  # one more byte, so that checksums at the end are compared
     if len(content) != count * kind.itemsize:
-        what = "ends early" if len(content) < count * kind.itemsize else "goes on after its last label"
+        what = "ends early" if len(content) < count * kind.itemsize else "continues after its last label"
         raise UserError(f"{title} {what}, judging by its header, [{count}]; save or download it again.")
     values = np.frombuffer(content, kind)
     if count and not 0 <= int(values.min()) <= int(values.max()) < _MOST_CLASSES:
@@ -249,7 +249,7 @@ def _copy(array: Array, target: Path, digest: Any) -> None:
             file.write(block)
             digest.update(block)
     if left:
-        what = f"ends {left} bytes early" if left > 0 else "goes on after its last image"
+        what = f"ends {left} bytes early" if left > 0 else "continues after its last image"
         raise UserError(f"{array.title} {what}, judging by its header, {list(array.shape)}; save or download it again.")
 
 

@@ -123,7 +123,9 @@ def _packed(path: Path) -> dict[str, bytes]:
                 name = PurePosixPath(member.name).name
                 if member.isreg() and name in _KIT_FILES:
                     if member.size > _MOST_BYTES:
-                        raise UserError(f"{path}: {member.name} has {member.size} bytes, more than any real one.")
+                        raise UserError(
+                            f"{path}: {member.name} has {member.size} bytes, more than any real one; download it again."
+                        )
                     content = archive.extractfile(member)
                     assert content is not None  # a regular file
                     found[name] = content.read()
