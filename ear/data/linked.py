@@ -26,7 +26,7 @@ _AGAIN = "list the images again with `dvc repro --single-item --force fetch`."
 
 
 def decoded(content: bytes, row: Row, *, encoding: Encoding, image_size: int) -> np.ndarray:
-    """The image of a row, uint8 [S, S, 3], from its raw bytes; raises ValueError (or UserError, which is one) if none."""
+    """The image of a row, uint8 [S, S, 3], from its raw bytes; raises ValueError, or UserError, with the reason."""
     if len(content) != row.bytes:
         raise UserError(f"has {len(content)} bytes, but had {row.bytes} when it was listed")
     return center_crop(encoding.decode(content), image_size)

@@ -19,9 +19,7 @@ def read_json(path: str | Path) -> dict:
     """Read JSON; raises MissingFileError or UserError naming the file."""
     path = Path(path)
     if not path.is_file():
-        raise MissingFileError(
-            f"{path} does not exist; name another file, or run the stage that writes it (`dvc repro`)."
-        )
+        raise MissingFileError(f"{path} does not exist; run the stage that writes it (`dvc repro`).")
     with reading(path, "JSON file", "delete it and run its stage again"):
         return as_object(json.loads(path.read_text()))
 

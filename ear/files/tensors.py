@@ -61,8 +61,6 @@ def _opened(path: Path) -> Iterator:
     from safetensors import safe_open
 
     if not path.is_file():
-        raise MissingFileError(
-            f"{path} does not exist; name another file, or run the stage that writes it (`dvc repro`)."
-        )
+        raise MissingFileError(f"{path} does not exist; run the stage that writes it (`dvc repro`).")
     with reading(path, "safetensors file", "run its stage again"), safe_open(path, framework="pt") as file:
         yield file
