@@ -27,7 +27,8 @@ def gaussian(features: torch.Tensor) -> Gaussian:
 
 
 def reference(features: torch.Tensor, **changes) -> Reference:
-    description = {"extractor_sha256": "a" * 64, "image_size": 16, "classes": ["0", "1"]}
+    source = {"name": "data/prepared", "images": 20, "statistics_sha256": None}
+    description = source | {"extractor_sha256": "a" * 64, "image_size": 16, "classes": ["0", "1"]}
     return Reference(gaussian(features), features, gaussian(features), description | changes)
 
 

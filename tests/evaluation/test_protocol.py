@@ -13,8 +13,7 @@ from ear.evaluation.statistics import Gaussian
 from ear.files.json_files import rounded
 
 CLASSES = [str(k) for k in range(1000)]
-SAMPLING = {"steps": 64, "guidance": 3.0, "seed": 0, "classes": CLASSES}
-
+SAMPLING = {"steps": 64, "guidance": 3.0, "decoder_precision": "bfloat16", "seed": 0, "classes": CLASSES}
 
 ADM = "VIRTUAL_imagenet256_labeled.npz"
 
@@ -52,7 +51,8 @@ def test_the_published_protocol_is_comparable():
     assert how["metric"] == "FID-50k"
     assert (how["images"], how["blocks"]) == (50_000, 3)
     assert how["images_per_class"] == {"least": 50, "most": 50}
-    assert how["sampling"] == {"steps": 64, "guidance": 3.0, "seed": 0}
+    assert how["sampling"] == {"steps": 64, "guidance": 3.0, "decoder_precision": "bfloat16", "seed": 0}
+    assert how["pixels"].startswith("uint8, decoded in bfloat16, never through a lossy file")
     assert how["extractor"]["features"] == 2048
     assert how["reference"] == {"name": f"weights/{ADM}", "images": None, "sha256": "5" * 64, "rows": 7}
     assert how["evaluation"] == {"seed": 2020}
