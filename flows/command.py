@@ -98,10 +98,10 @@ def _stop(processes: Sequence[subprocess.Popen], grace: float) -> None:
             process.wait()
 
 
-def folders() -> Iterator[tuple[int, Path]]:
-    """Every process that this user may look at, and the folder that it works in."""
-    for process in psutil.process_iter(["cwd"]):
-        if process.info["cwd"]:
+def programs() -> Iterator[tuple[int, Path]]:
+    """Every Python program that this user may look at, and the folder that it works in."""
+    for process in psutil.process_iter(["cwd", "exe"]):
+        if process.info["cwd"] and Path(process.info["exe"] or "").name.startswith("python"):
             yield process.pid, Path(process.info["cwd"])
 
 

@@ -66,11 +66,12 @@ def take_snapshot() -> Snapshot:
 
     Nothing in the workspace, its index or its branches changes. Raises RepositoryError.
     """
-    inputs = [path for path in config.named_paths(config.load(PARAMETERS)).values() if not path.is_absolute()]
+    inputs = {path.absolute() for path in config.named_paths(config.load(PARAMETERS)).values()} - {Path.cwd()}
+    inside = [path.relative_to(Path.cwd()) for path in sorted(inputs) if path.is_relative_to(Path.cwd())]
     with tempfile.TemporaryDirectory() as folder:
         index = {"GIT_INDEX_FILE": str(Path(folder) / "index")}
         _git("read-tree", "HEAD", variables=index)
-        _git("add", "--all", "--", ".", *(f":(exclude){path}" for path in inputs), variables=index)
+        _git("add", "--all", "--", ".", *(f":(exclude,literal){path}" for path in inside), variables=index)
         return Snapshot(_git("rev-parse", "HEAD").strip(), _git("write-tree", variables=index).strip())
 
 
@@ -128,14 +129,14 @@ def metrics(snapshot: Snapshot, name: str) -> dict[str, dict]:
 
 
 def _wait_for_others(copy: Path, line: Callable[[str], None], stopped: threading.Event | None) -> None:
-    """Wait until no process works in the copy: those of a flow that was killed go on without it.
+    """Wait until no program works in the copy: those of a flow that was killed continue without it.
 
     Raises StoppedError once `stopped` is set.
     """
     place, stopped, said = copy.absolute(), stopped or threading.Event(), False
-    while others := [pid for pid, folder in command.folders() if folder.is_relative_to(place)]:
+    while others := [pid for pid, folder in command.programs() if folder.is_relative_to(place)]:
         if not said:
-            line(f"process {others[0]} of an earlier flow still works in {copy}; this run starts when it ends")
+            line(f"process {others[0]}, perhaps of a killed flow, works in {copy}; this run starts when it ends")
             said = True
         if stopped.wait(_POLL_SECONDS):
             raise StoppedError("stopped before it began")

@@ -643,25 +643,30 @@ def test_experiments_see_inputs_that_git_ignores(repo):
 
 def test_a_snapshot_leaves_out_the_inputs_that_parameters_name(repo):
     """They can be millions of images in a folder that git does not ignore."""
-    Path("images").mkdir()
-    Path("images/a").write_text("pixels")
+    Path("images[1]").mkdir()
+    Path("images[1]/a").write_text("pixels")
     Path("notes").write_text("new")
-    edit.apply("params.yaml", {"data.source": "folder", "data.path": "images"})
-    listed = run("git", "ls-tree", "-r", "--name-only", experiments.take_snapshot().tree, cwd=repo).split()
-    assert "notes" in listed
-    assert "images/a" not in listed
+    for path in ("images[1]", str(repo / "images[1]")):
+        edit.apply("params.yaml", {"data.source": "folder", "data.path": path})
+        listed = run("git", "ls-tree", "-r", "--name-only", experiments.take_snapshot().tree, cwd=repo).split()
+        assert "notes" in listed
+        assert "images[1]/a" not in listed
 
 
 def test_an_experiment_waits_for_what_a_killed_flow_left_in_its_copy(repo):
     """Else it would check out other code under the feet of a running stage."""
     snapshot, lines = experiments.take_snapshot(), []
     run_lines("before", {"sample.guidance": 3.0}, snapshot)
-    orphan = subprocess.Popen(["sleep", "3"], cwd=experiments.COPIES / "cpu")
+    program = [sys.executable, "-c", "import time; time.sleep(3)"]
+    orphan = subprocess.Popen(program, cwd=experiments.COPIES / "cpu")
+    shell = subprocess.Popen(["sleep", "60"], cwd=experiments.COPIES / "cpu")  # of somebody who looks around there
     started = time.monotonic()
     experiments.run("after", {"sample.guidance": 4.0}, snapshot=snapshot, among=["cpu"], line=lines.append)
     assert orphan.poll() == 0
     assert time.monotonic() - started > 2
-    assert lines[0].startswith(f"process {orphan.pid} of an earlier flow still works in work/experiments/cpu; ")
+    assert lines[0].startswith(f"process {orphan.pid}, perhaps of a killed flow, works in work/experiments/cpu; ")
+    assert shell.poll() is None
+    shell.kill()
 
 
 def test_experiments_share_the_folder_of_unfinished_work(repo):
