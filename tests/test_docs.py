@@ -58,7 +58,7 @@ def test_every_program_that_a_page_names_exists_with_these_options(page, program
     options = set(re.findall(r"(?<!\S)(--[\w-]+)", rest))
     if program.startswith("ear "):
         command = main.commands[program.removeprefix("ear ")]
-        known = {name for parameter in command.params for name in parameter.opts}
+        known = {"--help", *(name for parameter in command.params for name in parameter.opts)}
         assert options <= known
         assert CliRunner().invoke(main, [program.removeprefix("ear "), "--help"]).exit_code == 0
     elif program.split(".")[0] in ("flows", "benchmarks", "stages"):

@@ -38,7 +38,7 @@ def describe(
         "images": len(labels[0]),
         "blocks": len(labels),
         "images_per_class": {"least": int(np.min(per_class)), "most": int(np.max(per_class))},
-        "pixels": _PIXELS.format(sampling["decoder_precision"]),
+        "pixels": _PIXELS.format(sampling.get("decoder_precision", "float32")),  # earlier samples do not say it
         "sampling": {name: value for name, value in sampling.items() if name != "classes"},
         "extractor": {
             "name": extractor.name,

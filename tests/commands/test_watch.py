@@ -114,7 +114,8 @@ def test_samples_are_drawn_and_compared_with_the_reference(one_thread):
     features, _ = extractor(pixels(200))
     moments = Moments()
     moments.add(features)
-    about = {"extractor_sha256": extractor.sha256, "image_size": 8, "classes": list(trained.CLASSES)}
+    source = {"name": "data/prepared", "images": 64, "statistics_sha256": None}
+    about = source | {"extractor_sha256": extractor.sha256, "image_size": 8, "classes": list(trained.CLASSES)}
     Reference(moments.gaussian(), features, moments.gaussian(), about).save("data/reference/features.safetensors")
     figures = re.fullmatch(r".*, FID-20 ([\d.e+]+), class accuracy ([\d.]+)", watch.draw_samples(model, 20))
     assert figures, "no figures"
