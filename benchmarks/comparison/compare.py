@@ -117,12 +117,7 @@ def compare(
             edit.check(PARAMETERS, values)
         run_without_failure(runs, snapshot, jobs)
         if "rules" in budget:
-            # Only now is it known at which scale each rule is reported.
-            scales = chosen_scales(snapshot, parameters, budget["rules"], scope)
-            reported = reported_runs(parameters, budget["rules"], scope, scales)
-            run_without_failure([values for each in reported.values() for values in each], snapshot, jobs)
-            rates = measure_rates(snapshot, scope.rules, threads, parameters)
-            publish_scores(snapshot, scores_of(snapshot, parameters, budget["rules"], scope, rates), Path(output))
+            report_rules(snapshot, parameters, budget["rules"], scope, jobs, Path(output))
         if "ablations" in budget:
             results = ablations_of(snapshot, parameters, budget["ablations"], scope)
             publish("ablations", snapshot, results, Path(output))
@@ -199,6 +194,16 @@ def run_without_failure(runs: Sequence[Values], snapshot: Snapshot, jobs: int) -
     if errors:
         name, message = next(iter(errors.items()))
         raise UserError(f"{len(errors)} of {len(named)} runs failed ({name}: {message}); nothing was written")
+
+
+def report_rules(
+    snapshot: Snapshot, parameters: config.Parameters, budget: Values, scope: Scope, jobs: int, folder: Path
+) -> None:
+    """Run each rule at its best guidance scale, which is known only now, measure rates, and write the page."""
+    reported = reported_runs(parameters, budget, scope, chosen_scales(snapshot, parameters, budget, scope))
+    run_without_failure([values for each in reported.values() for values in each], snapshot, jobs)
+    rates = measure_rates(snapshot, scope.rules, budget["compute.threads"], parameters)
+    publish_scores(snapshot, scores_of(snapshot, parameters, budget, scope, rates), folder)
 
 
 def chosen_scales(snapshot: Snapshot, parameters: config.Parameters, budget: Values, scope: Scope) -> dict[str, float]:

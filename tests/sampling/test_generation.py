@@ -1,4 +1,4 @@
-"""Checks that `ear.load` and `ear.generate` draw the same images in any batch, and refuse bad labels and settings."""
+"""`ear.load` and `ear.generate`: images do not depend on the batch size; bad labels and settings are refused."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Runs the reference and evaluate stages on real digits, and checks their metrics, protocol and refusals."""
+"""The reference and evaluate stages on real digits: metrics, protocol, resuming, inputs that are refused."""
 
 import json
 import os
