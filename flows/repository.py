@@ -135,9 +135,11 @@ def graph() -> dict[str, set[str]]:
     """
     if not Path("dvc.yaml").is_file():
         raise MissingFileError(f"dvc.yaml is not in {Path.cwd()}; run the flow from the repository's root.")
-    upstream: dict[str, set[str]] = {name: set() for name in ask("stage", "list", "--name-only").split()}
-    for before, after in re.findall(r'"([^"]+)" -> "([^"]+)"', ask("dag", "--dot")):
-        if before in upstream and after in upstream:  # .dvc files are nodes too, but not stages
+    drawn = ask("dag", "--dot")
+    nodes = re.findall(r'^"([^"]+)";$', drawn, re.MULTILINE)
+    upstream: dict[str, set[str]] = {name: set() for name in nodes if not name.endswith(".dvc")}  # which are no stages
+    for before, after in re.findall(r'"([^"]+)" -> "([^"]+)"', drawn):
+        if before in upstream and after in upstream:
             upstream[after].add(before)
     return {name: upstream[name] for name in TopologicalSorter(upstream).static_order()}
 

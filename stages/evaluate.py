@@ -1,6 +1,6 @@
 """Compute FID, Inception score, KID, precision and recall of the generated images, and the protocol behind them.
 
-Reads data/reference, data/samples/samples.h5 and data/reconstructions, the distance that the tokenizer alone causes.
+Reads data/reference, data/samples/samples.h5 and data/reconstructions (rFID: what the tokenizer alone loses).
 Writes data/evaluation: metrics.json, and protocol.json with everything that the metrics depend on. If the extractor is
 a classifier, the metrics include class accuracy: the share of images that it assigns to the class they were drawn for.
 A killed run resumes from the images whose features are saved.

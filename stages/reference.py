@@ -1,9 +1,9 @@
 """Extract features of the real images, by Inception or by a classifier trained on them.
 
-Reads data/prepared. Writes data/reference: extractor.safetensors, features.safetensors (mean and covariance over all
-training images, features of some) and metrics.json, with the floor: the distances between real training images and real
-held-out ones. A killed run resumes from the classifier's last checkpoint, or from the images whose features are saved,
-and ends in the same bytes.
+Reads data/prepared. Writes data/reference: extractor.safetensors, features.safetensors (mean and covariance of all
+training images, or those of reference.statistics; features of at most 10,000 training images) and metrics.json, with
+the floor: FID and KID of the real held-out images. A killed run resumes from the classifier's last checkpoint, or from
+the images whose features are saved, and ends in the same bytes.
 """
 
 from collections.abc import Iterator

@@ -1,7 +1,9 @@
 """Fixtures of all tests."""
 
 import os
+import shutil
 import signal
+import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,10 +11,23 @@ from pathlib import Path
 import pytest
 import torch
 from perceptual_files import generated_files
+from repositories import SHARED
 
 # A shell ignores SIGINT in background jobs, and nohup ignores SIGHUP, which programs that tests stop would inherit.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Make the folder of all processes of a test run."""
+    if not hasattr(config, "workerinput"):  # not a worker of pytest-xdist
+        os.environ[SHARED] = tempfile.mkdtemp(prefix="ear-tests-")
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """Delete it."""
+    if not hasattr(config, "workerinput"):
+        shutil.rmtree(os.environ.pop(SHARED), ignore_errors=True)
 
 
 def _forget_prefect() -> None:
@@ -56,6 +71,16 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def no_operations(monkeypatch) -> None:
+    """The costs of a model have no operations: counting them takes up to a minute, memory and disk do not need it."""
+    from ear.commands import costs
+
+    training = {"forward, transformer": 0, "forward, head": 0, "forward and backward": 0}
+    monkeypatch.setattr(costs, "training_flops", lambda shape: training)
+    monkeypatch.setattr(costs, "sampling_flops", lambda shape, settings: {"transformer": 0, "head": 0})
 
 
 @pytest.fixture(scope="session")

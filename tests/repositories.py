@@ -1,12 +1,13 @@
 """Repositories of this project in a temporary folder, with parameters that make every stage take seconds."""
 
-import json
+import contextlib
 import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+from filelock import FileLock
 from omegaconf import OmegaConf
 
 from ear.files.digests import sha256
@@ -14,6 +15,7 @@ from ear.files.digests import sha256
 ROOT = Path(__file__).resolve().parent.parent
 BEFORE_TRAINING = ["fetch", "prepare", "reference", "tokenizer", "reconstruct", "cache"]
 STAGES = [*BEFORE_TRAINING, "train", "finetune", "sample", "evaluate"]
+SHARED = "EAR_TESTS_SHARED"  # in the environment: a folder of all processes of a test run (conftest.py)
 IDENTITY = ("-c", "user.name=tests", "-c", "user.email=tests@localhost")  # git's options for a commit
 TINY = {
     "compute.threads": 1,
@@ -65,6 +67,27 @@ def fresh(folder: Path) -> Path:
     return folder
 
 
+def reproduced(folder: Path) -> Path:
+    """A fresh repository in which all stages have run, with the lock of any other one of this test run.
+
+    The first one is made by `dvc repro`; others in this process, which saves the start of ten programs.
+    """
+    import one_stage  # a module of pytest's path, which programs that use this one do not have
+
+    lock, first = fresh(folder) / "dvc.lock", Path(os.environ[SHARED]) / "dvc.lock"
+    with FileLock(first.with_suffix(".busy")):
+        if not first.exists():
+            run("dvc", "repro", cwd=folder)
+            shutil.copy(lock, first)
+            return folder
+    with contextlib.chdir(folder):
+        for stage in STAGES:
+            assert one_stage.main(stage) == 0, stage
+        run("dvc", "commit", "--force", cwd=folder)
+    assert OmegaConf.load(lock) == OmegaConf.load(first), "two repositories of the same files have other outputs"
+    return folder
+
+
 def change(folder: Path, values: dict) -> None:
     content = OmegaConf.load(folder / "params.yaml")
     for key, value in values.items():
@@ -74,7 +97,11 @@ def change(folder: Path, values: dict) -> None:
 
 def stale(folder: Path) -> set[str]:
     """The stages that are out of date themselves; what follows them runs once their outputs have changed."""
-    return set(json.loads(run("dvc", "status", "--json", cwd=folder)))
+    from dvc.repo import Repo
+
+    # What `dvc status` asks, without the seconds that a program takes to start; its names are relative to the folder.
+    with contextlib.chdir(folder), Repo() as repository:
+        return set(repository.status())
 
 
 def digests(folder: Path) -> dict[str, str]:

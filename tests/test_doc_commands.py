@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import small_imagenet
 from photographs import write_class_folders
-from repositories import IDENTITY, environment, fresh, run
+from repositories import IDENTITY, environment, reproduced, run
 
 from ear.config.compose import compose
 from ear.config.document import to_yaml
@@ -27,9 +27,13 @@ NOT_RUN = {
     r".*prefect (server|worker|deployment|--no-prompt)": "with a server and a worker: tests/flows/test_flows.py",
     r"ear doctor": "fails where the preset of the page needs a GPU: tests/commands/test_doctor.py",
     r"python -m benchmarks.sprites": "needs a package of Debian: tests/benchmarks/test_sprites.py",
+    r"dvc repro --pull": "after a push, in tests/test_pipeline.py",
     r"python -m flows.search": "20 trials; tests/flows/test_flows.py runs a few",
 }
-PRESETS = "`dvc repro` of presets trains for hours; tests/stages/test_folder64.py and its neighbours run small forms"
+PRESETS = (
+    "`dvc repro` of presets trains for hours: tests/stages/test_folder64.py and its neighbours run small forms; `ear "
+    "describe` counts their operations for minutes: tests/commands/test_costs.py"
+)
 
 
 def commands(page: Path) -> list[str]:
@@ -47,8 +51,7 @@ def reason(command: str) -> str:
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory) -> Path:
     """A repository with results, committed."""
-    folder = fresh(tmp_path_factory.mktemp("finished"))
-    run("dvc", "repro", cwd=folder)
+    folder = reproduced(tmp_path_factory.mktemp("finished"))
     run("git", "add", "-A", cwd=folder)
     run("git", *IDENTITY, "commit", "-q", "-m", "results", cwd=folder)
     return folder
@@ -74,13 +77,13 @@ def repository(finished, tmp_path) -> Path:
     "page", [pytest.param(page, marks=[pytest.mark.slow] * (page.name in SLOW), id=page.name) for page in PAGES]
 )
 def test_the_commands_of_a_page_run_one_after_the_other(page, repository, tmp_path):
-    changed_preset, ran = False, []
+    large, ran = False, []
     for command in commands(page):
-        if reason(command) or (changed_preset and command == "dvc repro"):  # see NOT_RUN and PRESETS
+        if reason(command) or (large and re.fullmatch(r"dvc repro|ear describe.*", command)):  # see NOT_RUN and PRESETS
             continue
         if "configure preset=" in command:  # over an unedited file, as in a clone
             (repository / "params.yaml").write_text(to_yaml(compose([]), "ear configure preset=digits"))
-            changed_preset = True
+            large = "preset=digits" not in command
         here = re.sub(r"(?<![\w.])/(my|data|mnt)/", rf"{tmp_path}/\1/", command)
         done = subprocess.run(
             ["bash", "-ec", here], cwd=repository, env=environment(), text=True, capture_output=True, timeout=600

@@ -11,11 +11,24 @@ from pathlib import Path
 
 import h5py
 import numpy as np
+import one_stage
 import pytest
 from browser import browser_page, needs_browser
 from photographs import write_class_folders
 from PIL import Image
-from repositories import IDENTITY, STAGES, change, digests, environment, fresh, run, stale
+from repositories import (
+    BEFORE_TRAINING,
+    IDENTITY,
+    STAGES,
+    TINY,
+    change,
+    digests,
+    environment,
+    fresh,
+    reproduced,
+    run,
+    stale,
+)
 
 import ear
 from ear.display import plots_page
@@ -26,10 +39,8 @@ from ear.training import checkpoint
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory) -> Path:
-    """A repository in which `dvc repro` has run everything."""
-    folder = fresh(tmp_path_factory.mktemp("finished"))
-    run("dvc", "repro", cwd=folder)
-    return folder
+    """A repository in which `dvc repro` has run everything; it is made here, its own cache included."""
+    return reproduced(tmp_path_factory.mktemp("finished"))
 
 
 @pytest.fixture
@@ -140,6 +151,8 @@ def test_a_colleague_samples_without_raw_images_and_without_training(repository,
     change(colleague, {"sample.guidance": 3.0})
     shown = run("dvc", "repro", "--pull", "--allow-missing", cwd=colleague)
     assert [name for name in STAGES if f"Running stage '{name}'" in shown] == ["sample", "evaluate"]
+    protocol = json.loads((colleague / "data/evaluation/protocol.json").read_text())
+    assert protocol["sampling"]["guidance"] == 3.0
 
 
 def test_a_report_of_everything(finished):
@@ -211,23 +224,10 @@ def test_an_edit_of_code_reruns_the_stages_that_use_its_package(finished, path, 
         (finished / path).write_text(before)
 
 
-def test_a_changed_guidance_reruns_sampling_and_evaluation(repository):
-    change(repository, {"sample.guidance": 3.0})
-    shown = run("dvc", "repro", cwd=repository)
-    assert [name for name in STAGES if f"Running stage '{name}'" in shown] == ["sample", "evaluate"]
-    protocol = json.loads((repository / "data/evaluation/protocol.json").read_text())
-    assert protocol["sampling"]["guidance"] == 3.0
-
-
-def test_two_fresh_repositories_give_equal_locks(finished, tmp_path):
-    other = fresh(tmp_path)
-    run("dvc", "repro", cwd=other)
-    assert (other / "dvc.lock").read_text() == (finished / "dvc.lock").read_text()
-
-
-def test_pixels_as_tokens_by_one_parameter(repository):
-    change(repository, {"tokenizer.name": "identity"})
-    run("dvc", "repro", cwd=repository)
+def test_pixels_as_tokens_by_one_parameter(repository, monkeypatch):
+    monkeypatch.chdir(repository)
+    for stage in STAGES[STAGES.index("tokenizer") :]:
+        one_stage.run(stage, {**TINY, "tokenizer.name": "identity"})
     assert json.loads((repository / "data/tokenizer/metrics.json").read_text())["psnr"] == 100.0
     stats = json.loads((repository / "data/latents/stats.json").read_text())
     assert stats["shape"] == [12, 4, 4]
@@ -256,15 +256,14 @@ def contents(folder: Path) -> dict[str, str]:
     return {path.name: sha256(path) for path in folder.iterdir()}
 
 
-@pytest.mark.parametrize("stage", ["train", "finetune"])
-def test_a_killed_training_goes_on_to_the_same_bytes(repository, stage):
-    whole = contents(repository / FOLDERS[stage])
-    kill(repository, stage)
-    assert "resuming after" in run(sys.executable, "-m", f"stages.{stage}", cwd=repository)
-    assert contents(repository / FOLDERS[stage]) == whole
+def test_a_killed_finetuning_goes_on_to_the_same_bytes(repository):
+    whole = contents(repository / FOLDERS["finetune"])
+    kill(repository, "finetune")
+    assert "resuming after" in run(sys.executable, "-m", "stages.finetune", cwd=repository)
+    assert contents(repository / FOLDERS["finetune"]) == whole
 
 
-def test_after_an_unrelated_edit_of_the_code_a_killed_training_goes_on_where_the_user_says_so(repository):
+def test_a_killed_training_goes_on_to_the_same_bytes_after_an_unrelated_edit_where_the_user_says_so(repository):
     whole = contents(repository / FOLDERS["train"])
     kill(repository, "train")
     code = repository / "ear/training/means.py"
@@ -280,26 +279,27 @@ def test_after_an_unrelated_edit_of_the_code_a_killed_training_goes_on_where_the
     assert len(record["earlier_code"]) == 1
 
 
-def test_links_instead_of_pixels_give_the_same_latents_and_features(repository):
+def test_links_instead_of_pixels_give_the_same_latents_and_features(repository, monkeypatch):
+    monkeypatch.chdir(repository)
     outputs = ("data/latents", "data/reconstructions", "data/reference")
     before = {name: contents(repository / name) for name in outputs}
-    change(repository, {"prepare.compression": "links"})
-    run("dvc", "repro", "cache", "reconstruct", cwd=repository)
+    for stage in BEFORE_TRAINING[1:]:
+        one_stage.run(stage, {**TINY, "prepare.compression": "links"})
     with h5py.File(next((repository / "data/prepared").glob("train-*"))) as file:
         assert "images" not in file
     assert {name: contents(repository / name) for name in outputs} == before
 
 
-def test_a_longer_training_goes_on_from_a_finished_one(repository, tmp_path):
+def test_a_longer_training_goes_on_from_a_finished_one(repository, tmp_path, monkeypatch):
     """To the bytes of one that was not interrupted, if the rates allow it."""
     shutil.copytree(repository, tmp_path / "whole", symlinks=True)
-    change(tmp_path / "whole", {"train.schedule": "constant", "train.images": 1280})
-    assert "resuming" not in run("dvc", "repro", "train", cwd=tmp_path / "whole")
+    monkeypatch.chdir(tmp_path / "whole")
+    one_stage.run("train", {**TINY, "train.schedule": "constant", "train.images": 1280})
     change(repository, {"train.schedule": "constant"})
     run("dvc", "repro", "train", cwd=repository)
     change(repository, {"train.images": 1280})
     assert "resuming after 640 images" in run("dvc", "repro", "train", cwd=repository)
-    assert sorted(set(digests(repository).items()) ^ set(digests(tmp_path / "whole").items())) == []
+    assert contents(repository / FOLDERS["train"]) == contents(tmp_path / "whole" / FOLDERS["train"])
     shutil.rmtree(tmp_path / "whole")
 
 
@@ -330,31 +330,28 @@ def test_python_loads_and_generates(finished):
         ({"train.learningrate": 1e-3}, "train", ["train.learningrate is not a known key", "learning_rate"]),
     ],
 )
-def test_mistakes_are_one_line_and_cost_nothing(repository, values, stage, words):
+def test_mistakes_are_one_line_and_cost_nothing(repository, monkeypatch, capsys, values, stage, words):
     before = digests(repository)
     change(repository, values)
-    done = subprocess.run(
-        [sys.executable, "-m", f"stages.{stage}"], cwd=repository, env=environment(), capture_output=True, text=True
-    )
-    assert done.returncode == 1
-    sentence, _ = done.stderr.splitlines()
+    monkeypatch.chdir(repository)
+    assert one_stage.main(stage) == 1
+    sentence, _ = capsys.readouterr().err.splitlines()
     assert sentence.startswith(f"{stage}: params.yaml: ")
     assert all(word in sentence for word in words), sentence
     assert digests(repository) == before
 
 
-def test_a_model_and_latents_of_another_tokenizer_are_refused(repository):
+def test_a_model_and_latents_of_another_tokenizer_are_refused(repository, monkeypatch, capsys):
     change(repository, {"tokenizer.seed": 1})
-    run(sys.executable, "-m", "stages.tokenizer", cwd=repository)
+    monkeypatch.chdir(repository)
+    assert one_stage.main("tokenizer") == 0
     refusals = {"sample": "run the stages cache, train and finetune again", "finetune": "run the train stage again."}
     for stage, words in refusals.items():
         if stage == "finetune":
-            run(sys.executable, "-m", "stages.cache", cwd=repository)
-        done = subprocess.run(
-            [sys.executable, "-m", f"stages.{stage}"], cwd=repository, env=environment(), capture_output=True, text=True
-        )
-        assert done.returncode == 1
-        assert words in done.stderr.splitlines()[0]
+            assert one_stage.main("cache") == 0
+        capsys.readouterr()
+        assert one_stage.main(stage) == 1
+        assert words in capsys.readouterr().err.splitlines()[0]
 
 
 def test_a_flow_notices_new_images(tmp_path, monkeypatch):

@@ -48,8 +48,8 @@ def main() -> None:
 def configure(overrides: tuple[str, ...], output: Path, force: bool, upgrade: bool) -> None:
     """Write params.yaml from a preset and overrides, or change the given keys of an existing one.
 
-    Every key is checked first. NAME_smoke is the laptop-size form of preset NAME: the complete pipeline in a minute or
-    two.
+    Every key is checked first. NAME_smoke runs the complete pipeline of preset NAME with small networks and short
+    trainings, in a minute or two; longer if it reads all of your images. imagenet*_smoke use the digits.
     """
     from ear.commands import configure
 
@@ -206,7 +206,7 @@ def playground(file: Path | None, port: int, host: str, device: str) -> None:
 @click.option(
     "--weights",
     type=click.Choice(["averaged", "averaged_long", "weights"]),
-    help="of the checkpoint: an EMA (default: averaged), or the weights that are trained",
+    help="of the checkpoint: averaged (EMA, default), averaged_long (slower EMA), or weights (without averaging)",
 )
 def export(output: Path, checkpoint: Path | None, weights: str | None) -> None:
     """Write the trained pipeline to one file, for `ear.load_pipeline`: model, tokenizer, classes, sampling, metrics.

@@ -126,7 +126,7 @@ def _problems(
         if makers and makers[0].outputs[name] != digest:
             yield Problem(entry.stage, f"it read another {name} than the {makers[0].stage} stage has written now")
         elif not makers and Path(name).is_file() and sha256(name) != digest:  # named by a parameter: no stage writes it
-            fix = f"put that file back, or read this one with `dvc repro --force {entry.stage}`"
+            fix = f"put that file back, or read this one with `dvc repro --single-item --force {entry.stage}`"
             yield Problem(entry.stage, f"{name} is not the file that it read; {fix}")
 
 

@@ -118,7 +118,9 @@ class Model(Section):
     depth: int = Field(description="transformer blocks", ge=1)
     heads: int = Field(description="attention heads; must divide width", ge=1)
     mlp_ratio: float = Field(description="MLP width relative to transformer width", gt=0)
-    buffer_size: int = Field(description="class tokens in front of the image tokens", ge=1)
+    buffer_size: int = Field(
+        description="buffer tokens, copies of the class embedding, in front of the image tokens", ge=1
+    )
     dropout: float = Field(description="dropout of attention and MLP", ge=0, lt=1)
     label_dropout: float = Field(
         description="share of training labels replaced by the null class, for guidance", ge=0, le=1

@@ -39,9 +39,9 @@ class Conditions:
     labels: Tensor  # int64 [R]
     null: Tensor | None  # bool [R], true for rows without a class; None if there are none
     rows_per_image: int  # 1, or 2 with guidance
-    distinct: "Conditions | None" = None  # those that occur, each once; None if these are they
-    kind: Tensor | None = None  # int64 [R], which of the distinct conditions every row has
-    plain: "Conditions | None" = None  # those of the same images without guidance; None if these are they
+    distinct: "Conditions | None" = None  # each condition once; None in such a list itself
+    kind: Tensor | None = None  # int64 [R], every row's index into `distinct`
+    plain: "Conditions | None" = None  # of the same images without guidance; None if unguided
 
     @classmethod
     def of(cls, labels: Sequence[int], *, guided: bool, device: torch.device | str) -> "Conditions":

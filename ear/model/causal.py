@@ -1,7 +1,8 @@
 """The causal model: one token after the other, in raster or in random order (EAR, table 5).
 
-The sequence for an order pi is P class tokens, then y_pi(1) .. y_pi(L-1). The slot of y_pi(i-1) predicts y_pi(i); the
-last class token predicts y_pi(1). In random order, each slot is told which position it predicts.
+The sequence for an order pi is P buffer tokens (copies of the class embedding), then y_pi(1) .. y_pi(L-1). The slot of
+y_pi(i-1) predicts y_pi(i); the last buffer token predicts y_pi(1). In random order, each slot is told which position it
+predicts.
 Shapes: see ear.model.autoregressive.
 """
 
@@ -19,7 +20,7 @@ from ear.runtime.randomness import Stream
 
 
 class CausalModel(AutoregressiveModel):
-    """Causal attention over class tokens and image tokens; every token is predicted from those before it."""
+    """Causal attention over buffer tokens and image tokens; every token is predicted from those before it."""
 
     target_positions: nn.Parameter | None  # [1, L, W]
 
@@ -53,7 +54,7 @@ class CausalModel(AutoregressiveModel):
         return self.transformer(torch.cat(sequence, dim=1))[:, self.buffer - 1 :]
 
     def start(self, labels: Tensor, null: Tensor | None, first: Tensor) -> Tensor:
-        """The class tokens [B, P, W]; the last one predicts the positions `first` [B, 1]."""
+        """The buffer tokens [B, P, W]; the last one predicts the positions `first` [B, 1]."""
         prefix = self.prefix(labels, null) + self.positions[:, : self.buffer]
         return torch.cat([prefix[:, :-1], self._aimed(prefix[:, -1:], first)], dim=1)
 

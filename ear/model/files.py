@@ -36,7 +36,8 @@ def load_model(path: str | Path, weights: str | None = None) -> tuple[Autoregres
     """(model in eval mode, description) of a file written by `save_model`, or of a checkpoint of a training.
 
     path: the file, or the folder that a training stage wrote.
-    weights: which of a checkpoint's; averaged (default), averaged_long, or weights, those that are trained.
+    weights: which ones of a checkpoint: averaged (EMA, default), averaged_long (the slower EMA), or weights (without
+    averaging). Only for checkpoints.
     Raises MissingFileError; UserError for another format, other `weights`, or tensors that do not fit the shape.
     """
     path = Path(path) / FILE if Path(path).is_dir() else path

@@ -21,7 +21,7 @@ _MASK_DRAWS = 4096  # for the mean number of masked tokens
 
 
 def training_flops(shape: Shape) -> dict[str, int]:
-    """Operations per training image: forward pass of transformer and of head (with embeddings), both passes of all."""
+    """Operations per training image: forward pass of the transformer; of all else; both passes of the whole model."""
     predicted = mean_predicted(shape)
 
     def costs(model: AutoregressiveModel) -> dict[str, int]:

@@ -1,4 +1,4 @@
-"""Figures of a training that help to judge it while it runs, beyond those of its log."""
+"""Further columns of work/live/STAGE/training.tsv, to judge a training while it runs; the published log lacks them."""
 
 import collections
 import itertools
@@ -62,7 +62,10 @@ def _edges(least: float) -> list[float]:
 
 
 def by_share(shares: Sequence[float], losses: Sequence[float], edges: Sequence[float]) -> dict[str, float | None]:
-    """Mean loss of the micro-batches whose share of predicted tokens lies between neighbouring edges; None of none."""
+    """Mean loss of the micro-batches whose share of predicted tokens lies between neighbouring edges.
+
+    None for an interval without micro-batches.
+    """
     figures: dict[str, float | None] = {}
     for low, high in itertools.pairwise(edges):
         last = high == edges[-1]

@@ -74,7 +74,10 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + MLP(norm(x)); dropout after every linear layer but the fused one."""
+    """x + attention(norm(x)), then x + MLP(norm(x)).
+
+    Dropout acts on the weights of attention, after its projection, after the GELU and after the MLP's last layer.
+    """
 
     def __init__(self, options: config.Model):
         super().__init__()

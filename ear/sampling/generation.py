@@ -30,7 +30,8 @@ TOKENIZER = "tokenizer/tokenizer.safetensors"
 def load(path: str | Path, weights: str | None = None) -> AutoregressiveModel:
     """Load a model in eval mode: EMA weights of data/model or data/finetuned, of a model file, or of a checkpoint.
 
-    weights: which of a checkpoint's; averaged (default), averaged_long, or weights, those that are trained.
+    weights: which ones of a checkpoint: averaged (EMA, default), averaged_long (the slower EMA), or weights (without
+    averaging). Only for checkpoints.
     Raises MissingFileError or UserError.
     """
     return load_model(path, weights)[0]
@@ -111,7 +112,8 @@ class ImageSampler:
     ) -> list[np.ndarray]:
         """The images of `images` before each step and at the end, uint8 [N, H, W, 3] each.
 
-        Tokens that are not drawn yet are shown as mean latents. most: of these moments, evenly spaced; None: all.
+        Tokens that are not drawn yet are shown as mean latents. most: the largest number of snapshots, evenly spaced,
+        the final images included; None: all of them.
         """
         numbers, latents = range(first, first + len(labels)), []
         source = image_streams(settings.seed, numbers)

@@ -1,8 +1,8 @@
 """Scores estimated from samples: a noise-driven head, and the U-statistic over its samples.
 
-A score of the form 2 E d(x, y) - E d(x, x') is strictly proper if d = phi(|a - b|^2) for a non-linear Bernstein
-function phi. A subclass only defines d (`distance`). Shapes: N tokens, D token channels, m samples per token, k targets
-per token, W hidden width, n noise channels.
+The loss 2 E d(x, y) - E d(x, x'), a negative score, is strictly proper if d(a, b) = phi(|a - b|^2) for a non-linear
+Bernstein function phi. A subclass only defines d (`distance`). Shapes: N tokens, D token channels, m samples per token,
+k targets per token, W hidden width, n noise channels.
 """
 
 import functools

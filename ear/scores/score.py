@@ -67,7 +67,7 @@ class Score(nn.Module, ABC):
 
     @abstractmethod
     def initialise(self, generator: torch.Generator) -> None:
-        """Set the head's weights that are not Xavier-uniform matrices and zero biases."""
+        """Overwrite the default weights (Xavier-uniform matrices, zero biases) where the head needs others."""
 
     @abstractmethod
     def loss(self, hidden: Tensor, target: Tensor, *, temperature: float, source: Stream) -> Loss:

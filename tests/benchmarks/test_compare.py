@@ -1,5 +1,6 @@
 """The comparison of the scores: its plan, its page, its refusals; slowly, one of real models."""
 
+import copy
 import itertools
 import json
 import shutil
@@ -142,8 +143,14 @@ def test_a_model_has_one_row(parameters):
 def test_every_run_is_valid(parameters, tmp_path):
     path = tmp_path / "params.yaml"
     path.write_text(to_yaml(parameters, "test"))
+    default = parameters.model_dump(mode="json")
     for values in planned(parameters, {"rules": BUDGET, "ablations": BUDGET}, TWO_SEEDS):
-        edit.check(path, values)
+        changed = copy.deepcopy(default)
+        for key, value in values.items():
+            section, _, name = key.partition(".")
+            assert name in changed[section]
+            changed[section][name] = value
+        config.parse(changed)
     with pytest.raises(ValueError, match=r"train\.images is 0 and train\.weights is empty"):
         edit.check(path, default_run(parameters, {"train.images": 0}))
 

@@ -156,7 +156,7 @@ def test_muon_keeps_one_number_for_a_matrix_of_a_block():
     assert both["adamw"] - both["muon"] == 4 * in_blocks
 
 
-def test_sharding_divides_what_a_process_holds():
+def test_sharding_divides_what_a_process_holds(no_operations):
     whole, part = (
         costs.pipeline_costs(compose(["preset=folder64", "data.path=/", *options]), classes=10, images=100).memory
         for options in (["runtime.processes=4"], ["runtime.processes=4", "runtime.sharded=true"])

@@ -30,7 +30,8 @@ FAULTS = [
         "nothing but the shell's `Killed`; the next `dvc repro` resumes. If it says `Unable to read RWLock-file`, the "
         "kill hit DVC while it wrote its lock file: `rm .dvc/tmp/rwlock` (flows do it). If `./dvc.lock` is "
         "invalid, the same happened there: `git checkout dvc.lock`, or delete it; the run cache has what was done",
-        "at most `runtime.checkpoint_images` images of training and those trained on while a checkpoint was being "
+        "the images trained on since the last checkpoint (every `runtime.checkpoint_images` images; of the tokenizer, "
+        "every tenth of its training) and while one was being "
         "written; the shard, piece or batch in work elsewhere",
         interruptions.kill_dvc,
         1,

@@ -23,6 +23,7 @@ from ear.config import edit
 from ear.config.compose import compose
 from ear.errors import UserError
 from flows import command, devices, experiments, repository
+from flows.artifacts import write_report
 from flows.pipeline import main, pipeline
 from flows.search import Range, search, space_of
 from flows.search import _suggested as search_drawn
@@ -117,6 +118,7 @@ def repo(template, tmp_path, monkeypatch) -> Path:
     folder = tmp_path / "repo"
     shutil.copytree(template, folder)
     monkeypatch.chdir(folder)
+    monkeypatch.setattr("flows.pipeline.write_report", lambda: None)  # a program, which takes seconds
     return folder
 
 
@@ -391,12 +393,14 @@ def test_a_flow_in_the_background_of_a_script_lets_its_commands_save(tmp_path):
 # --- the pipeline
 
 
-def test_an_unchanged_pipeline_runs_nothing(repo, client):
+def test_an_unchanged_pipeline_runs_nothing_and_has_a_report(repo, client, monkeypatch):
+    monkeypatch.setattr("flows.pipeline.write_report", write_report)
     lock = Path("dvc.lock").read_bytes()
     state = pipeline(return_state=True)
     assert state.message == "up to date: first, middle, last"
     assert results() == dict.fromkeys(["first", "middle", "last"], "up to date")
     assert Path("dvc.lock").read_bytes() == lock
+    assert "<html" in Path("data/report.html").read_text()
     assert table("metrics") == [
         {"file": "metrics.json", "metric": "fid", "value": 1.0},
         {"file": "metrics.json", "metric": "nested.count", "value": 3},
@@ -457,10 +461,10 @@ def test_a_failing_stage_fails_the_flow_in_one_line(repo, client):
         ({"stages": ("lst",)}, "'lst' is not a stage that would run; did you mean last?"),
     ],
 )
-def test_a_mistake_is_said_before_a_stage_runs(repo, client, parameters, message):
+def test_a_mistake_is_said_before_a_stage_runs(repo, parameters, message):
     Path("source").write_text("changed\n")
     before = {path: path.read_bytes() for path in (Path("params.yaml"), Path("dvc.lock"), Path("out/first"))}
-    state = pipeline(**parameters, return_state=True)
+    state = pipeline.fn(**parameters)
     assert state.is_failed()
     assert state.message.startswith(message)
     assert {path: path.read_bytes() for path in before} == before
@@ -543,7 +547,7 @@ def test_deployments_run_and_cancel(repo, server):
 
     worker = [sys.executable, "-m", "prefect", "worker", "start", "--pool", "ear", "--type", "process"]
     log = repo.parent / "worker.log"
-    with background(*worker, cwd=repo, log=log, env=server):
+    with background(*worker, cwd=repo, log=log, env=server | {"PREFECT_WORKER_QUERY_SECONDS": "1"}):
         wait_for(lambda: "started!" in log.read_text())  # it has created the pool
         assert prefect("--no-prompt", "deploy", "--all").returncode == 0
         run_options = ["-p", 'overrides={"sample.temperature": 0.5}', "-p", 'stages=["middle"]']
@@ -601,20 +605,11 @@ def test_experiments_run_what_never_ran_and_leave_the_workspace(repo):
     assert run("git", "status", "--short", cwd=repo) == status
 
 
-def test_experiments_run_the_code_of_their_snapshot(repo):
+def test_an_edit_and_a_commit_in_the_workspace_leave_a_running_sweep_alone(repo):
+    """Whoever edits or commits meanwhile, runs and their results stay with code and commit of the snapshot."""
     snapshot = experiments.take_snapshot()
     Path("stage.py").write_text("raise SystemExit('edited')")
     assert run_lines("before", {"sample.guidance": 3.0}, snapshot) == ["last at 3.0"]
-    with pytest.raises(repository.RepositoryError, match="edited"):
-        experiments.run(
-            "after", {"sample.guidance": 4.0}, snapshot=experiments.take_snapshot(), among=["cpu"], line=print
-        )
-
-
-def test_a_commit_in_the_workspace_leaves_a_running_sweep_alone(repo):
-    """Whoever commits meanwhile, runs and their results stay with the commit of the snapshot."""
-    snapshot = experiments.take_snapshot()
-    run_lines("before", {"sample.guidance": 3.0}, snapshot)
     edit.apply("params.yaml", {"sample.steps": 9})
     run("git", "commit", "-qam", "meanwhile", cwd=repo)
     assert run("git", "rev-parse", "HEAD", cwd=repo).strip() != snapshot.commit
@@ -622,6 +617,9 @@ def test_a_commit_in_the_workspace_leaves_a_running_sweep_alone(repo):
     for name in ("before", "after"):
         assert experiments.metrics(snapshot, name) == {"metrics.json": {"fid": 1.0, "nested": {"count": 3}}}
     assert "steps: 9" not in snapshot.text("params.yaml")
+    later = experiments.take_snapshot()
+    with pytest.raises(repository.RepositoryError, match="edited"):
+        experiments.run("edited", {"sample.guidance": 4.0}, snapshot=later, among=["cpu"], line=print)
 
 
 def test_experiments_see_inputs_that_git_ignores(repo):
@@ -921,40 +919,35 @@ def test_a_range_close_to_one_is_searched_in_steps_that_matter():
     assert 0.999 < max(decays) <= 0.9999
 
 
-def test_a_search_of_a_metric_that_is_no_number_ends(repo, client):
+def test_a_search_of_a_metric_that_is_no_number_ends(repo, client, monkeypatch):
     """Its trials fail, and as many failures as trials end it."""
-    Path("stage.py").write_text(Path("stage.py").read_text().replace("value**2", "None"))
+    from prefect.states import Completed
+
+    monkeypatch.setattr("flows.search.run_all", lambda runs, *_: ((name, Completed()) for name in runs))
+    monkeypatch.setattr(experiments, "metrics", lambda *_: {"metrics.json": {"fid": None}})
     state = search({"sample.temperature": "0.1..0.9"}, trials=2, return_state=True)
     assert state.message == "none of 2 trials succeeded; the log above says why"
 
 
-def test_a_search_that_was_killed_and_then_shortened_goes_on(repo, client):
-    space = {"sample.temperature": "0.1..1.5"}
-    assert search(space, trials=2, return_state=True).is_completed()
-    study = optuna.load_study(study_name="study", storage="sqlite:///work/search/study.db")
-    study.ask().suggest_float("sample.temperature", 0.1, 1.5)  # a kill leaves a running trial
-    assert search(space, trials=2, return_state=True).is_completed()  # has enough: the trial only waits
-    state = search(space, trials=3, return_state=True)
-    assert state.is_completed(), state.message
-    assert len(table("search")) == 3
-
-
-def test_a_search_finds_the_best_and_goes_on_where_it_stopped(repo, client):
+def test_a_search_finds_the_best_and_goes_on_where_it_stopped_or_was_killed(repo, client):
     space = {"sample.temperature": "0.1..1.5"}
     state = search(space, trials=2, return_state=True)
     assert state.is_completed(), state.message
-    state = search(space, trials=3, return_state=True)
-    assert len(table("search")) == 3
+    study = optuna.load_study(study_name="study", storage="sqlite:///work/search/study.db")
+    study.ask().suggest_float("sample.temperature", 0.1, 1.5)  # a kill leaves a running trial
+    assert search(space, trials=2, return_state=True).is_completed()  # has enough: the trial only waits
+    state = search(space, trials=4, return_state=True)
+    assert len(table("search")) == 4
     best = min(row["fid"] for row in table("search"))
     assert state.message.startswith(f"best fid {best:.6g}: search-sample.temperature=")
     assert all(row["fid"] == pytest.approx(row["sample.temperature"] ** 2, rel=1e-2) for row in table("search"))
     assert "temperature: 1.0" in Path("params.yaml").read_text()
     edit.apply("params.yaml", {"sample.steps": 9})
-    assert search(space, trials=4, return_state=True).message == (
+    assert search.fn(space, trials=5).message == (
         "the study in work/search is of another metric, space or other parameters; give another --output."
     )
     for nothing in ({"space": {}}, {"space": space, "trials": 0}):
-        assert "but a search needs one of each" in search(**nothing, return_state=True).message
-    assert search({"sample.temprature": "0.1..1"}, return_state=True).message.startswith(
+        assert "but a search needs one of each" in search.fn(**nothing).message
+    assert search.fn({"sample.temprature": "0.1..1"}).message.startswith(
         "overrides: sample.temprature is not a known key"
     )

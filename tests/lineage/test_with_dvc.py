@@ -1,5 +1,6 @@
 """What DVC promises, on a real repository of two small stages: lineage, reruns, damage, failures."""
 
+import contextlib
 import json
 import os
 import subprocess
@@ -94,23 +95,33 @@ def ran() -> list[str]:
     return names
 
 
-@pytest.fixture(autouse=True)
-def repository(tmp_path, monkeypatch) -> Path:
+@pytest.fixture(scope="module")
+def template(tmp_path_factory) -> Path:
     """The two stages, reproduced once; cache links as in this project."""
+    folder = tmp_path_factory.mktemp("template")
+    with contextlib.chdir(folder):
+        Path("dvc.yaml").write_text(DVC)
+        Path("numbers_stage.py").write_text(NUMBERS)
+        Path("total_stage.py").write_text(TOTAL)
+        ignored = "/data/*\n!/data/total\n/data/total/*\n!/data/total/metrics.json\n/work\n/ran.txt\n"
+        Path(".gitignore").write_text(ignored)
+        set_parameters()
+        run("git", "init", "--quiet")
+        assert dvc("init", "--quiet").returncode == 0
+        Path(".dvc/config").write_text('[cache]\n    type = "hardlink,symlink,copy"\n')
+        done = dvc("repro")
+        assert done.returncode == 0, done.stderr
+        assert ran() == ["numbers", "total"]
+        run("git", "add", "--all")
+        run("git", "-c", "user.name=a", "-c", "user.email=a@b", "commit", "--quiet", "--message", "first")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def repository(template, tmp_path, monkeypatch) -> Path:
+    """A copy of them, in which outputs and DVC's cache share files as before."""
+    subprocess.run(["cp", "-a", f"{template}/.", tmp_path], check=True)
     monkeypatch.chdir(tmp_path)
-    Path("dvc.yaml").write_text(DVC)
-    Path("numbers_stage.py").write_text(NUMBERS)
-    Path("total_stage.py").write_text(TOTAL)
-    Path(".gitignore").write_text("/data/*\n!/data/total\n/data/total/*\n!/data/total/metrics.json\n/work\n/ran.txt\n")
-    set_parameters()
-    run("git", "init", "--quiet")
-    assert dvc("init", "--quiet").returncode == 0
-    Path(".dvc/config").write_text('[cache]\n    type = "hardlink,symlink,copy"\n')
-    done = dvc("repro")
-    assert done.returncode == 0, done.stderr
-    assert ran() == ["numbers", "total"]
-    run("git", "add", "--all")
-    run("git", "-c", "user.name=a", "-c", "user.email=a@b", "commit", "--quiet", "--message", "first")
     return tmp_path
 
 

@@ -130,9 +130,9 @@ def test_killed_tokenizer_training_ends_in_the_same_bytes(repository):
 
 
 def test_changed_parameters_start_afresh(repository, capsys):
-    run("tokenizer")
+    run("tokenizer", **{"tokenizer.images": 32})
     first = contents("data/tokenizer")
-    run("tokenizer", **{"tokenizer.seed": 1})
+    run("tokenizer", **{"tokenizer.images": 32, "tokenizer.seed": 1})
     assert "resuming" not in capsys.readouterr().out
     assert contents("data/tokenizer")["tokenizer.safetensors"] != first["tokenizer.safetensors"]
 

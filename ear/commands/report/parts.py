@@ -184,6 +184,8 @@ def _losses(folder: Path) -> list[float | None]:
 
 def latents() -> Part:
     """Histograms of normalised latents by channel, against the normal distribution."""
+    if not (DATA / "latents").is_dir():  # before torch is imported, which takes seconds
+        raise MissingFileError(f"{DATA / 'latents'} does not exist; run the cache stage.")
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
