@@ -13,7 +13,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
-import pytest
 from browser import browser_page, needs_browser
 from repositories import fresh
 
@@ -56,16 +55,22 @@ def served(folder: Path, home: Path) -> Iterator[tuple[subprocess.Popen, str, Pa
         program.kill()
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_one_program_serves_all_flows_and_ends_with_its_children(tmp_path, number):
+STOPPED = (130, [], "serve: stopped")
+
+
+def stop(program: subprocess.Popen, number: int, said: Path) -> tuple[int, list[psutil.Process], str]:
+    """Send a signal to `ear serve` => its exit code, those of its children that are left, its last line."""
+    children = psutil.Process(program.pid).children(recursive=True)
+    program.send_signal(number)
+    code = program.wait(120)
+    _, alive = psutil.wait_procs(children, timeout=10)
+    return code, alive, said.read_text().splitlines()[-1]
+
+
+def test_one_program_serves_all_flows_and_ends_with_its_children(tmp_path):
     with served(ROOT, tmp_path) as (program, address, said):
         assert sorted(flow["name"] for flow in ask(address, "flows")) == ["compare", "pipeline", "sweep"]
-        children = psutil.Process(program.pid).children(recursive=True)
-        program.send_signal(number)
-        assert program.wait(120) == 130
-        _, alive = psutil.wait_procs(children, timeout=10)
-        assert alive == []
-        assert said.read_text().endswith("serve: stopped\n")
+        assert stop(program, signal.SIGTERM, said) == STOPPED
 
 
 @needs_browser
@@ -74,7 +79,7 @@ def test_the_form_of_the_page_sends_what_was_filled_in(tmp_path):
     (folder := tmp_path / "repository").mkdir()
     fresh(folder)
     (home := tmp_path / "home").mkdir()
-    with served(folder, home) as (program, address, _), browser_page() as (page, left):
+    with served(folder, home) as (program, address, said), browser_page() as (page, left):
         flows = {flow["id"]: flow["name"] for flow in ask(address, "flows")}
         (deployment,) = (d["id"] for d in ask(address, "deployments") if flows[d["flow_id"]] == "pipeline")
         page.goto(f"{address}/deployments/deployment/{deployment}/run")
@@ -88,8 +93,7 @@ def test_the_form_of_the_page_sends_what_was_filled_in(tmp_path):
             {"stages": [], "overrides": {"sample.guidance": 2.5}, "force": False}
         ]
         assert left == []
-        program.send_signal(signal.SIGINT)
-        assert program.wait(120) == 130
+        assert stop(program, signal.SIGINT, said) == STOPPED
 
 
 def test_the_form_has_every_key_and_stage():
