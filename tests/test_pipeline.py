@@ -354,6 +354,7 @@ def test_a_model_and_latents_of_another_tokenizer_are_refused(repository, monkey
         assert words in capsys.readouterr().err.splitlines()[0]
 
 
+@pytest.mark.slow  # the flow without a server; tests/flows/test_inputs.py has what it calls
 def test_a_flow_notices_new_images(tmp_path, monkeypatch):
     """DVC does not watch data.path; the flow lists it every time."""
     monkeypatch.setenv("PREFECT_HOME", str(tmp_path / "prefect"))

@@ -78,7 +78,7 @@ def size(folder: str) -> int:
     return sum(path.stat().st_size for path in Path(folder).glob("*.h5"))
 
 
-def test_all_stages_on_real_pictures(repository, tmp_path, one_thread):
+def test_all_stages_on_real_pictures(repository, tmp_path, one_thread, no_operations):
     images = write_class_folders(tmp_path / "images", each=16, classes=3, least_side=20)
     parameters = write_parameters(images, **TINY)
     for stage in ORDER:
