@@ -14,7 +14,7 @@ TEST := OMP_NUM_THREADS=1 python -m pytest -q --numprocesses $(WORKERS) --dist l
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 12
 
-demo: setup  ## train on handwritten digits, raw images to metrics: 5 minutes on 2 CPU cores
+demo: setup  ## train on handwritten digits, raw images to metrics: 5 minutes on 2 CPU cores, 11 without AVX-512
 	dvc repro
 	@echo "look at data/samples/grid.png and data/evaluation/metrics.json"
 

@@ -137,7 +137,8 @@ def graph() -> dict[str, set[str]]:
         raise MissingFileError(f"dvc.yaml is not in {Path.cwd()}; run the flow from the repository's root.")
     drawn = ask("dag", "--dot")
     nodes = re.findall(r'^"([^"]+)";$', drawn, re.MULTILINE)
-    upstream: dict[str, set[str]] = {name: set() for name in nodes if not name.endswith(".dvc")}  # which are no stages
+    # .dvc files are nodes, too, and so are the stages of other folders: FOLDER/dvc.yaml:NAME.
+    upstream: dict[str, set[str]] = {name: set() for name in nodes if not name.endswith(".dvc") and ":" not in name}
     for before, after in re.findall(r'"([^"]+)" -> "([^"]+)"', drawn):
         if before in upstream and after in upstream:
             upstream[after].add(before)

@@ -73,16 +73,6 @@ def one_thread():
     torch.set_num_threads(before)
 
 
-@pytest.fixture
-def no_operations(monkeypatch) -> None:
-    """The costs of a model have no operations: counting them takes up to a minute, memory and disk do not need it."""
-    from ear.commands import costs
-
-    training = {"forward, transformer": 0, "forward, head": 0, "forward and backward": 0}
-    monkeypatch.setattr(costs, "training_flops", lambda shape: training)
-    monkeypatch.setattr(costs, "sampling_flops", lambda shape, settings: {"transformer": 0, "head": 0})
-
-
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[str]:
     """The address of a Dask scheduler with two worker processes on this machine."""

@@ -39,7 +39,7 @@ from ear.training import checkpoint
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory) -> Path:
-    """A repository in which `dvc repro` has run everything; it is made here, its own cache included."""
+    """A repository in which all stages have run."""
     return reproduced(tmp_path_factory.mktemp("finished"))
 
 
@@ -290,11 +290,12 @@ def test_links_instead_of_pixels_give_the_same_latents_and_features(repository, 
     assert {name: contents(repository / name) for name in outputs} == before
 
 
-def test_a_longer_training_goes_on_from_a_finished_one(repository, tmp_path, monkeypatch):
+def test_a_longer_training_goes_on_from_a_finished_one(repository, tmp_path, monkeypatch, capsys):
     """To the bytes of one that was not interrupted, if the rates allow it."""
     shutil.copytree(repository, tmp_path / "whole", symlinks=True)
     monkeypatch.chdir(tmp_path / "whole")
     one_stage.run("train", {**TINY, "train.schedule": "constant", "train.images": 1280})
+    assert "resuming" not in capsys.readouterr().out
     change(repository, {"train.schedule": "constant"})
     run("dvc", "repro", "train", cwd=repository)
     change(repository, {"train.images": 1280})

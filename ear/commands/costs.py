@@ -55,32 +55,39 @@ def pipeline_costs(parameters: config.Parameters, *, classes: int, images: int) 
     tokenizer = build_tokenizer(parameters)
     shape = model_shape(parameters, tokenizer, classes=classes)
     counts = count_parameters(shape)
-    plain, checkpointed = activation_bytes(
-        shape, images=parameters.train.micro_batch_size, precision=parameters.train.precision
-    )
-    weights = counts["all"] * _FLOAT
-    ranks = parameters.runtime.processes if parameters.runtime.sharded else 1
+    memory, checkpointed = training_memory(parameters, shape)
     encode, decode = tokenizer_flops(tokenizer)
     trained = tokenizer if isinstance(tokenizer, KL) and parameters.tokenizer.name == "kl" else None
     return Costs(
         shape=shape,
         images=images,
         parameters=counts | {"tokenizer": _elements(tokenizer)},
-        memory={
-            "weights": weights // ranks,
-            "gradients": weights // ranks,
-            "optimizer moments": moments_bytes(shape, parameters.train.optimizer) // ranks,
-            "averaged weights": _AVERAGES * weights // ranks,
-            "activations": plain,
-        },
+        memory=memory,
         tokenizer_memory=tokenizer_memory(trained, parameters.tokenizer) if trained else {},
         checkpointed_activations=checkpointed,
         training_flops=training_flops(shape),
         sampling_flops=sampling_flops(shape, SamplingSettings.of(parameters.sample)) | {"decoder": decode},
         encoding_flops=2 * encode,
         tokenizer_flops=3 * (encode + decode),
-        disk=disk_bytes(parameters, shape, images=images, weights=weights),
+        disk=disk_bytes(parameters, shape, images=images, weights=counts["all"] * _FLOAT),
     )
+
+
+def training_memory(parameters: config.Parameters, shape: Shape) -> tuple[dict[str, int], int]:
+    """Bytes of one process of the model's training, by part; activations with every block checkpointed."""
+    plain, checkpointed = activation_bytes(
+        shape, images=parameters.train.micro_batch_size, precision=parameters.train.precision
+    )
+    weights = count_parameters(shape)["all"] * _FLOAT
+    ranks = parameters.runtime.processes if parameters.runtime.sharded else 1
+    parts = {
+        "weights": weights // ranks,
+        "gradients": weights // ranks,
+        "optimizer moments": moments_bytes(shape, parameters.train.optimizer) // ranks,
+        "averaged weights": _AVERAGES * weights // ranks,
+        "activations": plain,
+    }
+    return parts, checkpointed
 
 
 def moments_bytes(shape: Shape, optimizer: str) -> int:

@@ -156,11 +156,13 @@ def test_muon_keeps_one_number_for_a_matrix_of_a_block():
     assert both["adamw"] - both["muon"] == 4 * in_blocks
 
 
-def test_sharding_divides_what_a_process_holds(no_operations):
-    whole, part = (
-        costs.pipeline_costs(compose(["preset=folder64", "data.path=/", *options]), classes=10, images=100).memory
-        for options in (["runtime.processes=4"], ["runtime.processes=4", "runtime.sharded=true"])
+def test_sharding_divides_what_a_process_holds():
+    together, apart = (
+        compose(["preset=folder64", "data.path=/", "runtime.processes=4", f"runtime.sharded={sharded}"])
+        for sharded in ("false", "true")
     )
+    shape = costs.model_shape(together, costs.build_tokenizer(together), classes=10)
+    whole, part = (costs.training_memory(parameters, shape)[0] for parameters in (together, apart))
     assert part["activations"] == whole["activations"]
     assert {name: whole[name] / part[name] for name in part if name != "activations"} == dict.fromkeys(
         ("weights", "gradients", "optimizer moments", "averaged weights"), pytest.approx(4, rel=1e-6)

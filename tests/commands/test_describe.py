@@ -44,8 +44,8 @@ def test_description_from_parameters_alone(folder, monkeypatch, capsys):
     )
 
 
-def test_only_an_autoencoder_that_is_trained_costs_training(folder, no_operations, monkeypatch, capsys):
-    imported = ["preset=imagenet256_base_smoke", "data.path=/images", "tokenizer.weights=/kl.ckpt"]
+def test_only_an_autoencoder_that_is_trained_costs_training(folder, monkeypatch, capsys):
+    imported = ["preset=imagenet256_base_smoke", "data.path=/images", "tokenizer.weights=/kl.ckpt", "sample.steps=2"]
     for name, trained in (("published", False), ("kl", True)):
         (folder / "params.yaml").write_text(to_yaml(compose([*imported, f"tokenizer.name={name}"]), "test"))
         run(monkeypatch)

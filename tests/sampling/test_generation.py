@@ -1,4 +1,4 @@
-"""`ear.load` and `ear.generate`: images do not depend on the batch size; bad labels and settings are refused."""
+"""Test `ear.load` and `ear.generate`."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""The reference and evaluate stages on real digits: metrics, protocol, resuming, inputs that are refused."""
+"""Test the reference, reconstruct and evaluate stages on the digits."""
 
 import json
 import os
