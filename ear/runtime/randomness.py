@@ -86,11 +86,11 @@ def integers(high: int, shape: Sequence[int], source: Stream, device: torch.devi
     return (uniform(shape, source, device) * high).long()
 
 
-def choose(logits: torch.Tensor, source: Stream) -> torch.Tensor:
-    """Logits [N, K] => one index per row, int64 [N], with probability softmax(logits), from one uniform number."""
-    threshold = uniform((len(logits), 1), source, logits.device)
+def choose(logits: torch.Tensor, source: Stream, count: int = 1) -> torch.Tensor:
+    """Logits [N, K] => indices, int64 [N, count], with probability softmax(logits), from one uniform number each."""
+    threshold = uniform((len(logits), count), source, logits.device)
     cumulative = logits.softmax(-1).cumsum(-1)
-    return (cumulative <= threshold * cumulative[:, -1:]).sum(-1)
+    return torch.searchsorted(cumulative, threshold * cumulative[:, -1:], right=True)
 
 
 def seed_dropout(seed: int, position: int) -> None:

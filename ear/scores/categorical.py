@@ -81,5 +81,5 @@ class CategoricalScore(Score):
         logits = self.logits(hidden)
         if unconditional is not None:
             logits = guidance * logits + (1 - guidance) * self.logits(unconditional)
-        index = logits.argmax(-1) if temperature == 0 else choose(logits / temperature, source)
+        index = logits.argmax(-1) if temperature == 0 else choose(logits / temperature, source)[:, 0]
         return self.codebook[index]

@@ -14,6 +14,8 @@ from ear.runtime.randomness import Stream, choose, normal
 from ear.scores.score import DENOISING, Denoising, HeadSize, Loss, Score
 
 _CANDIDATES = 64  # draws that guidance selects from; at GIVT's scale of 1.4, 64 are enough to match the formula
+# Numbers of a block of candidates: what fits a CPU's cache, or few launches on a GPU. They do not change what is drawn.
+_CPU_BLOCK, _GPU_BLOCK = 2**18, 2**24
 _INIT_SD = 0.02  # with zeros, all components would stay equal: they get equal gradients
 
 
@@ -31,27 +33,32 @@ class Mixture:
         return self.factors.dim() == 4
 
     def log_density(self, y: Tensor) -> Tensor:
-        """y [N, D] => log p(y) [N], in nats."""
-        difference = y[:, None] - self.means  # [N, K, D]
+        """Points y [N, P, D], P for each mixture => log p(y) [N, P], in nats."""
+        difference = y[:, None] - self.means[:, :, None]  # [N, K, P, D]
         if self.full:
-            white = torch.linalg.solve_triangular(self.factors, difference[..., None], upper=False)[..., 0]
+            white = torch.linalg.solve_triangular(self.factors, difference.mT, upper=False).mT
             log_scales = self.factors.diagonal(dim1=-2, dim2=-1).log()
         else:
-            white, log_scales = difference / self.factors, self.factors.log()
-        log_normal = -0.5 * white.square() - log_scales - 0.5 * math.log(2 * math.pi)
-        return torch.logsumexp(self.logits.log_softmax(-1) + log_normal.sum(-1), dim=-1)
+            white, log_scales = difference / self.factors[:, :, None], self.factors.log()
+        log_normal = -0.5 * white.square() - log_scales[:, :, None] - 0.5 * math.log(2 * math.pi)
+        return torch.logsumexp(self.logits.log_softmax(-1)[..., None] + log_normal.sum(-1), dim=1)
 
     def draw(self, source: Stream, *, temperature: float = 1.0) -> Tensor:
         """Draw a component, then from its Gaussian with standard deviations times `temperature` => [N, D]."""
-        mean, factor = self._component(choose(self.logits, source))
-        noise = normal(mean.shape, source, mean.device)
+        return self.place(*self.numbers(1, source), temperature=temperature)[:, 0]
+
+    def numbers(self, count: int, source: Stream) -> tuple[Tensor, Tensor]:
+        """What `count` draws P of each mixture come from: components, int64 [N, P], and noise [N, P, D]."""
+        index = choose(self.logits, source, count)
+        return index, normal((*index.shape, self.means.shape[-1]), source, index.device)
+
+    def place(self, index: Tensor, noise: Tensor, *, temperature: float) -> Tensor:
+        """Components [N, P] and noise [N, P, D] => draws [N, P, D]."""
+        rows = torch.arange(len(index), device=index.device)[:, None]
+        mean, factor = self.means[rows, index], self.factors[rows, index]
         # A sum, not a matrix product, which autocast and TF32 would round.
         spread = (factor * noise[..., None, :]).sum(-1) if self.full else factor * noise
         return mean + temperature * spread
-
-    def _component(self, index: Tensor) -> tuple[Tensor, Tensor]:
-        rows = torch.arange(len(index), device=index.device)
-        return self.means[rows, index], self.factors[rows, index]
 
 
 def square_plus(x: Tensor, floor: float) -> Tensor:
@@ -97,7 +104,7 @@ class LogarithmicScore(Score):
 
     def loss(self, hidden: Tensor, target: Tensor, *, temperature: float, source: Stream) -> Loss:
         """Hidden [N, W], target [N, D] => -log p(target) [N] in nats per token; the training temperature is ignored."""
-        return Loss(-self.mixture(hidden).log_density(target.float()))
+        return Loss(-self.mixture(hidden).log_density(target.float()[:, None])[:, 0])
 
     def sample(
         self,
@@ -128,7 +135,14 @@ def guided(
     the full shift of the mean at scale 1.4, half of it at 3). At other temperatures the draws have standard deviations
     times `temperature`; the ratio is unchanged.
     """
-    candidates = torch.stack([conditional.draw(source, temperature=temperature) for _ in range(_CANDIDATES)])
-    ratio = torch.stack([conditional.log_density(y) - unconditional.log_density(y) for y in candidates], dim=-1)
-    kept = choose((scale - 1) * ratio, source)
-    return candidates[kept, torch.arange(len(kept), device=kept.device)]
+
+    def weigh(index: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+        drawn = conditional.place(index, noise, temperature=temperature)
+        return drawn, conditional.log_density(drawn) - unconditional.log_density(drawn)
+
+    numbers_in_block = _CPU_BLOCK if conditional.means.device.type == "cpu" else _GPU_BLOCK
+    block = max(1, numbers_in_block // conditional.factors.numel())
+    numbers = (part.split(block, dim=1) for part in conditional.numbers(_CANDIDATES, source))
+    candidates, ratio = (torch.cat(parts, dim=1) for parts in zip(*map(weigh, *numbers), strict=True))
+    kept = choose((scale - 1) * ratio, source)[:, 0]
+    return candidates[torch.arange(len(kept), device=kept.device), kept]

@@ -59,10 +59,9 @@ def pairwise(score: SampleBasedScore, forecast: torch.Tensor, truth: torch.Tenso
 
 
 def log_loss(forecast: torch.Tensor, truth: torch.Tensor) -> float:
-    n = len(POINTS)
-    factor = torch.linalg.cholesky(forecast).expand(n, 1, 2, 2)
-    mixture = Mixture(torch.zeros(n, 1, dtype=DOUBLE), torch.zeros(n, 1, 2, dtype=DOUBLE), factor)
-    return float(-WEIGHTS @ mixture.log_density(POINTS @ torch.linalg.cholesky(truth).T))
+    zero = torch.zeros(1, 1, 2, dtype=DOUBLE)
+    mixture = Mixture(zero[..., 0], zero, torch.linalg.cholesky(forecast)[None, None])
+    return float(-WEIGHTS @ mixture.log_density((POINTS @ torch.linalg.cholesky(truth).T)[None])[0])
 
 
 def cross_entropy(forecast: torch.Tensor, truth: torch.Tensor) -> float:

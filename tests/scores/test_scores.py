@@ -18,7 +18,7 @@ from ear.errors import UserError
 from ear.runtime.randomness import generator, image_streams, stream
 from ear.sampling.sampler import sample
 from ear.sampling.settings import SamplingSettings
-from ear.scores import hyvarinen
+from ear.scores import hyvarinen, logarithmic
 from ear.scores.kernel import KernelScore
 from ear.scores.logarithmic import Mixture, guided
 from ear.scores.score import Denoising
@@ -140,14 +140,16 @@ def test_mixture_density_against_torch(full):
     covariance = {"scale_tril": m.factors if full else torch.diag_embed(m.factors)}
     parts = torch.distributions.MultivariateNormal(m.means, **covariance)
     expected = torch.distributions.MixtureSameFamily(torch.distributions.Categorical(logits=m.logits), parts)
-    assert torch.allclose(m.log_density(y), expected.log_prob(y), atol=1e-10)
+    assert torch.allclose(m.log_density(y[:, None])[:, 0], expected.log_prob(y), atol=1e-10)
+    points = torch.randn(5, 3, 4, generator=generator(2), dtype=DOUBLE)
+    separate = torch.stack([expected.log_prob(points[:, k]) for k in range(3)], dim=1)
+    assert torch.allclose(m.log_density(points), separate, atol=1e-10)
 
 
 def test_density_integrates_to_one():
     score = head("logarithmic", token_channels=1, components=3)
     grid = torch.linspace(-30, 30, 60_001)[:, None]
-    hidden = torch.randn(1, toy.HIDDEN, generator=generator(0)).expand(len(grid), -1)
-    density = score.mixture(hidden).log_density(grid).exp()
+    density = score.mixture(torch.randn(1, toy.HIDDEN, generator=generator(0))).log_density(grid[None])[0].exp()
     assert abs(torch.trapezoid(density.double(), grid[:, 0].double()) - 1) < 1e-4
 
 
@@ -157,7 +159,7 @@ def test_expected_log_score_is_the_cross_entropy():
     y = torch.randn(200_000, 1, generator=generator(0), dtype=DOUBLE)
     for value, exact in zip(sigma[::900], expected[::900], strict=True):
         forecast = Mixture(torch.zeros(1, 1, dtype=DOUBLE), torch.zeros(1, 1, 1, dtype=DOUBLE), value.view(1, 1, 1))
-        estimate = -forecast.log_density(y).mean() - 0.5 * math.log(2 * math.pi)
+        estimate = -forecast.log_density(y[None]).mean() - 0.5 * math.log(2 * math.pi)
         assert abs(estimate - exact) < 0.03 * (1 + 1 / value**2)
 
 
@@ -210,16 +212,30 @@ def two_gaussians(weights, means, scales, *, full: bool, tokens: int) -> Mixture
 @pytest.mark.parametrize("scale", [1.0, 1.5, 2.5])
 def test_guided_tokens_follow_the_product_of_powers(scale, full):
     """Against moments on a grid of p_c^scale p_u^(1 - scale), p_c and p_u being mixtures that overlap."""
-    c = two_gaussians([0.3, 0.7], [-1.0, 0.7], [0.6, 0.5], full=full, tokens=40_000)
-    u = two_gaussians([0.5, 0.5], [-0.8, 0.3], [0.9, 1.0], full=full, tokens=40_000)
+
+    def mixtures(tokens: int) -> tuple[Mixture, Mixture]:
+        conditional = two_gaussians([0.3, 0.7], [-1.0, 0.7], [0.6, 0.5], full=full, tokens=tokens)
+        return conditional, two_gaussians([0.5, 0.5], [-0.8, 0.3], [0.9, 1.0], full=full, tokens=tokens)
+
+    c, u = mixtures(1)
     grid = torch.linspace(-6, 6, 40_000)[:, None]
-    log = (scale * c.log_density(grid) + (1 - scale) * u.log_density(grid)).double()
+    log = (scale * c.log_density(grid[None]) + (1 - scale) * u.log_density(grid[None]))[0].double()
     weight, grid = log.softmax(0), grid[:, 0].double()
     mean = (weight * grid).sum()
     sd = (weight * (grid - mean) ** 2).sum().sqrt()
-    drawn = guided(c, u, scale=scale, source=stream(0)).double()
+    drawn = guided(*mixtures(40_000), scale=scale, source=stream(0)).double()
     assert abs(drawn.mean() - mean) < 0.03
     assert abs(drawn.std() - sd) < 0.03
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_blocks_of_candidates_do_not_change_what_is_drawn(full, monkeypatch):
+    c = random_mixture(full)
+    u = Mixture(c.logits, c.means + 0.5, c.factors)
+    at_once = guided(c, u, scale=2.0, source=stream(0))
+    monkeypatch.setattr(logarithmic, "_CPU_BLOCK", 7 * c.factors.numel())  # 64 candidates in blocks of 7
+    assert torch.equal(guided(c, u, scale=2.0, source=stream(0)), at_once)
+    assert not torch.equal(at_once, c.draw(stream(0)))
 
 
 def test_guidance_leads_away_from_the_unconditional_prediction():
