@@ -1,5 +1,6 @@
-"""The fetch and the prepare stage as a user runs them: programs in a repository of their own."""
+"""The fetch and the prepare stage as a user runs them, in a repository of their own; killed ones are programs."""
 
+import contextlib
 import io
 import os
 import shutil
@@ -11,6 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import one_stage
 import pytest
 import small_imagenet as small
 from omegaconf import OmegaConf
@@ -66,9 +68,8 @@ def repository(tmp_path) -> SimpleNamespace:
         return subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True)
 
     def run(stage: str) -> tuple[int, str]:
-        process = start(stage)
-        errors = process.communicate(timeout=60)[1]
-        return process.returncode, errors
+        with contextlib.chdir(tmp_path), contextlib.redirect_stderr(io.StringIO()) as errors:
+            return one_stage.main(stage), errors.getvalue()
 
     set_(runtime__workers=0)
     return SimpleNamespace(path=tmp_path, set=set_, start=start, run=run, prepared=tmp_path / "data/prepared")
