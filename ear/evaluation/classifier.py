@@ -25,7 +25,7 @@ from ear.runtime.device import for_device
 from ear.runtime.randomness import Stream, integers
 from ear.training.ema import Average
 from ear.training.optimizer import Group, adamw, schedule
-from ear.training.trainer import Trainer
+from ear.training.trainer import Saving, Trainer
 
 CLASSIFIER = "ear-classifier"
 FEATURES = 64
@@ -195,8 +195,7 @@ def train_classifier(
     trainer.fit(
         lambda positions: read_ahead(batch_at, positions),
         total_images=options.images,
-        folder=folder,
-        checkpoint_images=interval,
+        saving=Saving(folder=folder, interval=interval),
         title="classifier",
     )
     return trainer.average.module

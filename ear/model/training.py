@@ -27,7 +27,7 @@ from ear.scores.score import Loss
 from ear.training import checkpoint
 from ear.training.ema import Average
 from ear.training.optimizer import Group, MuonAdamW, adamw, schedule
-from ear.training.trainer import History, Trainer, check_shares
+from ear.training.trainer import History, Saving, Trainer, Validation, check_shares
 
 _VALIDATION_IMAGES = 4096  # at most; held-out shards are stored shuffled
 _CODEBOOK_IMAGES = 4096  # training images, at most, that a codebook is fitted on
@@ -118,8 +118,16 @@ class Phase:
 
         kept: folder in which a checkpoint stays every `runtime.keep_images` images. live: shows the training.
         """
+        runtime = self.runtime
+        saving = Saving(
+            folder=folder,
+            interval=runtime.checkpoint_images,
+            about=self.about,
+            kept=kept,
+            keep_interval=runtime.keep_images,
+        )
         if not self.settings.images:
-            self.trainer.save(folder, about=self.about)
+            self.trainer.save(saving)
             self.trainer.finish_saving()
             metrics = {"images": 0, **self.validate()}
             # The columns that every score's log has; the loss is the validation loss.
@@ -131,14 +139,9 @@ class Phase:
         self.trainer.fit(
             self.batches,
             total_images=self.settings.images,
-            folder=folder,
-            checkpoint_images=self.runtime.checkpoint_images,
-            keep_images=self.runtime.keep_images,
-            kept=kept,
-            about=self.about,
+            saving=saving,
+            validation=Validation(measure=self.validate, interval=self.options.validate_images),
             check=self.check,
-            validate=self.validate,
-            validate_images=self.options.validate_images,
             title=self.settings.name,
             live=live,
         )

@@ -18,7 +18,7 @@ from ear.tokenizer.critic import CriticTraining, PatchCritic
 from ear.tokenizer.loss import AutoencoderLoss, Terms
 from ear.training.ema import Average
 from ear.training.optimizer import Group, adamw, schedule
-from ear.training.trainer import History, Trainer, check_shares
+from ear.training.trainer import History, Saving, Trainer, Validation, check_shares
 
 _WARMUP = 0.05  # share of the images
 _PARTS = 10  # checkpoints and validations per training
@@ -106,16 +106,16 @@ class AutoencoderTraining:
             self.trainer.fit(
                 self.batches,
                 total_images=self.options.images,
-                folder=folder,
-                checkpoint_images=part,
-                validate=lambda: self.objective.held_out(
-                    self.trainer.average.module, self.held_out, self.options.batch_size
-                ),
-                validate_images=part,
+                saving=Saving(folder=folder, interval=part),
+                validation=Validation(measure=self.measure, interval=part),
                 title="tokenizer",
                 live=live,
             )
         return self.trainer.average.module, self.trainer.history
+
+    def measure(self) -> dict[str, float]:
+        """What the averaged weights lose of held-out images."""
+        return self.objective.held_out(self.trainer.average.module, self.held_out, self.options.batch_size)
 
     def batches(self, positions: Iterator[int]) -> Iterator[torch.Tensor]:
         """The uint8 micro-batches that start at the given positions, on the host."""

@@ -49,6 +49,25 @@ class History:
     validation: list[dict] = field(default_factory=list)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Saving:
+    """Where checkpoints are written, and how often, in images; the newest one replaces those before it."""
+
+    folder: Path
+    interval: int
+    about: Mapping | None = None  # stored in them, so that they can be loaded without a trainer
+    kept: Path | None = None  # a second folder, for those that stay
+    keep_interval: int = 0  # 0: none
+
+
+@dataclass(frozen=True, kw_only=True)
+class Validation:
+    """What is measured while a network trains, and how often."""
+
+    measure: Callable[[], dict[str, float]]  # the same on every rank
+    interval: int  # in images; 0: only at the end
+
+
 class Trainer(Generic[Network]):
     """Trains a network; holds its weights, EMAs, optimiser, progress and log.
 
@@ -102,13 +121,8 @@ class Trainer(Generic[Network]):
         batches: Callable[[Iterator[int]], Iterable],  # endless positions => a micro-batch for each; may read ahead
         *,
         total_images: int,
-        folder: Path,  # for checkpoints
-        checkpoint_images: int,  # interval
-        keep_images: int = 0,  # interval of the checkpoints that are kept in `kept`; 0: none
-        kept: Path | None = None,  # folder for them
-        about: Mapping | None = None,  # stored in checkpoints, so that they can be loaded without a trainer
-        validate: Callable[[], dict[str, float]] | None = None,  # metrics, the same on every rank
-        validate_images: int = 0,  # interval; 0: only at the end
+        saving: Saving,
+        validation: Validation | None = None,
         check: Callable[[], None] | None = None,  # called after each log row; raises to stop the run
         live: Live | None = None,  # shows the training while it runs
         title: str = "training",
@@ -117,14 +131,11 @@ class Trainer(Generic[Network]):
 
         The last checkpoint is that of any other moment in a longer training: from it, more images can follow.
         Raises UserError if a gradient is not finite: the weights stop changing at that step, and the error follows with
-        the next log row or checkpoint. Raises InterruptedError if, before the last step, any
-        rank receives SIGTERM, SIGINT or SIGHUP, after writing a checkpoint.
+        the next log row or checkpoint. Raises InterruptedError if, before the last step, any rank receives SIGTERM,
+        SIGINT or SIGHUP, after writing a checkpoint.
         """
-        self.resume(folder)
-        self._live = live or Live()
-        logged = (rows[-1]["images"] if rows else 0 for rows in (self.history.training, self.history.validation))
-        self._live.begin(self.images, self._facts(title, total_images), (next(logged), next(logged)))
-        self._speed.begin(self.images)
+        self.resume(saving.folder)
+        self._begin_live(live or Live(), title, total_images)
         with (
             _stop_signals() as asked,
             contextlib.closing(self._live),
@@ -135,26 +146,35 @@ class Trainer(Generic[Network]):
             while self.images < total_images:
                 before = self.images
                 self.step(stream)
-                last = self.images >= total_images
                 if self._means.steps == LOG_STEPS:
                     self.log()
                     if check:
                         check()
-                if validate and _crossed(before, self.images, validate_images):
-                    self._validated(validate(), progress)
-                stop, keep = asked(), _crossed(before, self.images, keep_images)
-                self._writer.check()
-                if last or stop or keep or _crossed(before, self.images, checkpoint_images):
-                    self.save(folder, about=about, kept=kept if keep else None)
-                if stop:
-                    self.finish_saving()
+                if validation and _crossed(before, self.images, validation.interval):
+                    self._validate(validation, progress)
+                last, stop = self.images >= total_images, asked()
+                self._save_if_due(before, saving, now=last or bool(stop))
                 progress.advance(self.images - before, note=self._note())
                 if stop and not last:
+                    self.finish_saving()
                     raise InterruptedError(
                         f"{title} was stopped by {stop} after {self.images} images, with a checkpoint; run it again to "
                         "resume."
                     )
-            self._finish(validate, progress)
+            self._finish(validation, progress)
+
+    def _begin_live(self, live: Live, title: str, total_images: int) -> None:
+        logged = (rows[-1]["images"] if rows else 0 for rows in (self.history.training, self.history.validation))
+        self._live = live
+        live.begin(self.images, self._facts(title, total_images), (next(logged), next(logged)))
+        self._speed.begin(self.images)
+
+    def _save_if_due(self, before: int, saving: Saving, *, now: bool) -> None:
+        """Begin a checkpoint if the step from `before` images has crossed an interval, or `now`."""
+        self._writer.check()
+        keep = _crossed(before, self.images, saving.keep_interval)
+        if now or keep or _crossed(before, self.images, saving.interval):
+            self.save(saving, keep=keep)
 
     @contextlib.contextmanager
     def _saved(self) -> Iterator[None]:
@@ -164,14 +184,15 @@ class Trainer(Generic[Network]):
         finally:
             self.finish_saving()
 
-    def _finish(self, validate: Callable[[], dict[str, float]] | None, progress: Progress) -> None:
+    def _finish(self, validation: Validation | None, progress: Progress) -> None:
         """Add the last rows to the history, after a shorter interval than the others."""
         if self._means.steps:
             self.log()
-        if validate and not (self.history.validation and self.history.validation[-1]["images"] == self.images):
-            self._validated(validate(), progress)
+        if validation and not (self.history.validation and self.history.validation[-1]["images"] == self.images):
+            self._validate(validation, progress)
 
-    def _validated(self, figures: dict[str, float], progress: Progress) -> None:
+    def _validate(self, validation: Validation, progress: Progress) -> None:
+        figures = validation.measure()
         row = {"images": self.images, **figures}
         self.history.validation.append(row)
         self._live.validation(row)
@@ -288,10 +309,10 @@ class Trainer(Generic[Network]):
             raise UserError("the training state has no optimizer.* tensors; use an earlier checkpoint, or start again.")
         checkpoint.unpack(tensors, self._modules(), self.optimizer)
 
-    def save(self, folder: Path, *, about: Mapping | None = None, kept: Path | None = None) -> None:
+    def save(self, saving: Saving, *, keep: bool = False) -> None:
         """Begin to write a checkpoint that any world size can resume from; all ranks must call it together.
 
-        kept: a folder in which it stays, too. It is complete after `finish_saving`, or the next call.
+        keep: write it into the second folder, too. It is complete after `finish_saving`, or the next call.
         """
         self._check_finite()
         sums, means = self._means.state()
@@ -300,9 +321,10 @@ class Trainer(Generic[Network]):
             "training": [*self.history.training],  # a copy: training adds rows while this is written
             "validation": [*self.history.validation],
             "means": means,
-            "about": dict(about or {}),
+            "about": dict(saving.about or {}),
         }
-        self._writer.save(folder, self.images, {**self.state(), "sums": sums}, description, kept)
+        kept = saving.kept if keep else None
+        self._writer.save(saving.folder, self.images, {**self.state(), "sums": sums}, description, kept)
 
     def finish_saving(self) -> None:
         """Wait until the checkpoint of the last `save` is on disk; raises the error that has stopped it."""

@@ -21,7 +21,7 @@ from ear.training.ema import Average, decay_at
 from ear.training.gradients import SharedGradients
 from ear.training.means import Means
 from ear.training.optimizer import Group, MuonAdamW, adamw, orthogonalised, schedule, set_rate
-from ear.training.trainer import Trainer, check_shares
+from ear.training.trainer import Saving, Trainer, Validation, check_shares
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -45,10 +45,10 @@ def trainer(*, micro=4, rate=lambda images: 1.0, target=0.0, muon=False, **optio
     return Trainer(module, optimizer=optimizer, averages=averages, loss=loss, rate=rate, **{**settings, **options})
 
 
-def fit(t: Trainer, folder, total=400, **options):
+def fit(t: Trainer, folder, total=400, saving=None, **options):
     """Train on batches that are their own positions."""
-    settings = {"total_images": total, "folder": folder, "checkpoint_images": 64}
-    t.fit(lambda positions: positions, **{**settings, **options})
+    saving = Saving(folder=folder, interval=64, **saving or {})
+    t.fit(lambda positions: positions, total_images=total, saving=saving, **options)
     return t
 
 
@@ -85,7 +85,7 @@ def test_stopped_and_resumed_ends_in_the_same_state(tmp_path):
 
 
 def test_a_finished_training_goes_on_to_the_state_of_a_longer_one(tmp_path):
-    options = {"validate": lambda: {"loss": 1.0}, "validate_images": 96}
+    options = {"validation": Validation(measure=lambda: {"loss": 1.0}, interval=96)}
     whole = fit(trainer(), tmp_path / "whole", **options)
     short = fit(trainer(), tmp_path / "parts", total=232, **options)
     assert [row["images"] for row in short.history.training] == [200, 232]
@@ -95,7 +95,8 @@ def test_a_finished_training_goes_on_to_the_state_of_a_longer_one(tmp_path):
 
 def test_checkpoints_are_kept_at_their_interval_and_change_nothing(tmp_path):
     whole = fit(trainer(), tmp_path / "whole")
-    kept = fit(trainer(), tmp_path / "parts", keep_images=100, kept=tmp_path / "kept", about={"shape": "small"})
+    saving = {"keep_interval": 100, "kept": tmp_path / "kept", "about": {"shape": "small"}}
+    kept = fit(trainer(), tmp_path / "parts", saving=saving)
     assert_same(whole, kept)
     names = [f"checkpoint-{images:012d}.safetensors" for images in (104, 200, 304, 400)]
     assert sorted(path.name for path in (tmp_path / "kept").iterdir()) == names
@@ -162,7 +163,12 @@ def test_nan_stops_before_the_weights_are_harmed(tmp_path, muon):
 def test_validation_runs_at_its_interval_and_at_the_end(tmp_path):
     seen = []
     t = trainer()
-    t2 = fit(t, tmp_path, validate=lambda: seen.append(t.images) or {"loss": float(t.images)}, validate_images=100)
+
+    def measure() -> dict[str, float]:
+        seen.append(t.images)
+        return {"loss": float(t.images)}
+
+    t2 = fit(t, tmp_path, validation=Validation(measure=measure, interval=100))
     assert seen == [104, 200, 304, 400]
     assert t2.history.validation[-1] == {"images": 400, "loss": 400.0}
 
@@ -389,11 +395,12 @@ def test_a_restart_after_the_last_checkpoint_logs_the_rate_of_the_last_step(tmp_
         raise RuntimeError
 
     rate = schedule("cosine", total_images=232, warmup_images=16)
-    whole = fit(trainer(rate=rate), tmp_path / "whole", total=232, validate=dict)
+    nothing = Validation(measure=dict, interval=0)
+    whole = fit(trainer(rate=rate), tmp_path / "whole", total=232, validation=nothing)
     with pytest.raises(RuntimeError):
-        fit(trainer(rate=rate), tmp_path / "parts", total=232, validate=killed)
+        fit(trainer(rate=rate), tmp_path / "parts", total=232, validation=Validation(measure=killed, interval=0))
     assert checkpoint.newest(tmp_path / "parts").name == "checkpoint-000000000232.safetensors"
-    assert_same(whole, fit(trainer(rate=rate), tmp_path / "parts", total=232, validate=dict))
+    assert_same(whole, fit(trainer(rate=rate), tmp_path / "parts", total=232, validation=nothing))
     assert [row["images"] for row in whole.history.training] == [200, 232]
     assert whole.history.training[-1]["rate"] == 0.05 * rate(224) < 0.001
 
