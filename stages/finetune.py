@@ -1,7 +1,7 @@
 """Continue the training briefly at a lower training temperature and learning rate.
 
 Reads data/latents and data/model: weights, EMAs and optimiser. Writes data/finetuned: EMA weights, logs and metrics. A
-killed run resumes from its last checkpoint and ends in the same bytes.
+killed run resumes from its last checkpoint and ends in the same bytes (on CPUs, in as many processes).
 """
 
 from dataclasses import dataclass

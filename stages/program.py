@@ -31,7 +31,7 @@ TIMES = Path("work/times")  # how long each stage took when it last ran here
 TRAINING_IMAGES = "data/prepared/train-*"  # pattern of their files
 _GPU_FULL = "OutOfMemoryError"  # torch's; stages that do not compute never import torch
 _SIZES = (
-    *("tokenizer.micro_batch_size", "reference.batch_size", "cache.batch_size"),
+    *("tokenizer.micro_batch_size", "tokenizer.batch_size", "reference.batch_size", "cache.batch_size"),
     *("train.micro_batch_size", "sample.batch_size"),
 )
 View = TypeVar("View")

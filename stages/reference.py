@@ -3,7 +3,7 @@
 Reads data/prepared. Writes data/reference: extractor.safetensors, features.safetensors (mean and covariance of all
 training images, or those of reference.statistics; features of at most 10,000 training images) and metrics.json, with
 the floor: FID and KID of the real held-out images. A killed run resumes from the classifier's last checkpoint, or from
-the images whose features are saved, and ends in the same bytes.
+the images whose features are saved, and ends in the same bytes (on CPUs).
 """
 
 from collections.abc import Iterator

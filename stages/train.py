@@ -2,8 +2,8 @@
 
 Reads data/latents and, if train.weights names one, a published checkpoint to start from (DVC does not track that file).
 Writes data/model: EMA weights, the complete training state, logs and metrics. A killed run resumes from its last
-checkpoint and ends in the same bytes. A finished training is extended if train.images alone grew and the schedule
-is constant.
+checkpoint and ends in the same bytes (on CPUs, in as many processes). A finished training is extended if train.images
+alone grew and the schedule is constant.
 """
 
 from dataclasses import dataclass
@@ -48,9 +48,12 @@ def work(parameters: Parameters, run: Run) -> None:
     shape = Shape(store.shape, store.classes, parameters.model, parameters.score.chosen)
     generator = randomness.generator(options.seed, "weights")
     model = build_model(shape).initialise(generator, options.embedding_sd).to(device)
+    inputs = ["data/latents/stats.json", *([options.weights] if options.weights else [])]
+    scratch = run.scratch(program.plain(parameters), inputs)
+    resumes = distributed.from_main(lambda: continue_shorter(options, run, scratch))
     if options.weights:
         interop.load_into(model, options.weights)
-    else:
+    elif not resumes:
         fit_codebook(model, store, options.seed)
     phase = Phase(
         model,
@@ -71,17 +74,17 @@ def work(parameters: Parameters, run: Run) -> None:
         check=run.check,
         statistics=interop.published_statistics(store.shape[0]) if options.weights else None,
     )
-    inputs = ["data/latents/stats.json", *([options.weights] if options.weights else [])]
-    scratch = run.scratch(program.plain(parameters), inputs)
-    distributed.from_main(lambda: continue_shorter(options, run, scratch))
     phase.run(scratch, run.kept, program.live("train", parameters, scratch, phase.monitor.figures))
     phase.publish(run.output("data/model"), state_from=scratch)
 
 
-def continue_shorter(options: config.Train, run: Run, scratch: Path) -> None:
-    """Start from the end of a finished training of fewer images, if a longer one would have passed through it."""
+def continue_shorter(options: config.Train, run: Run, scratch: Path) -> bool:
+    """Start from the end of a finished training of fewer images, if a longer one would have passed through it.
+
+    Returns whether there is a checkpoint to start from.
+    """
     if checkpoint.newest(scratch):
-        return
+        return True
     state, obstacle = run.shorter("train.images", STATE)
     if options.schedule != "constant" and state:
         obstacle = f"train.schedule is {options.schedule}, whose rates depend on train.images; constant's do not"
@@ -89,6 +92,7 @@ def continue_shorter(options: config.Train, run: Run, scratch: Path) -> None:
         print(f"train: begins anew, not where the shorter training ended: {obstacle}", flush=True)
     elif state:
         link(state, checkpoint.at(scratch, read_description(state)["images"]))
+    return checkpoint.newest(scratch) is not None
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ import math
 from ear.config.sections import Data, Evaluate, Model, Reference, Runtime, Sample, Tokenizer, Train
 from ear.errors import UserError
 
+INCEPTION_SPLITS = 10  # parts of the images that the Inception score averages over
 # Smallest image side, in pixels, that the networks of these losses accept.
 _SMALLEST_SIDE = {"perceptual_weight": 16, "adversarial_weight": 24}
 
@@ -122,12 +123,25 @@ def check_interval(sample: Sample) -> None:
 
 
 def check_evaluation(sample: Sample, reference: Reference, evaluate: Evaluate) -> None:
-    """Blocks must be equally large, and published statistics need the extractor they were made with."""
+    """Blocks must be equally large and hold enough images for every metric, and statistics suit their extractor."""
     if sample.count % evaluate.repeats:
         raise UserError(
             f"evaluate.repeats is {evaluate.repeats}, but must divide sample.count, {sample.count}; published metrics "
             "have 50,000 images per repeat."
         )
+    block = sample.count // evaluate.repeats
+    generated = f"sample.count / evaluate.repeats is {block}"
+    if block < INCEPTION_SPLITS:
+        raise UserError(
+            f"{generated}, but the Inception score averages over {INCEPTION_SPLITS} splits; raise sample.count, or "
+            "lower evaluate.repeats."
+        )
+    if evaluate.kid_subset_size > block:
+        raise UserError(
+            f"evaluate.kid_subset_size is {evaluate.kid_subset_size}, but {generated}; set it to {block} or less."
+        )
+    if evaluate.neighborhood >= block:
+        raise UserError(f"evaluate.neighborhood is {evaluate.neighborhood}, but {generated}; set it below {block}.")
     if reference.extractor == "classifier" and reference.statistics:
         raise UserError(
             f"reference.statistics is {reference.statistics!r}, but a classifier trained here has no published "

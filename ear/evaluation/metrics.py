@@ -14,12 +14,12 @@ from torch import Tensor
 from torch_fidelity import metric_fid, metric_isc, metric_prc
 
 from ear import config
+from ear.config.checks import INCEPTION_SPLITS
 from ear.errors import UserError
 from ear.evaluation.reference import Reference, Summary
 from ear.evaluation.statistics import Gaussian, Moments
 
 FRECHET_METHOD = "float64 sums; eigenvalues of sigma1 sigma2; biased upward where images are few"
-_SPLITS = 10  # splits of the Inception score
 _FLOOR_SUBSET = 1000  # images per subset of the floor's kernel distance, at most
 _SUBSETS = 100  # subsets of the kernel distance
 _ROWS_AT_ONCE = (
@@ -39,7 +39,7 @@ def inception_score(logits: Tensor, *, seed: int) -> tuple[float, float]:
     Needs at least 10 images. The splits are torch-fidelity's, processed one by one to save memory.
     """
     order = torch.from_numpy(np.random.RandomState(seed).permutation(len(logits)))
-    ends = [k * len(logits) // _SPLITS for k in range(_SPLITS + 1)]
+    ends = [k * len(logits) // INCEPTION_SPLITS for k in range(INCEPTION_SPLITS + 1)]
     scores = [
         metric_isc.isc_features_to_metric(logits[order[start:end]], splits=1, shuffle=False)
         for start, end in pairwise(ends)
@@ -95,6 +95,7 @@ def precision_recall(generated: Tensor, real: Tensor, *, neighborhood: int) -> t
 def nearest_distance(features: Tensor, training: Tensor) -> float:
     """Median distance from an image to the training image that is nearest to it, from features [N, D] and [M, D].
 
+    It sees copies only of the training images that it is given.
     A model that repeats training images is much nearer to them than new real images are (Meehan et al. 2020, "A
     non-parametric test to detect data-copying in generative models").
     """
@@ -104,6 +105,9 @@ def nearest_distance(features: Tensor, training: Tensor) -> float:
 
 def floor(reference: Reference, held_out: Summary, *, seed: int) -> dict[str, float]:
     """FID and KID between real training images and held-out ones: what a perfect generator of as many images gets.
+
+    Held-out images have the training images' shares of the classes; samples have as many of each class, so with unequal
+    classes a perfect generator stays above the floor.
 
     nearest: `nearest_distance` of the held-out images.
     """
@@ -133,20 +137,14 @@ def frechet_distance_at(features: Tensor, reference: Reference, *, images: int) 
     return float(np.mean(distances)) if distances else None
 
 
-def check_counts(options: config.Evaluate, *, generated: int, real: int) -> None:
-    """Raise UserError if there are too few generated or real images for a metric of `compare`."""
+def check_real(options: config.Evaluate, real: int) -> None:
+    """Raise UserError if a metric of `compare` needs more real images; `config` checks the number of generated ones."""
     kid_subset_size, neighborhood = options.kid_subset_size, options.neighborhood
-    fewest = min(generated, real)
-    have = f"but there are {generated} generated and {real} real images"
-    if generated < _SPLITS:
-        raise UserError(
-            f"a block has {generated} generated images, but the Inception score averages over {_SPLITS} splits; raise "
-            "sample.count, or lower evaluate.repeats."
-        )
-    if kid_subset_size > fewest:
-        raise UserError(f"evaluate.kid_subset_size is {kid_subset_size}, {have}; set it to {fewest} or less.")
-    if neighborhood >= fewest:
-        raise UserError(f"evaluate.neighborhood is {neighborhood}, {have}; set it below {fewest}.")
+    have = f"but the reference has the features of {real} real images"
+    if kid_subset_size > real:
+        raise UserError(f"evaluate.kid_subset_size is {kid_subset_size}, {have}; set it to {real} or less.")
+    if neighborhood >= real:
+        raise UserError(f"evaluate.neighborhood is {neighborhood}, {have}; set it below {real}.")
 
 
 def compare(
@@ -156,7 +154,7 @@ def compare(
     options: config.Evaluate,
     equal_images: int = 0,  # as many as are behind the floor; 0: no comparison with it
 ) -> dict[str, float]:
-    """All metrics by name; `check_counts` says how many images they need.
+    """All metrics by name; `check_real` and `config` say how many images they need.
 
     fid_equal is the distance at `equal_images` images; it is absent if there are fewer.
     """

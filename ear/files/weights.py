@@ -61,13 +61,14 @@ def built_with(
 ) -> "Network":
     """The module that `build` returns, with these weights; raises as `load_weights` does.
 
-    A file that lies about its sizes costs no memory: a number that exceeds every dimension of its tensors makes names
-    and shapes be compared before anything is built. That imports for two seconds, which usual files are spared.
+    A file that lies about its sizes costs no memory: a number that no matrix of so many values can have as both sides
+    makes names and shapes be compared before anything is built. That imports for two seconds, which usual files are
+    spared.
     """
     if layers > len(tensors):
         raise UserError(f"{origin} describes {layers} layers, but has {len(tensors)} tensors; it is damaged.")
-    largest = max((side for tensor in tensors.values() for side in tensor.shape), default=0)
-    if any(number > largest for number in _numbers(description)):
+    values = sum(tensor.numel() for tensor in tensors.values())
+    if any(number**2 > values for number in _numbers(description)):
         import torch
 
         with torch.device("meta"):

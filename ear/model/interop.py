@@ -215,6 +215,10 @@ def _shape(
     channels, rest = divmod(size("token_embedding.weight", 1), patch_size**2)
     if rest:
         raise UserError(f"patch_size is {patch_size}, whose square does not divide the token channels; give another.")
+    if width % heads:
+        raise UserError(f"heads is {heads}, but must divide the checkpoint's width, {width}; give a divisor.")
+    if buffer_size < 1:
+        raise UserError(f"buffer_size is {buffer_size}, but published models have buffer tokens; give 1 or more.")
     model = config.Model(
         patch_size=patch_size,
         width=width,

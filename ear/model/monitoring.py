@@ -19,12 +19,13 @@ _KEPT = 4096  # micro-batches, at most, between two rows
 class Monitor:
     """Watches the losses of this rank's micro-batches.
 
-    tokens: [images x L, D], training tokens image by image, for losses to compare with. device: of the training.
+    tokens: [images x L, D], training tokens image by image, for losses to compare with. temperature, device: of the
+    training.
     """
 
-    def __init__(self, model: AutoregressiveModel, tokens: Tensor, device: torch.device):
+    def __init__(self, model: AutoregressiveModel, tokens: Tensor, temperature: float, device: torch.device):
         self._seen: collections.deque[tuple[float, Tensor]] = collections.deque(maxlen=_KEPT)
-        self._references = model.score.references(tokens.unflatten(0, (-1, model.tokens)))
+        self._references = model.score.references(tokens.unflatten(0, (-1, model.tokens)), temperature)
         least, masked = model.shape.model.mask_ratio_min, model.shape.model.attention == "bidirectional"
         self._edges = _edges(least) if masked and least < 1 else []
         peak = data_sheet_peak(device)
@@ -67,9 +68,11 @@ def by_share(shares: Sequence[float], losses: Sequence[float], edges: Sequence[f
     None for an interval without micro-batches.
     """
     figures: dict[str, float | None] = {}
+    digits = 0 if edges[1] - edges[0] >= 0.01 else 2  # of percent, so that no two intervals share a name
     for low, high in itertools.pairwise(edges):
         last = high == edges[-1]
         found = zip(shares, losses, strict=True)
         inside = [loss for share, loss in found if low <= share and (share < high or last)]
-        figures[f"loss_masked_{low:.0%}_{high:.0%}".replace("%", "")] = sum(inside) / len(inside) if inside else None
+        name = f"loss_masked_{low:.{digits}%}_{high:.{digits}%}".replace("%", "")
+        figures[name] = sum(inside) / len(inside) if inside else None
     return figures

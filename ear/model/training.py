@@ -106,7 +106,7 @@ class Phase:
         self.about = describe(model, latents)
         self.batch_loss = BatchLoss(self.statistics, self.seed, options.precision, device)
         tokens = training_tokens(model, store, self.seed, self.statistics, _REFERENCE_IMAGES)
-        self.monitor = Monitor(model, tokens, device)
+        self.monitor = Monitor(model, tokens, settings.temperature, device)
         self.sharded = runtime.sharded and distributed.size() > 1
         self.trainer = build_trainer(model, settings, options, self.loss, sharded=self.sharded)
         model.transformer.checkpointing = runtime.checkpointing

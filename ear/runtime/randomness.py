@@ -90,7 +90,8 @@ def choose(logits: torch.Tensor, source: Stream, count: int = 1) -> torch.Tensor
     """Logits [N, K] => indices, int64 [N, count], with probability softmax(logits), from one uniform number each."""
     threshold = uniform((len(logits), count), source, logits.device)
     cumulative = logits.softmax(-1).cumsum(-1)
-    return torch.searchsorted(cumulative, threshold * cumulative[:, -1:], right=True)
+    index = torch.searchsorted(cumulative, threshold * cumulative[:, -1:], right=True)
+    return index.clamp_(max=logits.shape[-1] - 1)  # which NaN exceeds
 
 
 def seed_dropout(seed: int, position: int) -> None:

@@ -28,7 +28,7 @@ class Setup:
     settings: SamplingSettings
     device: str  # auto, cpu or cuda
     threads: int  # of a CPU
-    compile: bool  # the transformer, on CUDA
+    compile: bool  # transformer and head, on CUDA
 
     def open(self) -> ImageSampler:
         """The sampler; raises UserError if device or precision are not available, or the files do not match."""

@@ -81,5 +81,7 @@ class CategoricalScore(Score):
         logits = self.logits(hidden)
         if unconditional is not None:
             logits = guidance * logits + (1 - guidance) * self.logits(unconditional)
-        index = logits.argmax(-1) if temperature == 0 else choose(logits / temperature, source)[:, 0]
-        return self.codebook[index]
+        best = logits.amax(-1, keepdim=True)
+        # Differences from the best code do not overflow at low temperatures.
+        index = logits.argmax(-1) if temperature == 0 else choose((logits - best) / temperature, source)[:, 0]
+        return self.codebook[index] + 0 * best  # NaN stays NaN, for the check of the image

@@ -102,16 +102,18 @@ class SampleBasedScore(Score):
         samples = self.generate(hidden, noise)
         return pairwise_loss(samples, targets, self.distance, temperature=temperature, pairs=self.pairs)
 
-    def references(self, tokens: Tensor) -> dict[str, float]:
-        """The loss of an untrained head, which outputs 0, and of the best prediction that knows only the position.
+    def references(self, tokens: Tensor, temperature: float) -> dict[str, float]:
+        """The loss of an untrained head, which outputs 0, and of the prediction that knows only the position.
 
-        The latter is the distribution of the tokens at that position, whose loss is E d(y, y') for independent y, y'.
+        The latter draws from the tokens at that position: twice the attraction E d(y, y') of independent y, y' minus
+        `temperature` times their repulsion, which is as large. It needs two images.
         """
         tokens = tokens.float()
-        return {
-            "untrained_loss": 2 * self.distance(tokens, torch.zeros_like(tokens)).mean().item(),
-            "context_free_loss": self.distance(tokens, tokens.roll(1, dims=0)).mean().item(),  # of another image
-        }
+        untrained = 2 * self.distance(tokens, torch.zeros_like(tokens)).mean().item()
+        if len(tokens) < 2:
+            return {"untrained_loss": untrained}
+        apart = self.distance(tokens, tokens.roll(1, dims=0)).mean().item()  # from another image
+        return {"untrained_loss": untrained, "context_free_loss": (2 - temperature) * apart}
 
     def sample(
         self,

@@ -97,7 +97,7 @@ class Score(nn.Module, ABC):
     def learn(self, tokens: Tensor, seed: int) -> None:
         """Fit parameters to training tokens [N, D] once, before training; most scores have none."""
 
-    def references(self, tokens: Tensor) -> dict[str, float]:
+    def references(self, tokens: Tensor, temperature: float) -> dict[str, float]:
         """Losses to compare with, by name, from training tokens [images, L, D]; most scores have none."""
         return {}
 

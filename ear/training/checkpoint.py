@@ -30,7 +30,10 @@ def pack(modules: dict[str, nn.Module], optimizer: torch.optim.Optimizer) -> dic
 
 
 def unpack(tensors: dict[str, torch.Tensor], modules: dict[str, nn.Module], optimizer: torch.optim.Optimizer) -> None:
-    """The inverse of `pack`, in place; raises UserError naming a tensor that is missing, extra or of another shape."""
+    """The inverse of `pack`, in place.
+
+    Raises UserError naming a tensor that is missing or of another shape, or a weight that no module has.
+    """
     for prefix, module in modules.items():
         ours, whole = module.state_dict(), _under(tensors, f"{prefix}.")
         check_weights(ours, whole)
@@ -43,6 +46,12 @@ def unpack(tensors: dict[str, torch.Tensor], modules: dict[str, nn.Module], opti
                 f"the training state lacks optimizer.{min(missing)}.{name}; if train.optimizer has changed, run the "
                 "train stage again, else use an earlier checkpoint, or start again."
             )
+        for key, value in state.items():
+            if value.dim() and value.shape != parameter.shape:
+                raise UserError(
+                    f"the training state's optimizer.{key}.{name} has shape {list(value.shape)}, but its parameter "
+                    f"{list(parameter.shape)}; use another checkpoint, or start again."
+                )
         optimizer.state[parameter] = {
             key: own_part(value, parameter) if value.dim() else value.to(parameter.device).clone()
             for key, value in state.items()

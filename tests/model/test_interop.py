@@ -162,3 +162,8 @@ def test_weights_are_not_loaded_into_a_model_that_none_were_published_of(changes
     with pytest.raises(ValueError, match=r"^score\.name is '\w+' and model\.attention is '\w+', but a published"):
         interop.load_into(other, interop.published_tensors(tiny_model()))
     assert all(torch.equal(before[name], tensor) for name, tensor in other.state_dict().items())
+
+
+def test_heads_that_do_not_divide_the_width_are_refused(checkpoint):
+    with pytest.raises(ValueError, match=r"^heads is 5, but must divide the checkpoint's width, 32; give a divisor"):
+        interop.load_published(checkpoint, heads=5, buffer_size=tiny_model().shape.model.buffer_size)

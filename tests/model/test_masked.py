@@ -139,7 +139,8 @@ def test_foreign_files_are_refused(tmp_path):
 @pytest.mark.parametrize(
     ("key", "value", "said"),
     [
-        ("width", 400_000, "holds"),  # 10^12 weights: no machine could build them
+        ("width", 400_000, "has long, which"),  # 10^12 weights: no machine could build them
+        ("head_width", 40_000, "has long, which"),  # less than the longest side of the file's tensors, with the one added below
         ("depth", 90_000, "describes 90000 layers, but has"),
     ],
 )
@@ -148,7 +149,7 @@ def test_a_file_that_lies_about_its_size_costs_no_memory(tmp_path, key, value, s
     save_model(path, tiny_model(), {})
     tensors, description = read_tensors(path)
     description["shape"]["model"][key] = value
-    write_tensors(path, tensors, description)
+    write_tensors(path, {**tensors, "long": torch.zeros(50_000)}, description)
     with pytest.raises(ValueError, match=said):
         load_model(path)
 

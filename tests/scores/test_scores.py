@@ -202,6 +202,19 @@ def test_temperature_scales_the_standard_deviations():
     assert torch.equal(score.sample(hidden[:1], source=stream(0), temperature=0.0), torch.tensor([[3.0, -1.0]]))
 
 
+def test_codes_at_any_temperature_and_of_no_number():
+    score = head("categorical", codes=3)
+    score.codebook.copy_(torch.tensor([[1.0, 1.0], [2.0, 2.0], [3.0, 3.0]]))
+    with torch.no_grad():
+        score.projection.bias.copy_(torch.tensor([-1e30, 5.0, 4.9]))
+    hidden = torch.zeros(50, toy.HIDDEN)
+    for temperature in (0.0, 1e-40):
+        assert (score.sample(hidden, source=stream(0), temperature=temperature) == 2).all()
+    assert score.sample(hidden, source=stream(0)).unique().tolist() == [2.0, 3.0]
+    for name in ("categorical", "logarithmic"):
+        assert head(name).sample(hidden * torch.nan, source=stream(0)).isnan().all()
+
+
 def two_gaussians(weights, means, scales, *, full: bool, tokens: int) -> Mixture:
     """One-dimensional mixtures, the same for all tokens."""
     logits, means, scales = (torch.tensor(values).expand(tokens, -1) for values in (weights, means, scales))
