@@ -63,10 +63,16 @@ def elsewhere(make: Callable[..., Callable[[], object]], *arguments: Any) -> Ite
     here, there = context.Pipe()
     child = context.Process(target=_answer, args=(there, make, arguments), daemon=True)
     child.start()
+    there.close()  # so that the end of the child is the end of the pipe
 
     def call() -> None:
-        here.send(True)
-        if error := here.recv():
+        try:
+            here.send(True)
+            error = here.recv()
+        except (EOFError, BrokenPipeError):
+            child.join()
+            error = f"it ended with code {child.exitcode}"
+        if error:
             raise RuntimeError(f"the baseline failed in its process: {error}")
 
     try:

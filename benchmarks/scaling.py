@@ -242,6 +242,8 @@ def main() -> None:
     parser.add_argument("--saved", action="store_true", help="do not measure; take what --save has kept")
     parser.add_argument("--repeats", type=int, default=3, help="runs of which the median counts (default: 3)")
     arguments = parser.parse_args()
+    if arguments.write and not (arguments.saved or arguments.save):
+        parser.error("--write fills the document from saved results; give --save, too, or --saved")
     if not arguments.saved:
         torch.set_num_threads(1)
         parameters = compose([f"preset={PRESET}", "data.path=/images", "tokenizer.weights=/kl16.ckpt"])  # not read

@@ -16,7 +16,7 @@ GRACE_SECONDS = 25.0  # to write a training state; Prefect kills a cancelled flo
 
 
 class StoppedError(Exception):
-    """What was to run was stopped before it began."""
+    """What ran, or was to run, was stopped."""
 
 
 def stream(
@@ -32,7 +32,8 @@ def stream(
 
     Standard output and error are merged. If the wait is interrupted (Ctrl-C, a signal handler that raises, an error in
     `line`), the command and all its descendants are stopped first: SIGINT to each, `grace` seconds to clean up, then
-    SIGKILL. Raises StoppedError if `stopped` is set before the command begins.
+    SIGKILL. Of a command that has died itself, what is left of its process group is stopped. Raises StoppedError if
+    `stopped` is set before the command begins or ends.
     """
     let_commands_be_interrupted()
     with _starting:
@@ -56,11 +57,15 @@ def stream(
         try:
             for text in process.stdout:
                 line(text.rstrip())
-            return process.wait()
+            code = process.wait()
+            if stopped and stopped.is_set():
+                raise StoppedError("stopped while it ran")
+            return code
+        except BaseException:
+            _stop([process], grace)
+            raise
         finally:
             _running.discard(process)
-            if process.poll() is None:
-                _stop([process], grace)
 
 
 def let_commands_be_interrupted() -> None:
@@ -85,15 +90,15 @@ def stop_all(stopped: threading.Event, grace: float = GRACE_SECONDS) -> None:
 
 def _stop(processes: Sequence[subprocess.Popen], grace: float) -> None:
     """End all of them and their descendants, even outside their groups (torchrun gives workers their own session)."""
-    family = [member for process in processes for member in _family(process.pid)]
+    members = [member for process in processes for member in family(process)]
     try:
-        _signal(family, signal.SIGINT)
-        psutil.wait_procs(family, timeout=grace)
+        send(members, signal.SIGINT)
+        psutil.wait_procs(members, timeout=grace)
     finally:  # reached at once if a second Ctrl-C interrupts the wait
         for process in processes:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
-        _signal(family, signal.SIGKILL)
+        send(members, signal.SIGKILL)
         for process in processes:
             process.wait()
 
@@ -105,15 +110,22 @@ def programs() -> Iterator[tuple[int, Path]]:
             yield process.pid, Path(process.info["cwd"])
 
 
-def _family(pid: int) -> list[psutil.Process]:
-    try:
-        parent = psutil.Process(pid)
-        return [parent, *parent.children(recursive=True)]
-    except psutil.NoSuchProcess:
-        return []
+def family(process: subprocess.Popen) -> list[psutil.Process]:
+    """The process and its descendants; of one that is gone, the members of its group, which is its session, too."""
+    if process.poll() is None:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            parent = psutil.Process(process.pid)
+            return [parent, *parent.children(recursive=True)]
+    left = []
+    for member in psutil.process_iter():
+        with contextlib.suppress(ProcessLookupError, PermissionError, psutil.Error):
+            if os.getpgid(member.pid) == process.pid:
+                left += [member, *member.children(recursive=True)]
+    return left
 
 
-def _signal(processes: list[psutil.Process], number: signal.Signals) -> None:
+def send(processes: Sequence[psutil.Process], number: signal.Signals) -> None:
+    """Send a signal to those of the processes that are still there."""
     for process in processes:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.send_signal(number)

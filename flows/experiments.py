@@ -6,8 +6,10 @@ work/experiments: it sees the inputs, shares the workspace's folder of unfinishe
 `dvc exp run`. What ran before comes from DVC's run cache.
 """
 
+import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import tempfile
@@ -33,11 +35,24 @@ from flows.repository import RepositoryError
 COPIES = Path("work/experiments")
 LOCK = "dvc.lock"
 _POLL_SECONDS = 1.0
+_LONGEST_NAME = 200  # of an experiment; git keeps each as a file, of at most 255 bytes
 
 
 def experiment_name(values: Mapping[str, Any], prefix: str) -> str:
-    """A readable name that git accepts: sweep-score.name=kernel-sample.guidance=2.0; just `prefix` for no change."""
-    return "-".join([prefix, *(f"{key}={quote(str(value), safe='')}" for key, value in values.items())])
+    """A readable name that git accepts: sweep-score.name=kernel-sample.guidance=2.0; just `prefix` for no change.
+
+    A long one, which no file could be named after, ends in a digest.
+    """
+    name = "-".join([prefix, *(f"{key}={_quoted(value)}" for key, value in values.items())])
+    if len(name) <= _LONGEST_NAME:
+        return name
+    digest = hashlib.sha256(name.encode()).hexdigest()[:12]
+    return f"{name[: _LONGEST_NAME - len(digest) - 1].rstrip('.%')}-{digest}"
+
+
+def _quoted(value: Any) -> str:
+    """A value without what git refuses in names: ~, .., .lock or a dot at the end."""
+    return re.sub(r"\.(?!\d)", "%2E", quote(str(value), safe="").replace("~", "%7E"))
 
 
 @dataclass(frozen=True)
@@ -59,6 +74,10 @@ class Snapshot:
     def text(self, path: str) -> str:
         """The text of a file of the tree. Raises RepositoryError."""
         return _git("show", f"{self.tree}:{path}")
+
+    def parameters(self, values: Mapping[str, Any]) -> config.Parameters:
+        """Those of its params.yaml with {"section.key": value} changed. Raises UserError and RepositoryError."""
+        return edit.check_text(self.text(str(PARAMETERS)), values)
 
 
 def take_snapshot() -> Snapshot:
@@ -89,12 +108,12 @@ def run(
     It waits for as many of the devices `among` as it needs. An experiment of this name on its commit is replaced.
     Raises UserError for a wrong value, RepositoryError, and StoppedError if `stopped` is set before it has begun.
     """
-    parameters = edit.check(PARAMETERS, values)
+    parameters = snapshot.parameters(values)
     with hold(needed(parameters, among), among, line, stopped) as held:
         copy = COPIES / held[0]
         _wait_for_others(copy, line, stopped)
         _bring_up(copy, snapshot)
-        _show_inputs(copy, edit.check(copy / PARAMETERS, values))  # the workspace's may have been edited since
+        _show_inputs(copy, parameters)
         edit.apply(copy / PARAMETERS, values)
         if name in _names(snapshot, copy):
             repository.act("exp", "remove", name, line=line, folder=copy)

@@ -95,9 +95,15 @@ def run_stage(name: str, why: str, upstream_ran: bool, force: bool, variables: d
 
 
 def restore(name: str) -> None:
-    """Bring back the outputs that DVC deleted before a stage that has not written new ones."""
-    if restored := repository.restore(name):
-        get_run_logger().info("restored the earlier outputs of %s: %s", name, ", ".join(restored))
+    """Bring back the outputs that DVC deleted before a stage that has not written new ones.
+
+    If that fails, too, as on a full disk, the reason is logged, and the stage's own reason stays the result.
+    """
+    try:
+        if restored := repository.restore(name):
+            get_run_logger().info("restored the earlier outputs of %s: %s", name, ", ".join(restored))
+    except (OSError, UserError, RepositoryError) as error:
+        get_run_logger().warning("the earlier outputs of %s could not be restored: %s", name, error)
 
 
 def run_name() -> str:

@@ -18,6 +18,7 @@ import flows.settings  # noqa: F401 - first: Prefect reads its settings when it 
 
 # isort: on
 import argparse
+import contextlib
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -37,7 +38,7 @@ from flows.artifacts import only_shown
 from flows.experiments import Snapshot, experiment_name
 from flows.program import report
 from flows.repository import RepositoryError
-from flows.sweep import APART, find, quiet_snapshot, run_all
+from flows.sweep import APART, NoNumberError, find, quiet_snapshot, run_all
 
 _STUDY = "study"
 
@@ -96,12 +97,16 @@ def search(
                 f"{len(space)} keys and {trials} trials, but a search needs one of each; give --set KEY=...."
             )
         wanted = space_of([f"{key}={value}" for key, value in space.items()])
-        first = edit.check(PARAMETERS, {key: _first(choice) for key, choice in wanted.items()})
-        wanted = {key: _typed(choice, edit.value_of(first, key)) for key, choice in wanted.items()}
+        firsts = {key: _first(choice) for key, choice in wanted.items()}
+        edit.check(PARAMETERS, firsts)  # mistakes are said before the wait for another flow
         if known := repository.metrics():
-            find(metric, known)
+            with contextlib.suppress(NoNumberError):  # of the present parameters; other ones may have it
+                find(metric, known)
+        snapshot = quiet_snapshot()
+        first = snapshot.parameters(firsts)
+        wanted = {key: _typed(choice, edit.value_of(first, key)) for key, choice in wanted.items()}
         asked = {"metric": metric, "maximize": maximize, "space": dict(space), "others": _others(first, space)}
-        study, snapshot = opened_study(Path(output), asked, seed), quiet_snapshot()
+        study = opened_study(Path(output), asked, seed)
         failures = 0
         while len(_done(study)) < trials and failures < trials:
             failures += not attempt(study, wanted, metric, snapshot, sampling_seed=first.sample.seed + APART)
@@ -165,7 +170,7 @@ def attempt(
     trial.set_user_attr("experiment", name)
     trial.set_user_attr("values", values)
     try:
-        readiness.check(edit.check(PARAMETERS, values), values)
+        readiness.check(snapshot.parameters(values), values)
         ((_, state),) = run_all({name: {"sample.seed": sampling_seed, **values}}, snapshot)
         found = find(metric, experiments.metrics(snapshot, name)) if state.is_completed() else None
     except UserError as error:  # values that contradict each other, or a metric that is no number

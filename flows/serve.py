@@ -25,6 +25,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import psutil
+
+from flows.command import family, send
 from flows.program import server_answers
 
 HOST = "127.0.0.1"
@@ -40,7 +43,10 @@ def main() -> int:
     )
     parser.add_argument("--port", type=int, default=4200, help="of the page (default: 4200)")
     arguments = parser.parse_args()
-    if taken(arguments.port) and "PREFECT_API_URL" not in os.environ:
+    if not DECLARED.is_file():
+        print(f"serve: {DECLARED} is not in {Path.cwd()}; run it from the repository's root", file=sys.stderr)
+        return 1
+    if taken(arguments.port) and not os.environ.get("PREFECT_API_URL"):
         print(f"serve: port {arguments.port} of {HOST} is taken; give another --port", file=sys.stderr)
         return 1
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
@@ -72,16 +78,18 @@ def _stop(*_: object) -> None:
 
 @contextlib.contextmanager
 def _child(command: list[str], environment: Mapping[str, str], patience: float, **options: Any) -> Iterator[Any]:
-    """A program in a session of its own, so that Ctrl-C reaches it through `finally`: asked to end, then killed."""
+    """A program in a session of its own, so that Ctrl-C reaches it through `finally`: asked to end, then killed.
+
+    What it has started and left behind ends with it, in its session or in another.
+    """
     process = subprocess.Popen(command, env=environment, start_new_session=True, **options)
     try:
         yield process
     finally:
-        if process.poll() is None:
-            process.send_signal(signal.SIGINT)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(patience)
-        process.kill()
+        members = family(process)
+        send(members[:1] if process.poll() is None else members, signal.SIGINT)
+        _, left = psutil.wait_procs(members, timeout=patience)
+        send(left, signal.SIGKILL)
         process.wait()
 
 

@@ -23,6 +23,7 @@ import flows.settings  # noqa: F401 - first: Prefect reads its settings when it 
 
 # isort: on
 import argparse
+import contextlib
 import csv
 import itertools
 import math
@@ -90,15 +91,18 @@ def sweep(
     """
     try:
         runs = grid(parameters)
-        checked = [edit.check(PARAMETERS, values) for values in runs.values()]
-        for each in checked:
-            readiness.check(each, parameters)
-        if "sample.seed" not in parameters:
-            apart = config.load(PARAMETERS).sample.seed + APART
-            runs = {name: {**values, "sample.seed": apart} for name, values in runs.items()}
+        for values in runs.values():  # mistakes are said before the wait for another flow
+            readiness.check(edit.check(PARAMETERS, values), parameters)
         if known := repository.metrics():
-            find(metric, known)
-        rows = compare(runs, metric, maximize, jobs, lambda rows: write(rows, list(parameters), metric, Path(output)))
+            with contextlib.suppress(NoNumberError):  # of the present parameters; other ones may have it
+                find(metric, known)
+        snapshot = quiet_snapshot()
+        if "sample.seed" not in parameters:
+            apart = snapshot.parameters({}).sample.seed + APART
+            runs = {name: {**values, "sample.seed": apart} for name, values in runs.items()}
+        rows = compare(
+            runs, snapshot, metric, maximize, jobs, lambda rows: write(rows, list(parameters), metric, Path(output))
+        )
     except (UserError, RepositoryError) as error:
         return Failed(message=str(error))
     with only_shown():
@@ -122,15 +126,19 @@ class NoNumberError(UserError):
 
 
 def compare(
-    runs: dict[str, dict[str, Any]], metric: str, maximize: bool, jobs: int, save: Callable[[list[dict]], None]
+    runs: dict[str, dict[str, Any]],
+    snapshot: Snapshot,
+    metric: str,
+    maximize: bool,
+    jobs: int,
+    save: Callable[[list[dict]], None],
 ) -> list[dict]:
-    """Run the experiments, `jobs` at a time => a row each: experiment, values, metric, best, error.
+    """Run the experiments of the snapshot, `jobs` at a time => a row each: experiment, values, metric, best, error.
 
     The metric of a failed one, or of one without a number, is None. `save` is called with the rows so far after each
     run. Raises UserError if no metrics file has `metric`.
     """
     rows: dict[str, dict] = {}
-    snapshot = quiet_snapshot()
     for name, state in run_all(runs, snapshot, jobs):
         found, error = None, "" if state.is_completed() else state.message
         if state.is_completed():
@@ -157,7 +165,7 @@ def run_all(runs: Mapping[str, Mapping[str, Any]], snapshot: Snapshot, jobs: int
     Of runs that share a training, only one is at work as long as there are others: the next ones find its model in
     DVC's cache. Raises UserError if the devices do not suffice for `jobs`.
     """
-    checked = [edit.check(PARAMETERS, values) for values in runs.values()]
+    checked = [snapshot.parameters(values) for values in runs.values()]
     among = min((devices(parameters) for parameters in checked), key=len)
     most = min(len(among) // needed(parameters, among) for parameters in checked)
     if not 1 <= jobs <= most:

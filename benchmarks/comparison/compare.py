@@ -47,7 +47,6 @@ from benchmarks.comparison.plan import (
     run_name,
 )
 from ear import config
-from ear.config import edit
 from ear.config.edit import PARAMETERS
 from ear.errors import UserError
 from ear.files.atomic import whole_file
@@ -102,7 +101,7 @@ def compare(
     try:
         check_committed()
         snapshot = quiet_snapshot()
-        parameters = config.load(PARAMETERS)
+        parameters = snapshot.parameters({})
         threads = threads or parameters.compute.threads
         budget: Budget = {
             part: {"train.images": count, "compute.threads": threads}
@@ -114,7 +113,7 @@ def compare(
         scope = checked_scope(rules, guidance, ablations, seeds, parameters)
         runs = planned(parameters, budget, scope)
         for values in runs:
-            edit.check(PARAMETERS, values)
+            snapshot.parameters(values)
         run_without_failure(runs, snapshot, jobs)
         if "rules" in budget:
             report_rules(snapshot, parameters, budget["rules"], scope, jobs, Path(output))

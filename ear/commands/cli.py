@@ -1,5 +1,6 @@
 """The command `ear`: its subcommands, options and help. Their modules are imported when they run."""
 
+import io
 import sys
 from pathlib import Path
 
@@ -34,6 +35,9 @@ def main() -> None:
 
     `ear COMMAND --help` explains a command. The pipeline itself runs with `dvc repro` or `python -m flows.pipeline`.
     """
+    for stream in (sys.stdout, sys.stderr):  # names of folders and classes need not be UTF-8
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 @main.command(cls=_ConfigureCommand)

@@ -22,6 +22,7 @@ from ear.runtime.cores import cores
 _SPACE = 10e9  # bytes that should be free; `ear describe` counts what a preset needs
 _SHARED_MEMORY = 1e9  # bytes that NCCL and worker processes may need
 _PINS = Path("requirements.txt")
+_SET_UP = "`rm .venv/bin/.ready && make setup` installs the pinned ones"
 _CRITICAL = (
     "torch",
     "torchvision",
@@ -65,6 +66,8 @@ def _safely(check: Callable[[], Iterator[Finding]]) -> list[Finding]:
         return list(check())
     except Exception as error:  # a doctor must not fall ill
         name = check.__name__.replace("_", " ")
+        if isinstance(error, ImportError):
+            return [Finding(name, f"cannot be imported: {error}", _SET_UP, serious=True)]
         return [Finding(name, f"cannot be checked ({type(error).__name__}: {error})", "report this")]
 
 
@@ -207,10 +210,11 @@ def versions() -> Iterator[Finding]:
         try:
             installed = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
-            installed = "missing"
+            yield Finding("packages", f"{name} is missing", _SET_UP, serious=True)
+            continue
         if name in pins and installed.partition("+")[0] != pins[name].partition("+")[0]:
             others.append(f"{name} {installed}, pinned {pins[name]}")
-    fix = "other versions give other bytes; `rm .venv/bin/.ready && make setup` installs the pinned ones"
+    fix = f"other versions give other bytes; {_SET_UP}"
     yield Finding("packages", "; ".join(others) or "as pinned", fix if others else "")
 
 

@@ -39,7 +39,7 @@ def run(path: Path | None, *, host: str, port: int, device: str = "cpu") -> None
     except ImportError as error:
         raise UserError("the playground needs Gradio; pip install -c requirements.txt -e '.[playground]'.") from error
     except OSError as error:
-        raise UserError(f"port {port} of {host} is taken ({error}); give another --port.") from error
+        raise UserError(f"cannot listen on port {port} of {host} ({error}); give another --port or --host.") from error
     print(f"open http://{host}:{port} (Ctrl-C ends it)", flush=True)
     import threading
 

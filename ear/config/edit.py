@@ -38,7 +38,7 @@ def apply(path: str | Path, values: Mapping[str, Any]) -> None:
     Raises UserError or MissingFileError with one sentence, and leaves the file unchanged.
     """
     before = load(path)
-    content = _edited(path, values)
+    content = _edited(Path(path).read_text(), values)
     if _parsed(content) == before:
         return
     text = io.StringIO()
@@ -53,7 +53,12 @@ def check(path: str | Path, values: Mapping[str, Any]) -> Parameters:
     Raises UserError or MissingFileError with one sentence.
     """
     load(path)  # errors of the file itself come first
-    return _parsed(_edited(path, values))
+    return check_text(Path(path).read_text(), values)
+
+
+def check_text(text: str, values: Mapping[str, Any]) -> Parameters:
+    """As `check`, of the text of a parameter file."""
+    return _parsed(_edited(text, values))
 
 
 def value_of(parameters: Parameters, key: str) -> Any:
@@ -62,8 +67,8 @@ def value_of(parameters: Parameters, key: str) -> Any:
     return getattr(getattr(parameters, section), name)
 
 
-def _edited(path: str | Path, values: Mapping[str, Any]) -> CommentedMap:
-    content = _yaml().load(Path(path).read_text())
+def _edited(text: str, values: Mapping[str, Any]) -> CommentedMap:
+    content = _yaml().load(text)
     for key, value in values.items():
         _set(content, key, value)
     return content

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import time
 from pathlib import Path
 
@@ -24,6 +25,10 @@ def broken():
     raise ValueError("no such preset")
 
 
+def killed():
+    return lambda: os.kill(os.getpid(), signal.SIGKILL)
+
+
 def test_a_baseline_runs_in_one_process_of_its_own(tmp_path):
     with measure.elsewhere(counter, str(tmp_path)) as call:
         call()
@@ -32,6 +37,8 @@ def test_a_baseline_runs_in_one_process_of_its_own(tmp_path):
     assert [name.split("-")[0] for name in names] == ["0", "1"]
     assert len({name.split("-")[1] for name in names} | {str(os.getpid())}) == 2
     with measure.elsewhere(broken) as call, pytest.raises(RuntimeError, match="ValueError: no such preset"):
+        call()
+    with measure.elsewhere(killed) as call, pytest.raises(RuntimeError, match="in its process: it ended with code -9"):
         call()
 
 

@@ -2,6 +2,7 @@
 
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -78,3 +79,15 @@ def test_a_check_that_fails_itself_is_a_finding(monkeypatch):
     lines, well = doctor.run()
     assert lines == ["note  broken  cannot be checked (RuntimeError: no such thing)", "              -> report this"]
     assert well
+
+
+def test_missing_libraries_are_serious(clone, monkeypatch):
+    Path("requirements.txt").write_text("torch==2.0\n")
+    monkeypatch.setattr(doctor, "_CRITICAL", ("no-such-library",))
+    monkeypatch.setitem(sys.modules, "torch", None)  # what `import torch` does without it
+    monkeypatch.setattr(doctor, "CHECKS", (doctor.torch_and_gpus, doctor.versions))
+    lines, well = doctor.run()
+    assert not well
+    assert lines[0].startswith("FAIL  torch and gpus  cannot be imported: ")
+    assert lines[2] == "FAIL  packages        no-such-library is missing"
+    assert lines[1] == lines[3] == f"{'':<22}-> `rm .venv/bin/.ready && make setup` installs the pinned ones"

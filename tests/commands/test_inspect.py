@@ -116,6 +116,17 @@ def test_the_command_that_it_names_works_for_any_path(tmp_path, name):
     assert compose(shlex.split(command)[2:]).data.path == str(root)
 
 
+def test_names_that_are_not_utf8_are_shown(tmp_path):
+    tree = folders(tmp_path / "images", 8)
+    (tree / "a").rename(tree / os.fsdecode(b"caf\xe9"))
+    strict = os.environ | {"PYTHONIOENCODING": "utf-8:strict"}  # as under a locale such as en_US.UTF-8
+    done = subprocess.run(
+        [sys.executable, "-m", "ear", "inspect", str(tree)], cwd=ROOT, capture_output=True, text=True, env=strict
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert r"caf\udce9" in done.stdout
+
+
 def test_an_override_that_hydra_cannot_read_is_shown_in_quotes():
     with pytest.raises(UserError, match="cannot be read; if it holds special characters, write ") as refused:
         compose(["preset=folder64", "data.path=/josé/x (1)"])

@@ -12,6 +12,7 @@ from ear.commands import report
 from ear.commands.report import parts
 from ear.data.preparation import _write_rejected
 from ear.display.live import FOLDER, Live
+from ear.files.json_files import write_json
 from ear.sampling import samples
 
 ROOT = Path(__file__).parents[2]
@@ -60,6 +61,12 @@ def test_distances_are_those_of_the_nearest_image(monkeypatch):
         distances, places = parts._nearest(images, Source(), 7)
         np.testing.assert_allclose(distances, brute.min(1), rtol=1e-4)
         assert (places == brute.argmin(1)).all()
+
+
+def test_a_class_whose_name_is_not_utf8_is_in_the_page(repository):
+    write_json(Path("data/prepared/classes.json"), {"classes": ["a", "b", "caf\udce9"]})
+    assert report.run().startswith("wrote data/report.html")
+    assert r"caf\udce9" in Path("data/report.html").read_text()
 
 
 def test_files_of_other_runs_side_by_side_leave_the_other_parts(repository):

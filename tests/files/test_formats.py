@@ -1,5 +1,6 @@
 """JSON, tables and tensors: readable, byte-reproducible, damaged files named."""
 
+import errno
 import subprocess
 import sys
 
@@ -9,6 +10,7 @@ import torch
 from ear.errors import MissingFileError, UserError
 from ear.files.digests import named_digest, sha256
 from ear.files.json_files import read_json, rounded, write_json
+from ear.files.reading import reading
 from ear.files.tables import write_table
 from ear.files.tensors import read_description, read_tensors, write_tensors
 
@@ -26,6 +28,15 @@ def test_damaged_and_absent_json_is_named(tmp_path):
     (tmp_path / "half.json").write_text('{"a": ')
     with pytest.raises(UserError, match=r"half\.json is not a readable JSON file"):
         read_json(tmp_path / "half.json")
+
+
+def test_what_the_system_refuses_is_no_damage(tmp_path):
+    """Its advice would be to delete a file that may be good."""
+    with pytest.raises(OSError, match="Too many open files"), reading(tmp_path, "JSON file", "delete it"):
+        raise OSError(errno.EMFILE, "Too many open files")
+    damaged = pytest.raises(UserError, match=r"is not a readable JSON file \(truncated\); delete it\.")
+    with damaged, reading(tmp_path, "JSON file", "delete it"):
+        raise OSError("truncated")
 
 
 def test_rounding_keeps_six_digits_in_nested_content():

@@ -121,6 +121,16 @@ def test_a_named_server_that_does_not_answer_is_one_line():
     )
 
 
+def test_outside_a_repository_it_says_so(tmp_path):
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "flows.serve"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (
+        1,
+        f"serve: prefect.yaml is not in {tmp_path}; run it from the repository's root\n",
+    )
+
+
 def test_a_taken_port_is_one_line():
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))

@@ -140,7 +140,11 @@ def test_foreign_files_are_refused(tmp_path):
     ("key", "value", "said"),
     [
         ("width", 400_000, "has long, which"),  # 10^12 weights: no machine could build them
-        ("head_width", 40_000, "has long, which"),  # less than the longest side of the file's tensors, with the one added below
+        (
+            "head_width",
+            40_000,
+            "has long, which",
+        ),  # fewer than the longest tensor has values
         ("depth", 90_000, "describes 90000 layers, but has"),
     ],
 )

@@ -53,7 +53,7 @@ def run(target: Path = REPORT) -> str:
     now = datetime.datetime.now().astimezone().isoformat(" ", timespec="minutes")
     text = environment.get_template("page.html.j2").render(sections=sections, version=_version(), written=now)
     with whole_file(target) as partial:
-        partial.write_text(text)
+        partial.write_text(text, "utf-8", "backslashreplace")  # file names need not be UTF-8
     missing = [section.title for section in sections if section.missing]
     return f"wrote {target} ({len(text) / 1e6:.1f} MB)" + (f"; missing: {', '.join(missing)}" if missing else "")
 

@@ -248,9 +248,10 @@ def _copy(array: Array, target: Path, digest: Any) -> None:
                 break
             file.write(block)
             digest.update(block)
-    if left:
-        what = f"ends {left} bytes early" if left > 0 else "continues after its last image"
-        raise UserError(f"{array.title} {what}, judging by its header, {list(array.shape)}; save or download it again.")
+        if left:
+            what = f"ends {left} bytes early" if left > 0 else "continues after its last image"
+            header = f"judging by its header, {list(array.shape)}"
+            raise UserError(f"{array.title} {what}, {header}; save or download it again.")
 
 
 @contextmanager
