@@ -2,8 +2,7 @@
 
 Reads data/prepared; writes data/tokenizer: tokenizer.safetensors (EMA weights), metrics.json for held-out images, the
 logs, and reconstructions.png (pairs of rows: held-out images above their reconstructions). A killed training resumes
-from its last checkpoint and ends in the same bytes (on CPUs, in as many processes). DVC tracks the name of an imported
-file, not its content.
+from its last checkpoint and, on CPUs, ends in the same bytes. DVC tracks the name of an imported file, not its content.
 """
 
 from dataclasses import dataclass
@@ -65,8 +64,7 @@ def work(parameters: Parameters, run: Run) -> None:
         tokenizer = ready_made(options, size)
         objective = Objective(AutoencoderLoss(options.kl_weight), seed=options.seed, device=device)
         figures = objective.held_out(tokenizer.to(device), held_out, options.batch_size)
-        # The columns that a trained one's log has; both rows are of held-out images.
-        history = History([{"images": 0, **figures}], [{"images": 0, **figures}])
+        history = History([{"images": 0, **figures}], [{"images": 0, **figures}])  # both of held-out images
     if distributed.is_main():
         publish(run.output("data/tokenizer"), tokenizer.to(device).eval(), history, held_out, options, device)
 

@@ -88,9 +88,8 @@ def _facts_table(measured: Mapping) -> str:
     rows = []
     for rule, row in measured.items():
         facts = row["facts"]
-        proper = "yes" if facts["strictly_proper"] else "no"
-        rows.append([rule, proper, facts["temperature_scales"], facts["guidance_extrapolates"]])
-    return table(["score", "strictly proper", "the inference temperature scales", "guidance extrapolates the"], rows)
+        rows.append([rule, facts["temperature_scales"], facts["guidance_extrapolates"]])
+    return table(["score", "the inference temperature scales", "guidance extrapolates the"], rows)
 
 
 def _costs_table(measured: Mapping) -> str:
@@ -187,7 +186,8 @@ def _difference(runs: Sequence[Mapping], other: Sequence[Mapping]) -> str:
     if len(differences) == 1:
         return f"{mean:+.2f}"
     error = statistics.stdev(differences) / len(differences) ** 0.5
-    return f"{mean:+.2f} ± {error:.2f}{', tie' if abs(mean) <= error else ''}"
+    tie = abs(round(mean, 2)) <= round(error, 2)  # as the page shows them
+    return f"{mean:+.2f} ± {error:.2f}{', tie' if tie else ''}"
 
 
 def _mean(runs: Sequence[Mapping], name: str) -> float:

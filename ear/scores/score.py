@@ -44,7 +44,9 @@ DENOISING = Denoising()  # without the clamp, the first steps of a head that is 
 
 
 class Score(nn.Module, ABC):
-    """A strictly proper score with the head that it trains; the transformer does not depend on which one it is.
+    """A score with the head that it trains; the transformer does not depend on which one it is.
+
+    At training temperature 1 it is strictly proper, for tokens that the head can draw.
 
     A subclass is constructed from its options (a class of ear.config.scores) and a HeadSize.
     """
@@ -52,13 +54,12 @@ class Score(nn.Module, ABC):
     learns_tokens: bool = False  # whether `learn` needs training tokens
     targets: int = 1  # draws of each token from the tokenizer's posterior that the loss takes at once
     # Facts for comparisons of scores.
-    strictly_proper: bool = True  # at training temperature 1, for tokens that the head can draw
     temperature_scales: str  # what the inference temperature scales
     guidance_extrapolates: str  # which quantity guidance extrapolates
 
     def facts(self) -> dict:
         """The facts above by name, as plain values."""
-        names = ("strictly_proper", "temperature_scales", "guidance_extrapolates")
+        names = ("temperature_scales", "guidance_extrapolates")
         return {name: getattr(self, name) for name in names}
 
     def evaluations_per_token(self, denoising: Denoising = DENOISING) -> int:

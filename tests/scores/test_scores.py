@@ -80,7 +80,6 @@ def test_network_evaluations_are_counted(name):
 def test_facts_for_whoever_compares_scores(name):
     score = head(name, targets=3)
     facts = score.facts()
-    assert facts["strictly_proper"] is True
     assert facts["temperature_scales"] != facts["guidance_extrapolates"]
     assert score.targets == (3 if name in ("energy", "kernel") else 1)
 
