@@ -95,6 +95,9 @@ def test_written_parameters_read_back_equal(tmp_path):
         ("data.image_size", 9, ["data.image_size is 9", "tokenizer.downsample, 2"]),
         ("data.source", "folder", ["data.path is empty", "data.source is folder"]),
         ("reference.statistics", "stats.npz", ["reference.statistics is 'stats.npz'", "inception"]),
+        ("sample.count", 9, ["sample.count / evaluate.repeats is 9", "10 splits; raise sample.count"]),
+        ("evaluate.kid_subset_size", 1001, ["kid_subset_size is 1001", "repeats is 1000; set it to 1000 or less"]),
+        ("evaluate.neighborhood", 1000, ["neighborhood is 1000", "set it below 1000"]),
     ],
 )
 def test_mistakes_are_one_sentence_with_key_value_and_remedy(key, value, words):
