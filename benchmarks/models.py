@@ -6,6 +6,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from ear.commands.describe import data_facts
 from ear.config import Parameters
 from ear.latents.statistics import Statistics
 from ear.model.autoregressive import AutoregressiveModel
@@ -23,11 +24,14 @@ Batch = tuple[Tensor, Tensor]  # moments float16 [B, 2C, h, w], labels int64 [B]
 
 
 def untrained(parameters: Parameters, *, side: int | None = None) -> AutoregressiveModel:
-    """A model of these parameters in eval mode; `side` replaces the latent grid's side."""
+    """A model of these parameters in eval mode; `side` replaces the latent grid's side.
+
+    It has as many classes as the images, or those of data/latents; ImageNet's if there are neither.
+    """
     tokenizer = parameters.tokenizer
     channels = tokenizer.channels if tokenizer.name != "identity" else 3 * tokenizer.downsample**2
     side = side or parameters.data.image_size // tokenizer.downsample
-    classes = 1000 if parameters.data.source == "imagenet" else 10
+    classes, _, _ = data_facts(parameters.data, classes=None, images=None)
     shape = Shape((channels, side, side), tuple(map(str, range(classes))), parameters.model, parameters.score.chosen)
     model = build_model(shape).initialise(generator(0, "weights"))
     if model.score.learns_tokens:
