@@ -4,8 +4,8 @@ BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export DVC_NO_ANALYTICS := 1
 export DO_NOT_TRACK := 1
-# Tests run in parallel, one more than there are cores, since many wait for programs; each worker computes on one thread.
-WORKERS ?= $(shell $(PYTHON) -c 'import os; print((os.cpu_count() or 1) + 1)')
+# Tests run in parallel, one per core; each worker computes on one thread.
+WORKERS ?= auto
 TEST := OMP_NUM_THREADS=1 python -m pytest -q --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 .PHONY: help demo playground test test-slow test-faults test-published test-gpu coverage site lint format setup clean

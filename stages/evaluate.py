@@ -54,7 +54,7 @@ def work(parameters: Parameters, run: Run) -> None:
         image_size=generated.image_size,
         classes=generated.sampling["classes"],
     )
-    metrics.check_real(options, len(reference.features))
+    metrics.check_counts(options, generated=len(blocks[0]), real=len(reference.features))
 
     scratch = run.scratch(program.plain(parameters), [EXTRACTOR, SAMPLES])
     batches = partial(extract, extractor=extractor, batch_size=parameters.batch_size)

@@ -48,12 +48,12 @@ def work(parameters: Parameters, run: Run) -> None:
     shape = Shape(store.shape, store.classes, parameters.model, parameters.score.chosen)
     generator = randomness.generator(options.seed, "weights")
     model = build_model(shape).initialise(generator, options.embedding_sd).to(device)
+    if options.weights:
+        interop.load_into(model, options.weights)
     inputs = ["data/latents/stats.json", *([options.weights] if options.weights else [])]
     scratch = run.scratch(program.plain(parameters), inputs)
     resumes = distributed.from_main(lambda: continue_shorter(options, run, scratch))
-    if options.weights:
-        interop.load_into(model, options.weights)
-    elif not resumes:
+    if not (options.weights or resumes):
         fit_codebook(model, store, options.seed)
     phase = Phase(
         model,

@@ -239,6 +239,7 @@ FOLDERS = {"train": "data/model", "finetune": "data/finetuned"}
 def kill(repository: Path, stage: str) -> None:
     """Delete what a training has made, start it again and kill it after its first checkpoint."""
     shutil.rmtree(repository / FOLDERS[stage])
+    shutil.rmtree(repository / "work" / stage, ignore_errors=True)  # of a finished one that no later run has cleared
     process = subprocess.Popen(
         [sys.executable, "-m", f"stages.{stage}"], cwd=repository, env=environment(), stdout=subprocess.DEVNULL
     )

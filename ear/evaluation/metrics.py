@@ -137,14 +137,23 @@ def frechet_distance_at(features: Tensor, reference: Reference, *, images: int) 
     return float(np.mean(distances)) if distances else None
 
 
-def check_real(options: config.Evaluate, real: int) -> None:
-    """Raise UserError if a metric of `compare` needs more real images; `config` checks the number of generated ones."""
+def check_counts(options: config.Evaluate, *, generated: int, real: int) -> None:
+    """Raise UserError if there are too few generated or real images for a metric of `compare`.
+
+    `config` refuses a `sample.count` that is too small before anything runs; this is of the images that there are.
+    """
     kid_subset_size, neighborhood = options.kid_subset_size, options.neighborhood
-    have = f"but the reference has the features of {real} real images"
-    if kid_subset_size > real:
-        raise UserError(f"evaluate.kid_subset_size is {kid_subset_size}, {have}; set it to {real} or less.")
-    if neighborhood >= real:
-        raise UserError(f"evaluate.neighborhood is {neighborhood}, {have}; set it below {real}.")
+    fewest = min(generated, real)
+    have = f"but there are {generated} generated and {real} real images"
+    if generated < INCEPTION_SPLITS:
+        raise UserError(
+            f"a block has {generated} generated images, but the Inception score averages over {INCEPTION_SPLITS} "
+            "splits; raise sample.count, or lower evaluate.repeats."
+        )
+    if kid_subset_size > fewest:
+        raise UserError(f"evaluate.kid_subset_size is {kid_subset_size}, {have}; set it to {fewest} or less.")
+    if neighborhood >= fewest:
+        raise UserError(f"evaluate.neighborhood is {neighborhood}, {have}; set it below {fewest}.")
 
 
 def compare(
@@ -154,7 +163,7 @@ def compare(
     options: config.Evaluate,
     equal_images: int = 0,  # as many as are behind the floor; 0: no comparison with it
 ) -> dict[str, float]:
-    """All metrics by name; `check_real` and `config` say how many images they need.
+    """All metrics by name; `check_counts` says how many images they need.
 
     fid_equal is the distance at `equal_images` images; it is absent if there are fewer.
     """

@@ -169,8 +169,8 @@ def test_compare_gives_every_figure_and_repeats_itself():
     assert figures == metrics.compare(generated, generated, reference(real), settings)
 
 
-def check(*, real: int, **options) -> None:
-    metrics.check_real(section("evaluate", **options), real)
+def check(*, generated: int, real: int, **options) -> None:
+    metrics.check_counts(section("evaluate", **options), generated=generated, real=real)
 
 
 def test_floor_is_small_for_one_distribution_and_uses_subsets_that_fit():
@@ -185,12 +185,16 @@ def test_floor_is_small_for_one_distribution_and_uses_subsets_that_fit():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"kid_subset_size": 21}, "evaluate.kid_subset_size is 21, but the reference .* 20 real images; set it to 20"),
+        (
+            {"generated": 9},
+            "a block has 9 generated images, but the Inception score .* raise sample.count, or lower evaluate.repeats",
+        ),
+        ({"kid_subset_size": 21}, "evaluate.kid_subset_size is 21, .* 30 generated and 20 real images; set it to 20"),
         ({"neighborhood": 20}, "evaluate.neighborhood is 20, .* set it below 20"),
     ],
 )
 def test_too_few_images_are_named(changes, message):
-    counts = {"real": 20, "kid_subset_size": 20, "neighborhood": 3}
+    counts = {"generated": 30, "real": 20, "kid_subset_size": 20, "neighborhood": 3}
     check(**counts)
     with pytest.raises(ValueError, match=message):
         check(**(counts | changes))

@@ -37,6 +37,7 @@ TINY = {
     "train.micro_batch_size": 4,
     "finetune.images": 0,
     "sample.count": 10,
+    "evaluate.kid_subset_size": 10,
     "sample.steps": 4,
     "sample.guidance": 1.5,
     "sample.temperature": 1.0,
