@@ -205,17 +205,19 @@ def versions() -> Iterator[Finding]:
     if not _PINS.is_file():
         return
     pins = dict(re.findall(r"^([a-zA-Z0-9_.-]+)==(\S+)", _PINS.read_text(), re.M))
-    others = []
+    others, missing = [], False
     for name in _CRITICAL:
         try:
             installed = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             yield Finding("packages", f"{name} is missing", _SET_UP, serious=True)
+            missing = True
             continue
         if name in pins and installed.partition("+")[0] != pins[name].partition("+")[0]:
             others.append(f"{name} {installed}, pinned {pins[name]}")
     fix = f"other versions give other bytes; {_SET_UP}"
-    yield Finding("packages", "; ".join(others) or "as pinned", fix if others else "")
+    if others or not missing:
+        yield Finding("packages", "; ".join(others) or "as pinned", fix if others else "")
 
 
 CHECKS = (python, torch_and_gpus, shared_memory, disk, hdf5, dvc, parameters, prefect, versions)

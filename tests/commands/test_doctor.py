@@ -90,4 +90,5 @@ def test_missing_libraries_are_serious(clone, monkeypatch):
     assert not well
     assert lines[0].startswith("FAIL  torch and gpus  cannot be imported: ")
     assert lines[2] == "FAIL  packages        no-such-library is missing"
+    assert len(lines) == 4
     assert lines[1] == lines[3] == f"{'':<22}-> `rm .venv/bin/.ready && make setup` installs the pinned ones"

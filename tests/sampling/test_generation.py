@@ -1,4 +1,4 @@
-"""Test `ear.load` and `ear.generate`."""
+"""Generating images from Python: `ear.load`, `ear.generate` and the mistakes that they refuse."""
 
 from pathlib import Path
 

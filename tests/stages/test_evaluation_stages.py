@@ -1,4 +1,4 @@
-"""Test the reference, reconstruct and evaluate stages on the digits."""
+"""The stages that measure (reference, reconstruct, evaluate), run on the digits."""
 
 import json
 import os
