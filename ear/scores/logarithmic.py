@@ -45,9 +45,9 @@ class Mixture:
 
     def draw(self, source: Stream, *, temperature: float = 1.0) -> Tensor:
         """Draw a component, then from its Gaussian with standard deviations times `temperature` => [N, D]."""
-        return self.place(*self.numbers(1, source), temperature=temperature)[:, 0]
+        return self.place(*self.origins(1, source), temperature=temperature)[:, 0]
 
-    def numbers(self, count: int, source: Stream) -> tuple[Tensor, Tensor]:
+    def origins(self, count: int, source: Stream) -> tuple[Tensor, Tensor]:
         """What `count` draws P of each mixture come from: components, int64 [N, P], and noise [N, P, D]."""
         index = choose(self.logits, source, count)
         return index, normal((*index.shape, self.means.shape[-1]), source, index.device)
@@ -140,9 +140,9 @@ def guided(
         drawn = conditional.place(index, noise, temperature=temperature)
         return drawn, conditional.log_density(drawn) - unconditional.log_density(drawn)
 
-    numbers_in_block = _CPU_BLOCK if conditional.means.device.type == "cpu" else _GPU_BLOCK
-    block = max(1, numbers_in_block // conditional.factors.numel())
-    numbers = (part.split(block, dim=1) for part in conditional.numbers(_CANDIDATES, source))
-    candidates, ratio = (torch.cat(parts, dim=1) for parts in zip(*map(weigh, *numbers), strict=True))
+    room = _CPU_BLOCK if conditional.means.device.type == "cpu" else _GPU_BLOCK
+    block = max(1, room // conditional.factors.numel())
+    origins = (part.split(block, dim=1) for part in conditional.origins(_CANDIDATES, source))
+    candidates, ratio = (torch.cat(parts, dim=1) for parts in zip(*map(weigh, *origins), strict=True))
     kept = choose((scale - 1) * ratio, source)[:, 0]
     return candidates[torch.arange(len(kept), device=kept.device), kept]

@@ -8,8 +8,6 @@ there are; every rank holds the same weights, EMAs and optimiser moments, or its
 
 import contextlib
 import itertools
-import signal
-import threading
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,9 +29,9 @@ from ear.training.gradients import SharedGradients
 from ear.training.means import Means
 from ear.training.optimizer import set_rate
 from ear.training.speed import Speed
+from ear.training.stopping import stop_signals
 
 Network = TypeVar("Network", bound=nn.Module)
-_STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # that ask a program to end
 LOG_STEPS = 25  # steps between log rows; reading the loss makes the host wait for the device, so it is done rarely
 
 
@@ -137,7 +135,7 @@ class Trainer(Generic[Network]):
         self.resume(saving.folder)
         self._begin_live(live or Live(), title, total_images)
         with (
-            _stop_signals() as asked,
+            stop_signals() as asked,
             contextlib.closing(self._live),
             Progress(title, total_images, start=self.images) as progress,
             contextlib.closing(self._stream(batches)) as stream,
@@ -367,38 +365,6 @@ def check_shares(
             f"{micro} is {micro_batch_size}, but must divide {each}, the part of each of {processes} process(es) in a "
             f"global batch of {global_batch_size}; set it to {fitting} or another divisor of {each}."
         )
-
-
-@contextlib.contextmanager
-def _stop_signals() -> Iterator[Callable[[], str]]:
-    """Catch the signals that ask a program to end, unless they are ignored, as SIGHUP is under nohup.
-
-    Yields a function that names the signal that any rank has received, or returns ''. All ranks must call it together.
-    After the first signal, Ctrl-C ends the program as soon as a checkpoint that is being written is complete.
-    """
-    received: list[str] = []
-
-    def receive(number: int, _: object) -> None:
-        received.append(signal.Signals(number).name)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    def asked() -> str:
-        if not distributed.any_of(bool(received)):
-            return ""
-        return received[0] if received else "a signal to another process"
-
-    if threading.current_thread() is not threading.main_thread():  # only the main thread can catch signals
-        yield lambda: ""
-        return
-    before = {number: signal.getsignal(number) for number in _STOP_SIGNALS}
-    for number, handler in before.items():
-        if handler is not signal.SIG_IGN:
-            signal.signal(number, receive)
-    try:
-        yield asked
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _crossed(before: int, after: int, interval: int) -> bool:
