@@ -1,8 +1,10 @@
-"""Several gloo processes inside a test: forked, so that none has to import torch again."""
+"""Processes inside a test: forked, so that none has to import torch again."""
 
 import multiprocessing
 import os
+import signal
 import socket
+import time
 import traceback
 from collections.abc import Callable
 
@@ -14,7 +16,7 @@ _fork = multiprocessing.get_context("fork")
 
 
 def together(work: Callable[[], object], count: int = 2, seconds: float = 60.0) -> list:
-    """Run `work()` in `count` connected processes; what each returns (must pickle), or the exception that ended it."""
+    """Run `work()` in `count` processes joined by gloo; what each returns (must pickle), or what ended it."""
     queue, port = _fork.Queue(), _free_port()
     children = [_fork.Process(target=_work, args=(work, rank, count, port, queue)) for rank in range(count)]
     for child in children:
@@ -27,6 +29,20 @@ def together(work: Callable[[], object], count: int = 2, seconds: float = 60.0) 
         for child in children:
             child.kill()
     return [results[rank] for rank in range(count)]
+
+
+def kill(work: Callable[[], object], ready: Callable[[], bool], seconds: float = 120.0) -> None:
+    """Start `work()` in a process, and kill it as soon as `ready()`; fails if it has ended before."""
+    child = _fork.Process(target=work)
+    child.start()
+    deadline = time.monotonic() + seconds
+    while not ready():
+        assert child.is_alive(), "it ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+    child.kill()
+    child.join()
+    assert child.exitcode == -signal.SIGKILL
 
 
 def _work(work: Callable, rank: int, count: int, port: int, queue) -> None:

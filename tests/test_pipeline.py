@@ -2,16 +2,14 @@
 
 import json
 import shutil
-import signal
-import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import h5py
 import numpy as np
 import one_stage
+import processes
 import pytest
 from browser import browser_page, needs_browser
 from photographs import write_class_folders
@@ -23,7 +21,6 @@ from repositories import (
     TINY,
     change,
     digests,
-    environment,
     fresh,
     reproduced,
     run,
@@ -31,6 +28,7 @@ from repositories import (
 )
 
 import ear
+from ear.commands import report
 from ear.display import plots_page
 from ear.display.live import read_rows
 from ear.files.digests import sha256
@@ -155,8 +153,9 @@ def test_a_colleague_samples_without_raw_images_and_without_training(repository,
     assert protocol["sampling"]["guidance"] == 3.0
 
 
-def test_a_report_of_everything(finished):
-    said = run(sys.executable, "-m", "ear", "report", cwd=finished)
+def test_a_report_of_everything(finished, monkeypatch):
+    monkeypatch.chdir(finished)
+    said = report.run()
     assert said.startswith("wrote data/report.html")
     assert "missing" not in said
     page = (finished / "data/report.html").read_text()
@@ -236,20 +235,13 @@ def test_pixels_as_tokens_by_one_parameter(repository, monkeypatch):
 FOLDERS = {"train": "data/model", "finetune": "data/finetuned"}
 
 
-def kill(repository: Path, stage: str) -> None:
-    """Delete what a training has made, start it again and kill it after its first checkpoint."""
-    shutil.rmtree(repository / FOLDERS[stage])
-    shutil.rmtree(repository / "work" / stage, ignore_errors=True)  # of a finished one that no later run has cleared
-    process = subprocess.Popen(
-        [sys.executable, "-m", f"stages.{stage}"], cwd=repository, env=environment(), stdout=subprocess.DEVNULL
-    )
-    scratch = repository / "work" / stage
-    while not list(scratch.glob("*/checkpoint-*.safetensors")):
-        assert process.poll() is None, f"{stage} ended before it could be killed"
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert not (repository / FOLDERS[stage]).exists()
+def kill(stage: str) -> None:
+    """Delete what a training has made, start it again and kill it after its first checkpoint; in the current folder."""
+    scratch = Path("work", stage)
+    shutil.rmtree(FOLDERS[stage])
+    shutil.rmtree(scratch, ignore_errors=True)  # of a finished one that no later run has cleared
+    processes.kill(lambda: one_stage.main(stage), lambda: bool(list(scratch.glob("*/checkpoint-*.safetensors"))))
+    assert not Path(FOLDERS[stage]).exists()
     assert checkpoint.newest(next(path for path in scratch.iterdir() if path.is_dir())) is not None
 
 
@@ -257,24 +249,28 @@ def contents(folder: Path) -> dict[str, str]:
     return {path.name: sha256(path) for path in folder.iterdir()}
 
 
-def test_a_killed_finetuning_goes_on_to_the_same_bytes(repository):
+def test_a_killed_finetuning_goes_on_to_the_same_bytes(repository, monkeypatch, capsys):
+    monkeypatch.chdir(repository)
     whole = contents(repository / FOLDERS["finetune"])
-    kill(repository, "finetune")
-    assert "resuming after" in run(sys.executable, "-m", "stages.finetune", cwd=repository)
+    kill("finetune")
+    assert one_stage.main("finetune") == 0
+    assert "resuming after" in capsys.readouterr().out
     assert contents(repository / FOLDERS["finetune"]) == whole
 
 
-def test_a_killed_training_goes_on_to_the_same_bytes_after_an_unrelated_edit_where_the_user_says_so(repository):
+def test_a_killed_training_goes_on_to_the_same_bytes_after_an_unrelated_edit_where_the_user_says_so(
+    repository, monkeypatch, capsys
+):
+    monkeypatch.chdir(repository)
     whole = contents(repository / FOLDERS["train"])
-    kill(repository, "train")
+    kill("train")
     code = repository / "ear/training/means.py"
     code.write_text(code.read_text() + "\n_UNRELATED = 1\n")
-    command = [sys.executable, "-m", "stages.train"]
-    done = subprocess.run(command, cwd=repository, env=environment(), capture_output=True, text=True)
-    assert done.returncode == 1
-    assert "ear/training changed since; set runtime.other_code to continue it" in done.stderr
+    assert one_stage.main("train") == 1
+    assert "ear/training changed since; set runtime.other_code to continue it" in capsys.readouterr().err
     change(repository, {"runtime.other_code": "continue"})
-    assert "resuming after" in run(*command, cwd=repository)
+    assert one_stage.main("train") == 0
+    assert "resuming after" in capsys.readouterr().out
     assert contents(repository / FOLDERS["train"]) == whole
     record = json.loads((repository / "data/lineage/train.json").read_text())
     assert len(record["earlier_code"]) == 1
@@ -297,19 +293,22 @@ def test_a_longer_training_goes_on_from_a_finished_one(repository, tmp_path, mon
     monkeypatch.chdir(tmp_path / "whole")
     one_stage.run("train", {**TINY, "train.schedule": "constant", "train.images": 1280})
     assert "resuming" not in capsys.readouterr().out
+    monkeypatch.chdir(repository)
     change(repository, {"train.schedule": "constant"})
-    run("dvc", "repro", "train", cwd=repository)
+    assert one_stage.main("train") == 0
+    run("dvc", "commit", "--force", "train", cwd=repository)
     change(repository, {"train.images": 1280})
     assert "resuming after 640 images" in run("dvc", "repro", "train", cwd=repository)
     assert contents(repository / FOLDERS["train"]) == contents(tmp_path / "whole" / FOLDERS["train"])
     shutil.rmtree(tmp_path / "whole")
 
 
-def test_a_longer_training_says_why_it_begins_anew(repository):
+def test_a_longer_training_says_why_it_begins_anew(repository, monkeypatch, capsys):
+    monkeypatch.chdir(repository)
     change(repository, {"train.images": 1280})
-    assert "begins anew, not where the shorter training ended: train.schedule is cosine" in run(
-        "dvc", "repro", "train", cwd=repository
-    )
+    assert one_stage.main("train") == 0
+    said = capsys.readouterr().out
+    assert "begins anew, not where the shorter training ended: train.schedule is cosine" in said
 
 
 def test_python_loads_and_generates(finished):

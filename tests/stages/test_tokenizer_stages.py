@@ -2,15 +2,12 @@
 
 import importlib
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
+import one_stage
+import processes
 import pytest
 import torch
 from diffusers import AutoencoderKL
@@ -76,16 +73,8 @@ def contents(folder: str) -> dict[str, str]:
 
 
 def kill_once(stage: str, pattern: str, count: int = 2) -> None:
-    """Start the stage as a program, and kill it as soon as its scratch folder holds so many files of this pattern."""
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"}
-    process = subprocess.Popen([sys.executable, "-m", f"stages.{stage}"], env=environment, stdout=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
-    while len(list(Path("work", stage).glob(f"*/{pattern}"))) < count:
-        assert process.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.001)
-    os.kill(process.pid, signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
+    """Start the stage, and kill it as soon as its scratch folder holds so many files of this pattern."""
+    processes.kill(lambda: one_stage.main(stage), lambda: len(list(Path("work", stage).glob(f"*/{pattern}"))) >= count)
 
 
 def test_tokenizer_learns_and_describes_itself(repository):
@@ -268,16 +257,13 @@ def test_latents_name_their_tokenizer(with_tokenizer):
     assert len(store) == VAL
 
 
-def test_cache_without_a_tokenizer_is_one_line_and_keeps_old_latents(with_tokenizer):
+def test_cache_without_a_tokenizer_is_one_line_and_keeps_old_latents(with_tokenizer, capsys):
     run("cache")
     before = contents("data/latents")
     path = Path("data/tokenizer/tokenizer.safetensors")
     path.write_bytes(path.read_bytes()[:1000])
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "stages.cache"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 1
-    sentence, details = done.stderr.splitlines()
+    assert one_stage.main("cache") == 1
+    sentence, details = capsys.readouterr().err.splitlines()
     assert sentence.startswith("cache: data/tokenizer/tokenizer.safetensors is not a readable safetensors file")
     assert details == "(details: work/logs/cache.log)"
     assert contents("data/latents") == before

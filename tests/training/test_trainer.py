@@ -1,13 +1,12 @@
 """Checks that a training ends in the same state however it is divided, stopped, killed and resumed."""
 
-import multiprocessing
 import os
 import signal
 import time
 
 import pytest
 import torch
-from processes import together
+from processes import kill, together
 from torch import nn
 
 from ear.errors import UserError
@@ -184,12 +183,7 @@ def test_killed_process_resumes_to_the_same_bytes(tmp_path, muon):
         fit(t, tmp_path / "killed")
 
     fit(trainer(muon=muon), tmp_path / "whole")
-    child = multiprocessing.get_context("fork").Process(target=slow)
-    child.start()
-    while not list((tmp_path / "killed").glob("checkpoint-*.safetensors")):
-        assert child.is_alive()
-    child.kill()
-    child.join()
+    kill(slow, lambda: bool(list((tmp_path / "killed").glob("checkpoint-*.safetensors"))))
     assert checkpoint.newest(tmp_path / "killed").name < "checkpoint-000000000400.safetensors"
     fit(trainer(muon=muon), tmp_path / "killed")
     name = "checkpoint-000000000400.safetensors"
