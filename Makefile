@@ -34,7 +34,7 @@ test-faults: setup  ## inject faults into the real pipeline, at most 10 minutes;
 test-published: setup  ## score a generated EAR-B checkpoint with the real file names and formats: 15 minutes on 2 CPU cores
 	python -m tests.rehearsal
 
-test-gpu: setup  ## run the tests that need a CUDA device
+test-gpu: $(BIN)/.test-ready  ## run the tests that need a CUDA device
 	python -m pytest -q -m gpu
 
 coverage: $(BIN)/.test-ready  ## run the default tests and report the covered lines of ear/ (at least 95%)

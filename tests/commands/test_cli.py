@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
 from ear.commands.cli import main
 
@@ -66,30 +67,33 @@ def test_an_unknown_command_names_the_known_ones_in_help():
     assert "configur" in done.stderr
 
 
-def configured(folder: Path, *arguments: str) -> tuple[int, str]:
-    done = run(str(SCRIPT), "configure", *arguments, cwd=folder)
-    return done.returncode, (done.stdout + done.stderr).splitlines()[0]
+def configured(*arguments: str) -> tuple[int, str]:
+    """`ear configure` in this process and the current folder => its exit code and the first line that it says."""
+    done = CliRunner().invoke(main, ["configure", *arguments])
+    return done.exit_code, done.output.splitlines()[0]
 
 
-def test_configure_never_replaces_an_edited_file_silently(tmp_path):
-    path = tmp_path / "params.yaml"
-    assert configured(tmp_path, "preset=digits") == (0, "wrote params.yaml")
-    assert configured(tmp_path, "preset=digits_smoke") == (0, "wrote params.yaml")
+def test_configure_never_replaces_an_edited_file_silently(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = Path("params.yaml")
+    assert configured("preset=digits") == (0, "wrote params.yaml")
+    assert configured("preset=digits_smoke") == (0, "wrote params.yaml")
     path.write_text(path.read_text().replace("  guidance: 1.8 ", "  guidance: 4.4 ") + "# mine\n")
     edited = path.read_text()
-    code, said = configured(tmp_path, "preset=digits")
+    code, said = configured("preset=digits")
     assert code == 1
     assert said.startswith("configure: params.yaml has been edited (sample.guidance: 1.8, now 4.4); add --force")
     assert path.read_text() == edited
-    assert configured(tmp_path, "sample.steps=5") == (0, "changed sample.steps in params.yaml")
+    assert configured("sample.steps=5") == (0, "changed sample.steps in params.yaml")
     assert path.read_text() == edited.replace("  steps: 8 ", "  steps: 5 ")
     path.write_text("sample: 3\n")
-    assert configured(tmp_path, "preset=digits")[1].startswith("configure: params.yaml has been edited (it names no")
-    assert configured(tmp_path, "preset=digits", "--force") == (0, "wrote params.yaml")
+    assert configured("preset=digits")[1].startswith("configure: params.yaml has been edited (it names no")
+    assert configured("preset=digits", "--force") == (0, "wrote params.yaml")
 
 
-def test_configure_recognises_its_own_file_with_a_path_of_several_words(tmp_path):
-    (tmp_path / "my images").mkdir()
+def test_configure_recognises_its_own_file_with_a_path_of_several_words(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("my images").mkdir()
     for preset in ("folder64", "folder64_smoke"):
-        assert configured(tmp_path, f"preset={preset}", "data.path='my images'") == (0, "wrote params.yaml")
-    assert configured(tmp_path, "preset=digits") == (0, "wrote params.yaml")
+        assert configured(f"preset={preset}", "data.path='my images'") == (0, "wrote params.yaml")
+    assert configured("preset=digits") == (0, "wrote params.yaml")

@@ -95,11 +95,6 @@ def test_the_published_presets_say_which_files_they_expect(name):
     assert trained.tokenizer.block_channels == (128, 128, 256, 256, 512)
 
 
-def test_disjoint_pairs_need_an_even_number_of_samples():
-    with pytest.raises(ValueError, match=r"score\.samples is 3, but score\.pairs is disjoint"):
-        composed("imagenet256_base", "score.samples=3", "score.pairs=disjoint")
-
-
 def test_presets_describe_themselves():
     for name in presets():
         assert 20 < len(describe_preset(name)) < 90, name

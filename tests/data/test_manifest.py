@@ -10,8 +10,6 @@ from ear.data.images import Encoding
 from ear.data.manifest import ListedImage, Row
 from ear.errors import UserError
 
-ODD_NAMES = ["a\rb.png", "a\nb.png", 'a",b.png', "a;\u00e9\u2028.png", os.fsdecode(b"\xff\xfe.png")]
-
 
 def tree(root: Path, *paths: str) -> Path:
     """Files whose content is their own path."""

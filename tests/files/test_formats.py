@@ -48,8 +48,8 @@ def test_rounding_keeps_six_digits_in_nested_content():
 
 
 def test_a_table_has_one_header_and_six_digits(tmp_path):
-    write_table(tmp_path / "log.tsv", [{"images": 64, "loss": 1 / 3}, {"images": 128, "loss": 2.0}])
-    assert (tmp_path / "log.tsv").read_text() == "images\tloss\n64\t0.333333\n128\t2\n"
+    write_table(tmp_path / "log.tsv", [{"images": 64, "loss": 1 / 3}, {"images": 128, "loss": 2e-9}])
+    assert (tmp_path / "log.tsv").read_text() == "images\tloss\n64\t0.333333\n128\t2e-09\n"
     write_table(tmp_path / "empty.tsv", [])
     assert (tmp_path / "empty.tsv").read_text() == "images\n"
 

@@ -2,11 +2,10 @@
 
 import pytest
 import torch
-import toy
 from factories import tiny_model
 
 from ear.model.monitoring import Monitor, by_share
-from ear.runtime.randomness import generator, stream
+from ear.runtime.randomness import generator
 from ear.scores.score import Loss
 
 
@@ -36,15 +35,3 @@ def test_a_monitor_counts_from_row_to_row_and_names_losses_to_compare_with():
     assert figures["context_free_loss"] == pytest.approx(1.1 * 2**0.5 * noise.norm(dim=-1).mean().item(), rel=0.03)
     one_image = model.score.references(noise[:1], temperature=1.0)
     assert one_image == {"untrained_loss": pytest.approx(2 * noise[0].norm(dim=-1).mean().item(), rel=1e-4)}
-
-
-def test_a_trained_head_repels_half_as_much_as_it_attracts():
-    """At the optimum E d(x, y) = E d(x, x') = E d(y, y'): attraction counts it twice."""
-    score = toy.fit(toy.head("energy"))
-    conditions = torch.ones(4096)
-    loss = score.loss(
-        toy.hidden(conditions), toy.mixture(conditions, generator(1, "y")), temperature=1.0, source=stream(2)
-    )
-    attraction, repulsion = loss.parts["attraction"].mean(), loss.parts["repulsion"].mean()
-    torch.testing.assert_close(loss.value.mean(), attraction - repulsion)
-    assert (repulsion / attraction).item() == pytest.approx(0.5, rel=0.05)

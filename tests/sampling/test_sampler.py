@@ -127,11 +127,6 @@ def test_an_empty_interval_is_refused(interval, message):
         SamplingSettings(guidance_from=interval[0], guidance_to=interval[1])
 
 
-def test_unknown_schedule_is_refused():
-    with pytest.raises(ValueError, match=r"^schedule is 'cosine', but must be 'linear' or 'constant'\.$"):
-        draw(tiny_model(), schedule="cosine")
-
-
 @pytest.mark.gpu
 @pytest.mark.parametrize("attention", ["bidirectional", "causal"])
 @pytest.mark.parametrize("name", ["energy", "kernel", "logarithmic", "hyvarinen", "categorical"])

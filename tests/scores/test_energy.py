@@ -81,13 +81,6 @@ def expected_gaussian_loss(sigma, *, alpha, temperature=1.0):
     return 2 * (1 + sigma**2) ** (alpha / 2) - temperature * (2 * sigma**2) ** (alpha / 2)
 
 
-@pytest.mark.parametrize("alpha", [0.5, 1.0, 1.5, 1.75, 1.9])
-def test_expected_score_is_maximal_at_the_truth(alpha):
-    sigma = torch.arange(0.3, 3, 0.001, dtype=DOUBLE)
-    best = sigma[expected_gaussian_loss(sigma, alpha=alpha).argmin()]
-    assert abs(best - 1.0) <= (0.0011 if alpha < 1.9 else 0.0021)
-
-
 @pytest.mark.parametrize(("alpha", "temperature"), [(1.0, 1.0), (1.0, 0.9), (0.5, 1.0), (1.5, 0.99), (1.9, 1.0)])
 def test_estimate_agrees_with_the_exact_expectation(alpha, temperature):
     """The formula above is not taken on faith: sampled losses meet it, up to the constant E|N(0, I)|^alpha."""
@@ -99,22 +92,6 @@ def test_estimate_agrees_with_the_exact_expectation(alpha, temperature):
             torch.tensor(sigma, dtype=DOUBLE), alpha=alpha, temperature=temperature
         )
         assert abs(loss.mean() - exact) < 4.5 * loss.std() / math.sqrt(50_000)
-
-
-def test_alpha_two_identifies_the_mean_only():
-    losses = [expected_gaussian_loss(s, alpha=2.0) for s in (0.5, 1.0, 2.0)]
-    assert max(losses) - min(losses) < 1e-12
-    strict = [expected_gaussian_loss(s, alpha=1.0) for s in (0.5, 1.0, 2.0)]
-    assert strict[0] - strict[1] > 0.05
-    assert strict[2] - strict[1] > 0.05
-
-
-@pytest.mark.parametrize(("alpha", "temperature"), [(1.0, 0.99), (1.0, 0.97), (1.0, 0.9), (1.5, 0.99)])
-def test_training_temperature_shrinks_the_spread_as_derived(alpha, temperature):
-    sigma = torch.arange(0.3, 3, 0.0005, dtype=DOUBLE)
-    best = sigma[expected_gaussian_loss(sigma, alpha=alpha, temperature=temperature).argmin()]
-    derived = (2 * temperature ** (-2 / (2 - alpha)) - 1) ** -0.5
-    assert abs(best - derived) < 1e-3
 
 
 @pytest.mark.parametrize("m", [2, 4, 8])
@@ -138,19 +115,6 @@ def test_all_pairs_have_less_gradient_variance_than_disjoint_ones():
     (all_pairs,) = torch.autograd.grad(energy_loss(x, y, alpha=1.0).sum(), scale, retain_graph=True)
     (pairs,) = torch.autograd.grad(energy_loss(x, y, alpha=1.0, pairs="disjoint").sum(), scale)
     assert all_pairs.var() < 0.7 * pairs.var()
-
-
-def test_dependence_between_dimensions_is_seen():
-    """The same marginals with correlation 0.5 and 0: energy distance to the truth tells them apart."""
-
-    def energy_distance(correlation):
-        mix = torch.tensor([[1.0, 0.0], [correlation, math.sqrt(1 - correlation**2)]], dtype=DOUBLE)
-        p, q = draws(3000, 2) @ mix.T, draws(3000, 2, name="q")
-        off_diagonal = 3000 / 2999
-        return 2 * torch.cdist(p, q).mean() - (torch.cdist(p, p).mean() + torch.cdist(q, q).mean()) * off_diagonal
-
-    assert energy_distance(0.5) > 0.005
-    assert abs(energy_distance(0.0)) < 0.003
 
 
 @pytest.mark.parametrize("alpha", [1.0, 1.5])
@@ -247,8 +211,8 @@ def test_guidance_extrapolates_the_hidden_state():
 
 @pytest.fixture(scope="module")
 def trained() -> EnergyScore:
-    """With two samples per token, as published; tests/scores/test_scores.py trains with more."""
-    return toy.fit(head(samples=2))
+    """With four samples per token; tests/scores/test_scores.py trains with two, as published."""
+    return toy.fit(head(samples=4))
 
 
 def test_head_recovers_a_conditional_mixture(one_thread, trained):
@@ -265,6 +229,21 @@ def test_alpha_two_collapses_to_the_mean(one_thread):
 
 
 def test_low_training_temperature_narrows_the_forecast(one_thread, trained):
-    """Training temperature below 1 is improper, as the closed form above says: it sharpens."""
-    sharp = toy.fit(head(samples=2), temperature=0.8)
+    """Training temperature below 1 is improper: it sharpens."""
+    sharp = toy.fit(head(samples=4), temperature=0.8)
     assert toy.judge(sharp, 1.0).spread < 0.95 * toy.judge(trained, 1.0).spread
+
+
+def test_intervals_of_a_trained_head_cover_as_they_should(one_thread, trained):
+    """Calibration: the central 80% of its samples holds 80% of the truth, along the line of the modes."""
+    assert 0.74 < toy.coverage(trained, 1.0) < 0.86
+
+
+def test_a_trained_head_repels_half_as_much_as_it_attracts(one_thread, trained):
+    """At the optimum E d(x, y) = E d(x, x') = E d(y, y'): attraction counts it twice."""
+    conditions = torch.ones(4096)
+    truth = toy.mixture(conditions, generator(1, "y"))
+    loss = trained.loss(toy.hidden(conditions), truth, temperature=1.0, source=stream(2))
+    attraction, repulsion = loss.parts["attraction"].mean(), loss.parts["repulsion"].mean()
+    torch.testing.assert_close(loss.value.mean(), attraction - repulsion)
+    assert (repulsion / attraction).item() == pytest.approx(0.5, rel=0.05)

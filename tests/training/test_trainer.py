@@ -10,7 +10,6 @@ from processes import kill, together
 from torch import nn
 
 from ear.errors import UserError
-from ear.files.tables import write_table
 from ear.files.tensors import read_tensors
 from ear.files.weights import load_weights
 from ear.runtime import distributed
@@ -309,11 +308,6 @@ def test_moments_of_another_shape_are_named(tmp_path):
     tensors["optimizer.exp_avg.weight"] = torch.zeros(3, 3)
     with pytest.raises(UserError, match=r"optimizer\.exp_avg\.weight has shape \[3, 3\], but its parameter \[2, 3\]"):
         trainer().restore(tensors, images=8)
-
-
-def test_tables_are_tab_separated_with_a_header(tmp_path):
-    write_table(tmp_path / "t.tsv", [{"images": 8, "loss": 1 / 3}, {"images": 16, "loss": 2e-9}])
-    assert (tmp_path / "t.tsv").read_text() == "images\tloss\n8\t0.333333\n16\t2e-09\n"
 
 
 def test_processes_that_cannot_share_a_global_batch_are_told_the_remedy():
