@@ -38,4 +38,8 @@ def __getattr__(name: str) -> Any:
     return getattr(importlib.import_module(_MODULES[name]), name)
 
 
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
 __all__ = ["Pipeline", "UserError", "generate", "inpaint", "interop", "load", "load_pipeline"]

@@ -27,12 +27,13 @@ def work(parameters: Parameters, run: Run) -> None:
     """Prepare every image of the manifest."""
     options = parameters.prepare
     layout = preparation.Layout(parameters.image_size, options.shard_size, options.compression)
-    # The key has neither max_rejected nor the manifest: shards finished before images were repaired, or before more
-    # were allowed to be unreadable, stay valid.
-    scratch = run.scratch(program.plain(layout))
+    images = manifest.read_manifest("data/raw")
+    # The key has neither max_rejected nor the list of images: shards finished before images were repaired, or before
+    # more were allowed to be unreadable, stay valid.
+    scratch = run.scratch({"layout": program.plain(layout), "root": str(images.root)})
     target = run.output("data/prepared")
     preparation.prepare(
-        manifest.read_manifest("data/raw"),
+        images,
         scratch=scratch,
         target=target,
         rejected_list=program.LOGS / "prepare-rejected.csv",

@@ -5,6 +5,7 @@ parameter can be a hidden dependency.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import os
 import sys
@@ -30,6 +31,7 @@ LOGS = Path("work/logs")
 TIMES = Path("work/times")  # how long each stage took when it last ran here
 TRAINING_IMAGES = "data/prepared/train-*"  # pattern of their files
 _GPU_FULL = "OutOfMemoryError"  # torch's; stages that do not compute never import torch
+_CPU_FULL = "DefaultCPUAllocator: can't allocate memory"  # what torch says in a RuntimeError
 _SIZES = (
     *("tokenizer.micro_batch_size", "tokenizer.batch_size", "reference.batch_size", "cache.batch_size"),
     *("train.micro_batch_size", "sample.batch_size"),
@@ -93,6 +95,7 @@ def perform(
     with Run(
         stage,
         lambda: tracked(parameters(), kind),
+        began=tracked(now, kind),
         other_code=now.runtime.other_code,
         files=config.named_files(now, tracked_keys(kind)),
         unread=unread(view),
@@ -154,18 +157,31 @@ def run(
     except distributed.FailedElsewhere:
         sys.exit(1)
     except Exception as error:
-        if not isinstance(error, UserError | OSError | MemoryError) and type(error).__name__ != _GPU_FULL:
+        if not isinstance(error, UserError | OSError | MemoryError) and not _full(error):
             raise
         print(f"{stage}: {_sentence(error)}", file=sys.stderr)
         _keep_traceback(LOGS / f"{stage}.log")
-        if stage in locked() and "DVC_STAGE" in os.environ:  # DVC has removed the outputs of the earlier run
+        if "DVC_STAGE" in os.environ and _has_run(stage):  # DVC has removed the outputs of the earlier run
             print(f"(earlier outputs: `dvc checkout {stage}`, and `git checkout` for metrics.json)", file=sys.stderr)
         sys.exit(1)
 
 
-def _sentence(error: BaseException) -> str:
+def _full(error: BaseException) -> str:
+    """Which memory torch has found too small: the GPU's, or this machine's; empty for other errors."""
     if type(error).__name__ == _GPU_FULL:
-        return f"the GPU's memory is full; lower the stage's batch, one of {', '.join(_SIZES)}."
+        return "the GPU's memory"
+    return "the memory" if _CPU_FULL in str(error) else ""
+
+
+def _has_run(stage: str) -> bool:
+    with contextlib.suppress(UserError):  # a damaged dvc.lock must not hide why the stage failed
+        return stage in locked()
+    return False
+
+
+def _sentence(error: BaseException) -> str:
+    if memory := _full(error):
+        return f"{memory} is full; lower the stage's batch, one of {', '.join(_SIZES)}."
     if isinstance(error, OSError) and error.strerror and not isinstance(error, UserError):
         where = f"{error.filename}: " if error.filename else ""
         return f"{where}{error.strerror}; fix this and run the stage again: it resumes."

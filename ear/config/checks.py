@@ -5,7 +5,7 @@ import math
 from ear.config.sections import Data, Evaluate, Model, Reference, Runtime, Sample, Tokenizer, Train
 from ear.errors import UserError
 
-INCEPTION_SPLITS = 10  # parts of the images that the Inception score averages over
+_INCEPTION_SPLITS = 10  # ear.evaluation.metrics.INCEPTION_SPLITS, which cannot be imported without torch
 # Smallest image side, in pixels, that the networks of these losses accept.
 _SMALLEST_SIDE = {"perceptual_weight": 16, "adversarial_weight": 24}
 
@@ -131,9 +131,9 @@ def check_evaluation(sample: Sample, reference: Reference, evaluate: Evaluate) -
         )
     block = sample.count // evaluate.repeats
     generated = f"sample.count / evaluate.repeats is {block}"
-    if block < INCEPTION_SPLITS:
+    if block < _INCEPTION_SPLITS:
         raise UserError(
-            f"{generated}, but the Inception score averages over {INCEPTION_SPLITS} splits; raise sample.count, or "
+            f"{generated}, but the Inception score averages over {_INCEPTION_SPLITS} splits; raise sample.count, or "
             "lower evaluate.repeats."
         )
     if evaluate.kid_subset_size > block:

@@ -100,6 +100,13 @@ class _Named:
     otherwise: str  # what to do without it
 
 
+# The files that are read of folders with others in them: ear.tokenizer.importing and ear.tokenizer.perceptual.
+_READ = {
+    "tokenizer.weights": ("config.json", "diffusion_pytorch_model.safetensors"),
+    "tokenizer.perceptual_folder": ("vgg16-397923af.pth", "weights-vgg16-lpips.pth"),
+}
+
+
 def _named(parameters: Parameters) -> dict[str, _Named]:
     tokenizer, reference = parameters.tokenizer, parameters.reference
     imported = tokenizer.name in ("published", "diffusers")
@@ -147,8 +154,13 @@ def named_paths(parameters: Parameters) -> dict[str, Path]:
 
 
 def named_files(parameters: Parameters, keys: Iterable[str]) -> list[Path]:
-    """The files and folders, images aside, that the sections or keys in `keys` name and need."""
-    return [path for key, path in named_paths(parameters).items() if key != "data.path" and _is_among(key, keys)]
+    """The files, images aside, that the sections or keys in `keys` name and need; of a folder those that are read."""
+    named = {key: path for key, path in named_paths(parameters).items() if key != "data.path" and _is_among(key, keys)}
+    return [
+        file
+        for key, path in named.items()
+        for file in ([path / name for name in _READ[key]] if key in _READ and path.is_dir() else [path])
+    ]
 
 
 def _is_among(key: str, keys: Iterable[str]) -> bool:

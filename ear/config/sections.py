@@ -196,7 +196,10 @@ class Sample(Section):
     guidance_to: float = Field(
         description="and not more than this share; other steps of a masked model take half the time", gt=0, le=1
     )
-    temperature: float = Field(description="inference temperature; 1: unchanged", ge=0)
+    temperature: float = Field(
+        description="inference temperature; 1: unchanged. energy, kernel: of the head's shifts, so draws differ at 0",
+        ge=0,
+    )
     denoising_steps: int = Field(
         description=f"hyvarinen: denoising steps per token, of {_DIFFUSION_STEPS} in training",
         ge=1,

@@ -54,7 +54,8 @@ def decode(file: str | Path | BinaryIO, *, upright: bool = True) -> Image.Image:
       ignore it; use `upright=False` for those. A damaged EXIF block is ignored.
     - Grey, palette and CMYK become RGB by Pillow's conversion, without colour profiles, as in those pipelines.
     - Grey of 16 bits is divided by 257 and rounded, so 0..65535 maps to 0..255; Pillow itself would clip.
-    - Transparent pixels are composed on white.
+    - Transparent pixels are composed on white. A PNG of 16-bit colour, or of grey with less than 8 bits, can name a
+      colour that is transparent; Pillow does not apply it, so such pixels keep their colour.
     - If there are several frames, the first is used.
 
     Raises UserError with the reason: not of a format in `FORMATS`, truncated or damaged, or more pixels than Pillow's
@@ -80,13 +81,15 @@ def _upright(image: Image.Image) -> Image.Image:
     """The image rotated as its EXIF orientation says; unchanged if the EXIF block is damaged."""
     try:
         return ImageOps.exif_transpose(image)
+    except MemoryError:
+        raise
     except Exception:  # damaged bytes raise errors of many kinds
         return image
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode in _SIXTEEN_BIT:
-        image = _eight_bit(image)
+        image = _eight_bit(image, image.info.get("transparency"))
     if not image.has_transparency_data:
         return image if image.mode == "RGB" else image.convert("RGB")
     image = image.convert("RGBA")
@@ -94,13 +97,19 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return Image.alpha_composite(white, image).convert("RGB")
 
 
-def _eight_bit(image: Image.Image) -> Image.Image:
-    """Grey 0..65535 => 0..255, rounded; row by row, so that a small file cannot take several times its pixels."""
+def _eight_bit(image: Image.Image, transparent: int | None) -> Image.Image:
+    """Grey 0..65535 => 0..255, rounded; row by row, so that a small file cannot take several times its pixels.
+
+    transparent: the value of pixels that are transparent, if there are such; the result then has an alpha channel.
+    """
     values = np.asarray(image)
     eight = np.empty(values.shape, np.uint8)
     for row, target in zip(values, eight, strict=True):
         target[:] = (row.astype(np.uint32) + 128) // 257
-    return Image.fromarray(eight)
+    grey = Image.fromarray(eight)
+    if transparent is None:
+        return grey
+    return Image.merge("LA", (grey, Image.fromarray(np.where(values == transparent, np.uint8(0), np.uint8(255)))))
 
 
 def center_crop(image: Image.Image, size: int) -> np.ndarray:

@@ -2,7 +2,8 @@
 
 Frechet distance (Heusel et al. 2017, "GANs trained by a two time-scale update rule"), Inception score (Salimans et al.
 2016), kernel distance (Binkowski et al. 2018), improved precision and recall (Kynkaanniemi et al. 2019), as
-torch-fidelity defines them (tests compare). N images, D features, K classes.
+torch-fidelity defines them (tests compare), and the distance to the nearest training image. N images, D features, K
+classes.
 """
 
 from collections.abc import Iterable
@@ -14,11 +15,11 @@ from torch import Tensor
 from torch_fidelity import metric_fid, metric_isc, metric_prc
 
 from ear import config
-from ear.config.checks import INCEPTION_SPLITS
 from ear.errors import UserError
 from ear.evaluation.reference import Reference, Summary
 from ear.evaluation.statistics import Gaussian, Moments
 
+INCEPTION_SPLITS = 10  # parts of the images that the Inception score averages over
 FRECHET_METHOD = "float64 sums; eigenvalues of sigma1 sigma2; biased upward where images are few"
 _FLOOR_SUBSET = 1000  # images per subset of the floor's kernel distance, at most
 _SUBSETS = 100  # subsets of the kernel distance

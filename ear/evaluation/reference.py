@@ -18,7 +18,8 @@ from ear.files.reading import reading
 from ear.files.tensors import read_tensors, write_tensors
 
 _DESCRIBED = ("name", "images", "statistics_sha256", "extractor_sha256", "image_size", "classes")
-REFERENCE_ROWS = 10_000  # real images behind precision, recall and kernel distance, as in ADM's ImageNet reference
+# Real images behind precision, recall, kernel distance and nearest training images, as in ADM's ImageNet reference.
+REFERENCE_ROWS = 10_000
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class Reference:
     """What is kept of the real images: statistics of all, features of some, and a description."""
 
     gaussian: Gaussian
-    features: Tensor  # float32 [rows, D], for the kernel distance, precision and recall
+    features: Tensor  # float32 [rows, D], for all metrics that compare single images
     held_out: Gaussian  # of the held-out real images, for comparison with their reconstructions
     description: dict
 

@@ -10,6 +10,11 @@ from ear.errors import UserError
 _SYSTEM = {errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE, errno.EIO, errno.ESTALE}  # not of the content
 
 
+def of_the_system(error: Exception) -> bool:
+    """Whether an error of reading a file says nothing about its content."""
+    return isinstance(error, OSError) and error.errno in _SYSTEM
+
+
 @contextlib.contextmanager
 def reading(path: str | Path, kind: str, remedy: str) -> Iterator[None]:
     """Raise UserError, `PATH is not a readable KIND (reason); REMEDY.`, for whatever the body raises but UserError.
@@ -22,7 +27,7 @@ def reading(path: str | Path, kind: str, remedy: str) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:
-        if isinstance(error, OSError) and error.errno in _SYSTEM:
+        if of_the_system(error):
             raise
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"{path} is not a readable {kind} ({reason}); {remedy}.") from error

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from ear.errors import MissingFileError, UserError
+from ear.files.reading import of_the_system
 
 if TYPE_CHECKING:
     import torch
@@ -30,6 +31,8 @@ def read_pickled(path: str | Path) -> object:
         with torch.serialization.safe_globals([Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds of errors for other files; all mean the same to the user
+        if of_the_system(error):
+            raise
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(
             f"{path} cannot be read as plain weights ({reason}); it is damaged or another kind of file; get it again."

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from ear.errors import MissingFileError
+from ear.files.reading import reading
 
 RECORDS = Path("data/lineage")
 
@@ -49,21 +50,25 @@ def _declaration(name: str, entry: dict[str, Any]) -> Declaration:
 def locked(copy: Path = Path()) -> dict[str, dict[str, Any]]:
     """Stage => its entry in the dvc.lock of a copy of the repository; empty without that file."""
     path = copy / "dvc.lock"
-    return stages_of(path.read_text()) if path.is_file() else {}
+    return stages_of(path.read_text(), path) if path.is_file() else {}
 
 
-def stages_of(lock: str) -> dict[str, dict[str, Any]]:
-    """Stage => its entry in the text of a dvc.lock."""
-    return _content(lock).get("stages", {})
+def stages_of(lock: str, path: Path = Path("dvc.lock")) -> dict[str, dict[str, Any]]:
+    """Stage => its entry in the text of a dvc.lock; raises UserError naming `path` if it is no such text."""
+    return _content(lock, path).get("stages", {})
 
 
 def _yaml(path: Path) -> Any:
     if not path.is_file():
         raise MissingFileError(f"{path} is not in {Path.cwd()}; run stages from the repository's root.")
-    return _content(path.read_text())
+    return _content(path.read_text(), path)
 
 
-def _content(text: str) -> Any:
+def _content(text: str, path: Path) -> dict[str, Any]:
     from omegaconf import OmegaConf
 
-    return OmegaConf.to_container(OmegaConf.create(text))
+    with reading(path, "list of stages", f"restore it with `git checkout {path.name}`"):
+        content: Any = OmegaConf.to_container(OmegaConf.create(text))
+        if not isinstance(content, dict):
+            raise TypeError("no mapping")
+        return content

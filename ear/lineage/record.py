@@ -26,7 +26,8 @@ class Record:
     libraries: Mapping[str, str]  # package => version, of those that can change a number
     inputs: Mapping[str, str]  # file => digest
     outputs: Mapping[str, str]  # file => digest
-    earlier_code: tuple[Mapping[str, str], ...] = ()  # under which the work began, if the user let it continue
+    # Under which the work began, if the user let it continue, with the versions of libraries that differed.
+    earlier_code: tuple[Mapping[str, str], ...] = ()
 
     def write(self, path: Path) -> None:
         """Write the record, complete or not at all."""

@@ -47,13 +47,14 @@ class Run:
         stage: str,
         values: Callable[[], Values],  # the parameters of the stage as params.yaml has them now
         *,
+        began: Values | None = None,  # those that the caller works with; default: as they are now
         other_code: str = "refuse",  # what to do with work begun under other code: refuse, continue or restart
         files: Iterable[Path] = (),  # that parameters name: inputs which DVC does not track
         unread: str = "",  # pattern of input files that the stage does not read, such as data/prepared/train-*
     ):
         declared = declarations()
         self.declared, self.other_code = declared[stage], other_code
-        self._values, self._began = values, values()
+        self._values, self._began = values, values() if began is None else began
         self._earlier_code: tuple[Values, ...] = ()
         self._scratch: Path | None = None
         self._computed: dict[str, str] = {}
@@ -118,25 +119,31 @@ class Run:
         self._mention_others(folder)
         note = _beside(folder, _CODE)
         if note.is_file():
-            self._resume(folder, [*read_json(note)["code"]])
+            self._resume(folder, read_json(note))
         folder.mkdir(parents=True, exist_ok=True)
-        remove_unfinished(folder)
+        for path in (folder, _kept(folder)):
+            remove_unfinished(path)
         _beside(folder, _DONE).unlink(missing_ok=True)
-        write_json(note, {"code": [*self._earlier_code, self._code]})
+        self._note_code(folder)
         return folder
+
+    def _note_code(self, folder: Path) -> None:
+        """Write down under which code and libraries the work in `folder` was begun and goes on."""
+        note = {"code": [*self._earlier_code, self._code], "libraries": versions()}
+        write_json(_beside(folder, _CODE), note)
 
     @property
     def kept(self) -> Path:
         """A folder for what outlives the work in `scratch`: nothing but the user deletes it."""
         assert self._scratch is not None
-        stage = self._scratch.parent
-        return stage.parent / _KEPT / f"{stage.name}-{self._scratch.name}"
+        return _kept(self._scratch)
 
     def shorter(self, key: str, output: str) -> tuple[Path | None, str]:
         """The file `output` of the result in dvc.lock, if that differs from this run in a smaller `key` alone.
 
         key: a number in params.yaml, such as train.images. Returns (file in DVC's cache, ""), or (None, why not), with
-        an empty reason if other parameters differ, so that nobody expects it.
+        an empty reason if other parameters differ, so that nobody expects it. A result that was begun under other code
+        than it ended with is not continued: the longer one would be of both.
         """
         cached = cached_outputs(self.declared.stage)
         note, made = cached.get(self.declared.record.as_posix()), cached.get(output)
@@ -148,6 +155,8 @@ class Run:
         fewer, rest = before.pop(name) < now.pop(name), {section: None}
         if not fewer or before != now or {**record.parameters, **rest} != {**self._began, **rest}:
             return None, ""
+        if record.earlier_code:
+            return None, "it was begun under other code than it ended with"
         inputs = {file: digest for file in record.inputs if (digest := self._inputs.expected(file))}
         for what, old, new in (
             ("code", record.code, self._code),
@@ -168,23 +177,26 @@ class Run:
             if _is_key(path) and path != folder and not _beside(path, _DONE).is_file() and not _in_use(path)
         )
         if others:
-            sizes = sum(file.stat().st_size for path in others for file in files_under(path))
             names = ", ".join(map(str, others))
             print(
-                f"note: unfinished work of other parameters or inputs ({sizes / 1e9:.2f} GB) is kept in {names}; "
+                f"note: unfinished work of other parameters or inputs ({sum(map(_size, others)) / 1e9:.2f} GB) is kept "
+                f"in {names}; "
                 "delete what you will not continue",
                 flush=True,
             )
 
-    def _resume(self, folder: Path, codes: list[Values]) -> None:
-        """Decide about work that was begun under `codes`, the newest last."""
+    def _resume(self, folder: Path, note: Mapping[str, Any]) -> None:
+        """Decide about work that was begun as its note says."""
+        codes, now = list(note["code"]), versions()
+        libraries = {name: version for name, version in note.get("libraries", now).items() if now.get(name) != version}
         changed = [path for path, digest in self._code.items() if codes[-1].get(path) != digest]
+        changed += [f"{name} (was {version})" for name, version in libraries.items()]
         if not folder.is_dir() or not any(folder.iterdir()):
             return
         if not changed:
             self._earlier_code = tuple(codes[:-1])
         elif self.other_code == "continue":
-            self._earlier_code = tuple(codes)
+            self._earlier_code = (*codes[:-1], {**codes[-1], **libraries})
         elif self.other_code == "restart":
             shutil.rmtree(folder)
         else:
@@ -222,9 +234,9 @@ class Run:
             self.declared.stage, self._began, self._code, versions(), inputs, outputs, earlier_code=self._earlier_code
         )
         record.write(self.output(self.declared.record))
+        self._check_unchanged()  # last: digests of large outputs take minutes
         if self._scratch:
             write_json(_beside(self._scratch, _DONE), {"md5": _md5(self.output(self.declared.record))})
-        self._check_unchanged()  # last: digests of large outputs take minutes
         for path in [*made, self.declared.record]:
             replace(self.output(path), path)
 
@@ -315,6 +327,18 @@ def _in_use(folder: Path) -> bool:
             return False
     except Timeout:
         return True
+
+
+def _kept(scratch: Path) -> Path:
+    """The folder for what outlives the work in a scratch folder."""
+    return scratch.parent.parent / _KEPT / f"{scratch.parent.name}-{scratch.name}"
+
+
+def _size(folder: Path) -> int:
+    """Bytes of the files in a folder; 0 if a run in another copy of the repository deletes some meanwhile."""
+    with contextlib.suppress(FileNotFoundError):
+        return sum(file.stat().st_size for file in files_under(folder))
+    return 0
 
 
 def _is_key(path: Path) -> bool:

@@ -121,7 +121,8 @@ def save_published(model: AutoregressiveModel, path: str | Path) -> None:
 
     The file cannot hold the statistics that normalise latents: published code multiplies latents by 0.2325, so it draws
     right images only with a model that was trained so (`train.weights`).
-    Raises UserError for a model that such a file cannot hold: of another score or noise, or causal.
+    Raises UserError for a model that such a file cannot hold: of another score or noise, causal, or with another number
+    of heads than the published model of its width.
     """
     named = published_tensors(model)
     # The bytes of torch.save depend on the file name, unless it writes to an open file.

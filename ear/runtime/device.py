@@ -59,6 +59,20 @@ def uses_cuda(device: str) -> bool:
     return device != "cpu" and torch.cuda.is_available()
 
 
+def find_device(device: torch.device | str) -> torch.device:
+    """The device of that name; "auto" is a GPU where there is one. Raises UserError if there is no such device."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        found = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise UserError(f"device is {device!r}, but must be 'auto', 'cpu' or 'cuda'; choose one.") from error
+    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+        count = torch.cuda.device_count()
+        raise UserError(f"device is '{device}', but torch finds {count} CUDA device(s); use 'auto' or 'cpu'.")
+    return found
+
+
 def for_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
     """The array as a tensor on the host; for a GPU in page-locked memory, so `to(non_blocking=True)` need not wait."""
     tensor = torch.from_numpy(array)

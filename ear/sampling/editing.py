@@ -27,6 +27,7 @@ def inpaint(
     labels: Sequence[int | str],  # class numbers or names, one per image
     *,
     data: str | Path = "data",  # the pipeline's data folder
+    model: str | Path | None = None,  # a model file or a checkpoint; default: data/finetuned/model.safetensors
     seed: int = 0,
     paste: bool = True,  # keep known pixels exactly; if false, all pixels come from the decoder
     batch_size: int = 64,
@@ -39,7 +40,7 @@ def inpaint(
     each other or the model, a mask is empty, `steps` is less than 1, or the model is causal.
     """
     settings = SamplingSettings(seed=seed, **options)
-    sampler = ImageSampler.open(Path(data) / MODEL, Path(data) / TOKENIZER, device)
+    sampler = ImageSampler.open(model or Path(data) / MODEL, Path(data) / TOKENIZER, device)
     return inpaint_with(sampler, images, mask, labels, settings, paste=paste, batch_size=batch_size)
 
 

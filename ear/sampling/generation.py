@@ -17,7 +17,7 @@ from ear.files.digests import sha256
 from ear.latents.statistics import Statistics, denormalised
 from ear.model.autoregressive import AutoregressiveModel
 from ear.model.files import load_model
-from ear.runtime.device import precise
+from ear.runtime.device import find_device, precise
 from ear.runtime.randomness import image_streams
 from ear.sampling.sampler import sample
 from ear.sampling.settings import SamplingOptions, SamplingSettings
@@ -47,21 +47,25 @@ class ImageSampler:
         statistics: Statistics,
         device: torch.device | str = "cpu",
     ):
-        self.device = torch.device(device)
+        self.device = find_device(device)
         self.model, self.tokenizer = model.to(self.device).eval(), tokenizer.to(self.device).eval()
         self.statistics = statistics
 
     @classmethod
     def open(cls, model: str | Path, tokenizer: str | Path, device: torch.device | str = "cpu") -> "ImageSampler":
-        """Load the files of two stages; raises UserError if the model belongs to another tokenizer."""
+        """Load the files of two stages.
+
+        Raises MissingFileError; UserError if a file is damaged, the model belongs to another tokenizer, or there is no
+        such device.
+        """
         loaded, description = load_model(model)
-        fingerprint = sha256(tokenizer)
+        decoder, fingerprint = load_tokenizer(tokenizer), sha256(tokenizer)
         if description["tokenizer"] != fingerprint:
             raise UserError(
                 f"{model} was trained on latents of tokenizer {description['tokenizer'][:12]}, but {tokenizer} is "
                 f"{fingerprint[:12]}; run the stages cache, train and finetune again."
             )
-        return cls(loaded, load_tokenizer(tokenizer), Statistics(**description["statistics"]), device)
+        return cls(loaded, decoder, Statistics(**description["statistics"]), device)
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -71,6 +75,7 @@ class ImageSampler:
 
     def labels(self, wanted: Sequence[int | str]) -> list[int]:
         """Class numbers of the given numbers or names; raises UserError naming the first unknown class."""
+        wanted = _listed(wanted)
         classes = self.model.shape.classes
         numbers = {name: number for number, name in enumerate(classes)}
         found = [numbers.get(label, -1) if isinstance(label, str) else _whole(label) for label in wanted]
@@ -89,9 +94,10 @@ class ImageSampler:
 
         Raises UserError for an empty or unknown label.
         """
-        if not len(labels):
+        numbers = self.labels(labels)
+        if not numbers:
             raise UserError("labels is empty; give one class per image.")
-        parts = batches(self.labels(labels), batch_size)
+        parts = batches(numbers, batch_size)
         return np.concatenate([self.images(part, settings, first=first + start) for start, part in parts])
 
     @torch.inference_mode()
@@ -165,18 +171,30 @@ def generate(
     *,
     model: str | Path | None = None,  # a model file or a checkpoint; default: data/finetuned/model.safetensors
     seed: int = 0,
+    first: int = 0,  # number of the first image
     batch_size: int = 64,
     device: torch.device | str = "cpu",
     **options: Unpack[SamplingOptions],
 ) -> np.ndarray:
-    """Generate uint8 images [N, H, W, 3]; image k depends only on (seed, k) and its label.
+    """Generate uint8 images [N, H, W, 3], from number `first` on; image k depends only on (seed, k) and its label.
 
     options: steps=16, guidance=1.0, temperature=1.0 and all other fields of `SamplingSettings`. Raises MissingFileError
-    if a stage has not run; UserError for an empty or unknown label, or an option that is not allowed.
+    if a stage has not run; UserError for an empty or unknown label, an option that is not allowed, or a device that is
+    absent.
     """
     settings = SamplingSettings(seed=seed, **options)
     sampler = ImageSampler.open(model or Path(data) / MODEL, Path(data) / TOKENIZER, device)
-    return sampler.generate(labels, settings, batch_size=batch_size)
+    return sampler.generate(labels, settings, batch_size=batch_size, first=first)
+
+
+def _listed(labels: Sequence[int | str]) -> list[int | str]:
+    """The labels, unless they are a single one: characters of a name would be taken for classes."""
+    try:
+        if isinstance(labels, str):
+            raise TypeError
+        return list(labels)
+    except TypeError as error:
+        raise UserError(f"labels is {labels!r}, but must hold one class per image; give [{labels!r}].") from error
 
 
 def _whole(label: Any) -> int:

@@ -57,14 +57,15 @@ class Pipeline(ModelHubMixin):
         labels: Sequence[int | str],  # class numbers or names, one per image
         *,
         seed: int = 0,
+        first: int = 0,  # number of the first image
         batch_size: int = 64,
         **changes: Unpack[SamplingOptions],
     ) -> np.ndarray:
-        """Generate uint8 images [N, H, W, 3]; image k depends on (seed, k) and its label.
+        """Generate uint8 images [N, H, W, 3], from number `first` on; image k depends on (seed, k) and its label.
 
         changes: of the sampling behind the metrics, such as guidance=2.0. Raises as `ear.generate`.
         """
-        return self.sampler.generate(labels, self.settings(seed, **changes), batch_size=batch_size)
+        return self.sampler.generate(labels, self.settings(seed, **changes), batch_size=batch_size, first=first)
 
     def inpaint(
         self,
@@ -159,7 +160,8 @@ def load_pipeline(path: str | Path, device: torch.device | str = "cpu") -> Pipel
         raise UserError(
             f"{path} has format {description.get('format')!r}, but must have {FORMAT!r}; `ear export FILE` writes it."
         )
-    with reading(path, "description of a pipeline", "export it again"):
+    kind, remedy = "description of a pipeline", "export it again"
+    with reading(path, kind, remedy):
         parts = {
             prefix: {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
             for prefix in (_MODEL, _TOKENIZER)
@@ -167,7 +169,9 @@ def load_pipeline(path: str | Path, device: torch.device | str = "cpu") -> Pipel
         about = description["model"]
         model = model_of(parts[_MODEL], about, path)
         tokenizer = tokenizer_of(parts[_TOKENIZER], description["tokenizer"], path)
-        sampler = ImageSampler(model, tokenizer, Statistics(**about["statistics"]), device)
+        statistics = Statistics(**about["statistics"])
+    sampler = ImageSampler(model, tokenizer, statistics, device)  # a full GPU is no damage of the file
+    with reading(path, kind, remedy):
         return Pipeline(
             sampler,
             tokenizer_sha256=about["tokenizer"],

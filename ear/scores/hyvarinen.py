@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ear.config.scores import Hyvarinen
-from ear.runtime.randomness import Stream, normal, uniform
+from ear.runtime.randomness import Stream, integers, normal
 from ear.scores.modulated_mlp import ModulatedMLP
 from ear.scores.score import DENOISING, Denoising, HeadSize, Loss, Score
 
@@ -120,7 +120,7 @@ class HyvarinenScore(Score):
         """
         rows, device = len(target), target.device
         embedded, target = self.hidden_embedding(hidden).repeat(self.samples, 1), target.repeat(self.samples, 1).float()
-        time = (uniform((len(target),), source, device) * TRAINING_STEPS).long().clamp(max=TRAINING_STEPS - 1)
+        time = integers(TRAINING_STEPS, (len(target),), source, device)
         noise = normal(target.shape, source, device)
         schedule = self.training_schedule
         noised = _at(schedule.signal, time) * target + _at(schedule.noise, time) * noise

@@ -63,6 +63,7 @@ class ModulatedMLP(nn.Module):
             stream = block(stream, modulation, temperature)
         shift, scale = last.chunk(2, dim=-1)
         normed = F.layer_norm(stream, stream.shape[-1:], eps=NORM_EPS) * (1 + scale) + shift
-        # In bfloat16, differences between nearby samples lose their direction, so the last layer computes in float32.
+        # In bfloat16, differences between nearby samples lose their direction. The blocks lose some of it already; the
+        # last layer computes in float32, so that the samples are not rounded once more.
         with torch.autocast(normed.device.type, enabled=False):
             return self.output(normed.float())

@@ -79,9 +79,11 @@ class SampleBasedScore(Score):
         """The distance of the score, [..., D], [..., D] => [...]."""
 
     def generate(self, hidden: Tensor, noise: Tensor, temperature: float = 1.0) -> Tensor:
-        """Hidden [N, W], noise [..., N, n] => tokens [..., N, D]; `temperature` scales the shifts that noise causes.
+        """Hidden [N, W], noise [..., N, n] => tokens [..., N, D].
 
-        Unlike in a diffusion head, the hidden state is the residual stream and the noise modulates it.
+        Unlike in a diffusion head, the hidden state is the residual stream and the noise modulates it. `temperature`
+        multiplies the shifts of the blocks, as published; scales and gates depend on the noise, too, so draws differ
+        even at 0.
         """
         condition = self.noise_embedding(noise)
         stream = self.hidden_embedding(hidden).expand(condition.shape)

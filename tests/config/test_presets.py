@@ -7,6 +7,7 @@ from ear.commands import configure
 from ear.config import edit, missing_files
 from ear.config.compose import compose, describe_preset, presets
 from ear.errors import UserError
+from ear.tokenizer import perceptual
 
 PUBLISHED = {  # depth, width, heads, head depth, head width
     "imagenet256_base": (24, 768, 12, 6, 1024),
@@ -93,6 +94,16 @@ def test_the_published_presets_say_which_files_they_expect(name):
     trained = compose([f"preset={name}", "tokenizer.name=kl", "tokenizer.perceptual_folder=nowhere"])
     assert list(missing_files(trained)) == ["data.path", "tokenizer.perceptual_folder", "reference.statistics"]
     assert trained.tokenizer.block_channels == (128, 128, 256, 256, 512)
+
+
+def test_of_folders_only_the_files_that_are_read_are_inputs(perceptual_folder, tmp_path):
+    """Else a download into torch's folder during a training would be a changed input."""
+    folders = (f"tokenizer.perceptual_folder={perceptual_folder}", "tokenizer.perceptual_weight=1")
+    parameters = compose(["preset=folder64", "data.path=/images", *folders])
+    assert config.named_files(parameters, ["tokenizer"]) == perceptual.files(perceptual_folder)
+    parameters = compose(["tokenizer.name=diffusers", f"tokenizer.weights={tmp_path}"])
+    names = {path.name for path in config.named_files(parameters, ["tokenizer"])}
+    assert names == {"config.json", "diffusion_pytorch_model.safetensors"}
 
 
 def test_presets_describe_themselves():

@@ -136,6 +136,7 @@ def test_a_link_in_a_circle_is_named(tmp_path):
         (["train/a/1.png", "Test/a/2.png"], [], r"has Test but no val; rename it to val"),
         (["Train/a/1.png", "Test/a/2.png"], [], r"has Train but no train; name the folder of training images train"),
         (["training/a/1.png", "testing/a/2.png"], [], r"has training but no train; name the folder"),
+        (["Train/a/1.png", "Train/b/2.png"], [], r"has Train but no train; name the folder"),
         (["a/1.png", "b/1.png"], [], r"every class has a single image, so none can be held out"),
     ],
 )

@@ -5,6 +5,7 @@ import pytest
 import torch
 from factories import section
 
+from ear.config import checks
 from ear.evaluation import metrics
 from ear.evaluation.reference import Reference, Summary, read_statistics, summarise
 from ear.evaluation.statistics import Gaussian, Moments, class_accuracy
@@ -67,6 +68,10 @@ def test_frechet_distance_of_known_gaussians():
     other = Gaussian(torch.full((3,), 2.0).double(), 9 * torch.eye(3).double())
     assert metrics.frechet_distance(one, other) == pytest.approx(3 * (2**2 + (3 - 1) ** 2))
     assert metrics.frechet_distance(one, one) == pytest.approx(0, abs=1e-9)
+
+
+def test_params_yaml_knows_the_splits_of_the_inception_score():
+    assert checks._INCEPTION_SPLITS == metrics.INCEPTION_SPLITS
 
 
 def test_inception_score_equals_its_formula():

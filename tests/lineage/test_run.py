@@ -94,6 +94,14 @@ def test_two_runs_leave_equal_bytes():
     assert Path("data/lineage/second.json").read_bytes() == before
 
 
+def test_an_edit_before_the_run_counts_as_one_during_it():
+    """While libraries are imported, say: the caller works with the parameters that it has read."""
+    second = Second(began={"second": {"scale": 1}})
+    with pytest.raises(UserError, match=r"second\.scale: 1, now 2"):
+        second()
+    assert not Path("data/sum.txt").exists()
+
+
 def edit_parameters(second: Second) -> None:
     second.values["second"]["scale"] = 7
 
@@ -111,6 +119,7 @@ def test_an_edit_during_the_run_publishes_nothing_and_keeps_the_progress(edit, s
         second(lambda: edit(second))
     assert not Path("data/sum.txt").exists()
     assert [(path / "kept.txt").read_text() for path in scratches()] == ["begun"]
+    assert not list(Path("work/second").glob("*.published.json"))  # it counts as unfinished
 
 
 def test_an_edit_while_outputs_are_hashed_publishes_nothing(monkeypatch):
@@ -219,6 +228,19 @@ def test_work_continued_under_other_code_says_so():
     assert earlier["second.py"] == record.code["second.py"]
 
 
+def test_work_begun_with_other_libraries_is_neither_continued_nor_hidden(monkeypatch):
+    installed = run_module.versions()
+    monkeypatch.setattr(run_module, "versions", lambda: {**installed, "torch": "1.0"})
+    interrupt(Second())
+    monkeypatch.setattr(run_module, "versions", lambda: installed)
+    with pytest.raises(UserError, match=r"torch \(was 1\.0\) changed since; set runtime\.other_code to continue"):
+        Second()()
+    Second(other_code="continue")()
+    record = Record.read(Path("data/lineage/second.json"))
+    (earlier,) = record.earlier_code
+    assert (earlier["torch"], record.libraries["torch"]) == ("1.0", installed["torch"])
+
+
 def test_restarting_drops_the_work_of_other_code():
     interrupt(Second())
     edit_package(Second())
@@ -315,6 +337,13 @@ def test_a_stage_that_writes_nothing_fails():
         run.publish()
 
 
+@pytest.mark.parametrize("content", ["stages: {a: [", "<<<<<<< HEAD\nstages:\n", "[1, 2]"])
+def test_a_damaged_lock_is_one_sentence(content):
+    Path("dvc.lock").write_text(content)
+    with pytest.raises(UserError, match=r"dvc\.lock is not a readable list of stages .*git checkout dvc\.lock"):
+        Second()()
+
+
 def test_a_linked_output_is_refused(tmp_path):
     (tmp_path / "elsewhere").mkdir()
     Path("data/sum.txt").symlink_to(tmp_path / "elsewhere")
@@ -325,6 +354,10 @@ def test_a_linked_output_is_refused(tmp_path):
 def test_what_a_killed_writer_left_is_removed():
     interrupt(Second())
     (folder,) = scratches()
-    (folder / ".kept.txt.0123456789ab.partial").write_text("half")
+    kept = Path("work/kept", f"second-{folder.name}")
+    kept.mkdir(parents=True)
+    for place in (folder, kept):
+        (place / ".kept.txt.0123456789ab.partial").write_text("half")
     Second()()
     assert [path.name for path in folder.iterdir()] == ["kept.txt"]
+    assert list(kept.iterdir()) == []

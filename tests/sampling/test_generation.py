@@ -96,6 +96,37 @@ def test_no_label_is_refused(data, labels):
         ear.generate(data, labels, **DRAW)
 
 
+@pytest.mark.parametrize(("label", "shown"), [("37", "'37'"), (3, "3")])
+def test_a_single_label_is_refused(data, label, shown):
+    message = rf"^labels is {shown}, but must hold one class per image; give \[{shown}\]"
+    with pytest.raises(ear.UserError, match=message):
+        ear.generate(data, label, **DRAW)
+
+
+def test_images_go_on_from_a_number(data):
+    whole = ear.generate(data, [3, 7, 3], batch_size=3, **DRAW)
+    rest = ear.generate(data, [7, 3], first=1, **DRAW)
+    assert np.abs(whole[1:].astype(int) - rest).max() <= 1  # of another batch size
+    assert not np.array_equal(rest, ear.generate(data, [7, 3], **DRAW))
+
+
+def test_the_automatic_device_is_the_cpu_without_a_gpu(data, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert np.array_equal(ear.generate(data, [3], device="auto", **DRAW), ear.generate(data, [3], **DRAW))
+
+
+@pytest.mark.parametrize(
+    ("device", "message"),
+    [
+        ("gpu", r"^device is 'gpu', but must be 'auto', 'cpu' or 'cuda'; choose one\.$"),
+        ("cuda:99", r"^device is 'cuda:99', but torch finds \d+ CUDA device\(s\); use 'auto' or 'cpu'\.$"),
+    ],
+)
+def test_a_device_that_is_not_there_is_refused(data, device, message):
+    with pytest.raises(ear.UserError, match=message):
+        ear.generate(data, [3], device=device, **DRAW)
+
+
 @pytest.mark.parametrize("steps", [0, -3])
 def test_no_step_is_refused(data, steps):
     message = rf"^steps is {steps}, but must be at least 1\.$"
@@ -116,6 +147,14 @@ def test_a_model_of_another_tokenizer_is_refused(tmp_path):
 def test_absent_models_are_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"finetuned/model\.safetensors does not exist; run the stage"):
         ear.generate(tmp_path, labels=[0], **DRAW)
+    data = publish(tmp_path)
+    (data / generation.TOKENIZER).unlink()
+    with pytest.raises(FileNotFoundError, match=r"tokenizer\.safetensors does not exist; run the stage"):
+        ear.generate(data, labels=[0], **DRAW)
+
+
+def test_what_the_package_offers_is_listed():
+    assert {"generate", "inpaint", "load", "load_pipeline", "Pipeline", "UserError"} <= set(dir(ear))
 
 
 def test_images_that_are_not_finite_are_named(data):

@@ -47,6 +47,11 @@ def test_its_defaults_are_the_sampling_behind_the_metrics(exported):
     assert np.array_equal(pipeline.generate([1], seed=4), same)
 
 
+def test_an_absent_device_is_not_called_damage(exported):
+    with pytest.raises(ear.UserError, match=r"^device is 'cuda:99', but torch finds"):
+        ear.load_pipeline(exported, "cuda:99")
+
+
 def test_it_edits_like_the_repository(exported):
     pipeline = ear.load_pipeline(exported)
     images = pipeline.generate([1, 2], **DRAW)

@@ -27,6 +27,23 @@ def test_a_full_gpu_is_a_sentence_with_the_keys_to_lower():
         assert getattr(getattr(parameters, section), name) > 0
 
 
+def test_a_full_memory_is_a_sentence_too():
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(2**50)
+    assert program._sentence(caught.value).startswith("the memory is full; lower the stage's batch, one of ")
+
+
+def test_a_damaged_lock_does_not_hide_why_a_stage_failed(monkeypatch, capsys):
+    monkeypatch.setenv("DVC_STAGE", "prepare")
+    Path("params.yaml").write_text((ROOT / "params.yaml").read_text())
+    Path("dvc.lock").write_text("<<<<<<< HEAD\nstages:\n")
+    assert one_stage.main("prepare") == 1
+    sentence, details = capsys.readouterr().err.splitlines()
+    assert sentence.startswith("prepare: dvc.lock is not a readable list of stages (")
+    assert sentence.endswith("; restore it with `git checkout dvc.lock`.")
+    assert details == "(details: work/logs/prepare.log)"
+
+
 def test_what_fails_after_publishing_is_a_note(monkeypatch, capsys):
     def full(*_) -> None:
         raise OSError(28, "No space left on device", "work/times/fetch.json")

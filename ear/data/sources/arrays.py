@@ -23,7 +23,7 @@ from ear.data.manifest import ListedImage
 from ear.data.sources.listing import Source, hold_out, in_order
 from ear.display.progress import Progress
 from ear.errors import UserError
-from ear.files.atomic import whole_file
+from ear.files.atomic import naming, whole_file
 from ear.files.disk import require_space
 
 _BLOCK = 1 << 20  # bytes copied at a time
@@ -238,11 +238,16 @@ def unpack(arrays: Sequence[Array], folder: Path) -> str:
     return digest.hexdigest()
 
 
+def _read(array: Array, stream: IO[bytes], left: int) -> bytes:
+    with naming(Path(array.title)):  # a disk's error would else be said of the file that is written
+        return stream.read(min(_BLOCK, left))
+
+
 def _copy(array: Array, target: Path, digest: Any) -> None:
     """Copy the pixels of one array to a file, and update the SHA-256 with them."""
     left = math.prod(array.shape)
     with array.open() as stream, whole_file(target) as partial, partial.open("wb") as file:
-        while block := stream.read(min(_BLOCK, left + 1)):  # one more byte, so that checksums at the end are compared
+        while block := _read(array, stream, left + 1):  # one more byte, so that checksums at the end are compared
             left -= len(block)
             if left < 0:
                 break

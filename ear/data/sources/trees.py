@@ -52,7 +52,7 @@ def _check_names(root: Path) -> None:
     if "train" in names:
         if held_out and "val" not in held_out:
             raise UserError(f"{root} has {held_out[0]} but no val; rename it to val.")
-    elif held_out and surely:
+    elif (held_out and surely) or (len(names) == 1 and training):
         raise UserError(f"{root} has {surely[0]} but no train; name the folder of training images train.")
 
 
