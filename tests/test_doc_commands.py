@@ -23,7 +23,7 @@ NOT_RUN = {
     r"ear playground": "serves until it is stopped: tests/commands/test_playground.py",
     r"ear serve": "serves until it is stopped: tests/flows/test_serve.py",
     r"ear watch": "while a training runs: tests/commands/test_watch.py",
-    r"tensorboard |pip install mlflow": "serves until it is stopped; tests/display/test_live.py reads its data",
+    r"tensorboard ": "serves until it is stopped; tests/display/test_live.py reads its data",
     r".*prefect (server|worker|deployment|--no-prompt)": "with a server and a worker: tests/flows/test_flows.py",
     r"ear doctor": "fails where the preset of the page needs a GPU: tests/commands/test_doctor.py",
     r"python -m benchmarks.sprites": "needs a package of Debian: tests/benchmarks/test_sprites.py",

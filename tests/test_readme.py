@@ -11,6 +11,7 @@ import ear
 from ear import config
 from ear.commands import cli
 from ear.config.compose import presets
+from ear.files.json_files import read_json
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")])
@@ -20,8 +21,17 @@ TEXT = "\n".join(page.read_text() for page in PAGES)
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_lead_somewhere(page):
-    for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
-        assert target.startswith("https://") or (page.parent / target).exists(), target
+    for target, anchor in re.findall(r"\]\(([^)#]*)#?([^)]*)\)", page.read_text()):
+        if not target.startswith("https://"):
+            linked = page.parent / target if target else page
+            assert linked.exists(), target
+            assert not anchor or anchor in anchors(linked), f"{target}#{anchor}"
+
+
+def anchors(page: Path) -> set[str]:
+    """What links to a page's headings are called."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading).lower().replace(" ", "-") for heading in headings}
 
 
 def test_programs_exist():
@@ -38,10 +48,30 @@ def test_subcommands_exist():
 
 def test_make_targets_exist():
     makefile = (ROOT / "Makefile").read_text()
-    targets = set(re.findall(r"(?<![\w-])make ([a-z-]+)(?=`|\s*#|\n)", (ROOT / "README.md").read_text()))
+    targets = set(re.findall(r"(?:`|^\s*)make ([a-z-]+)(?=`|\s*#|$)", TEXT, re.MULTILINE))
     assert {"demo", "test", "setup", "lint"} <= targets
     for target in targets:
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
+
+
+def test_the_metrics_to_expect_are_those_of_the_pipeline():
+    """README's row in bold, and the figures of the text below it, are in the metrics files."""
+    readme = (ROOT / "README.md").read_text()
+    measured, reference = (read_json(ROOT / f"data/{stage}/metrics.json") for stage in ("evaluation", "reference"))
+    (heads,) = re.findall(r"^\| `sample.guidance` \|(.*)\|$", readme, re.MULTILINE)
+    (row,) = re.findall(r"^\| \*\*[\d.]+\*\* \|(.*)\|$", readme, re.MULTILINE)
+    keys, figures = re.findall(r"`(\w+)`", heads), re.findall(r"[\d.]+", row)
+    assert len(keys) == 5
+    for key, figure in zip(keys, figures, strict=True):
+        assert round(measured[key], len(figure.partition(".")[2])) == float(figure), key
+    for text in (
+        f"gets {100 * reference['val_accuracy']:.1f}% of the real held-out digits right",
+        f"**The floor**, {measured['fid_floor']:.3f}, is",
+        f"that is {measured['fid_equal']:.3f} / {measured['fid_floor']:.3f}",
+        f"is {measured['fid']:.3f}; do not compare it with the floor, which uses {measured['fid_equal_images']}",
+        f"**rFID**, {measured['reconstruction']['rfid']:.3f}, is",
+    ):
+        assert text in re.sub(r"\s+", " ", readme), text
 
 
 def test_parameters_exist():

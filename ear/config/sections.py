@@ -261,7 +261,7 @@ class Runtime(Section):
         description="images between checkpoints of train and finetune that stay in work/kept; 0: none", ge=0
     )
     other_code: Literal["refuse", "continue", "restart"] = Field(
-        description="unfinished work begun before the code changed: refuse (stop and say so), continue or restart"
+        description="unfinished work begun under other code or libraries: refuse (stop and say so), continue or restart"
     )
     trackers: list[Literal["tensorboard", "mlflow", "wandb"]] = Field(
         description="get the figures of running trainings: tensorboard, mlflow, wandb (docs/watching.md)"
