@@ -1,6 +1,7 @@
 """The pipeline as a user has it: fresh repositories, `dvc repro`, changes, kills. Real stages, tiny sizes."""
 
 import json
+import re
 import shutil
 import sys
 from collections.abc import Iterator
@@ -33,6 +34,7 @@ from ear.display import plots_page
 from ear.display.live import read_rows
 from ear.files.digests import sha256
 from ear.training import checkpoint
+from examples import inpaint
 
 
 @pytest.fixture(scope="module")
@@ -309,6 +311,25 @@ def test_a_longer_training_says_why_it_begins_anew(repository, monkeypatch, caps
     assert one_stage.main("train") == 0
     said = capsys.readouterr().out
     assert "begins anew, not where the shorter training ended: train.schedule is cosine" in said
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/python.md", "docs/evaluation.md"])
+def test_the_python_of_a_page_runs(repository, page, monkeypatch):
+    monkeypatch.chdir(repository)
+    for block in re.findall(r"^```python\n(.*?)^```", Path(page).read_text(), re.S | re.M):
+        lines = [line for line in block.splitlines() if ".pth" not in line]  # of published sizes: test_interop.py
+        exec("\n".join(lines), names := {})
+        assert names.keys() & {"images", "file"}
+
+
+def test_the_example_of_editing_draws_a_picture(finished, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(finished)
+    monkeypatch.setattr(sys, "argv", ["inpaint", "--output", str(tmp_path / "edited.png")])
+    inpaint.main()
+    assert capsys.readouterr().out == f"wrote {tmp_path / 'edited.png'}\n"
+    with Image.open(tmp_path / "edited.png") as picture:
+        columns, rows = 6, 8
+        assert picture.width / picture.height == pytest.approx(columns / rows, rel=0.05)
 
 
 def test_python_loads_and_generates(finished):
