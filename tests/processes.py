@@ -36,12 +36,14 @@ def kill(work: Callable[[], object], ready: Callable[[], bool], seconds: float =
     child = _fork.Process(target=work)
     child.start()
     deadline = time.monotonic() + seconds
-    while not ready():
-        assert child.is_alive(), "it ended before it could be killed"
-        assert time.monotonic() < deadline
-        time.sleep(0.001)
-    child.kill()
-    child.join()
+    try:
+        while not ready():
+            assert child.is_alive(), "it ended before it could be killed"
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
+    finally:
+        child.kill()
+        child.join()
     assert child.exitcode == -signal.SIGKILL
 
 

@@ -263,6 +263,7 @@ def test_a_killed_finetuning_goes_on_to_the_same_bytes(repository, monkeypatch, 
 def test_a_killed_training_goes_on_to_the_same_bytes_after_an_unrelated_edit_where_the_user_says_so(
     repository, monkeypatch, capsys
 ):
+    """The edit is seen by its digest; the code that runs is this checkout's."""
     monkeypatch.chdir(repository)
     whole = contents(repository / FOLDERS["train"])
     kill("train")
@@ -316,7 +317,9 @@ def test_a_longer_training_says_why_it_begins_anew(repository, monkeypatch, caps
 @pytest.mark.parametrize("page", ["README.md", "docs/python.md", "docs/evaluation.md"])
 def test_the_python_of_a_page_runs(repository, page, monkeypatch):
     monkeypatch.chdir(repository)
-    for block in re.findall(r"^```python\n(.*?)^```", Path(page).read_text(), re.S | re.M):
+    blocks = re.findall(r"^```python\n(.*?)^```", Path(page).read_text(), re.S | re.M)
+    assert blocks
+    for block in blocks:
         lines = [line for line in block.splitlines() if ".pth" not in line]  # of published sizes: test_interop.py
         exec("\n".join(lines), names := {})
         assert names.keys() & {"images", "file"}

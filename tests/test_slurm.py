@@ -9,6 +9,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
+
 SCRIPT = Path(__file__).parents[1] / "docs/slurm.sbatch"
 # As DVC does: on SIGINT it waits for its stage, on SIGTERM it dies. The stage takes a second to save.
 DVC = """#!/bin/bash
@@ -52,12 +54,16 @@ def started(folder: Path, **commands: str) -> Iterator[subprocess.Popen]:
     variables = {"SLURM_JOB_NODELIST": "node[1-2]", "SLURM_JOB_ID": "7"}
     variables |= {"SLURM_NNODES": "2", "SLURM_GPUS_ON_NODE": "8"}
     process = subprocess.Popen([shutil.which("bash"), SCRIPT], cwd=folder, env=os.environ | variables)
-    limit = time.monotonic() + 20
-    while not (folder / "started").exists():
-        assert time.monotonic() < limit
-        time.sleep(0.05)
-    yield process
-    process.kill()
+    try:
+        limit = time.monotonic() + 60
+        while not (folder / "started").exists():
+            assert time.monotonic() < limit
+            time.sleep(0.05)
+        yield process
+    finally:
+        if process.poll() is None:
+            for member in (*psutil.Process(process.pid).children(recursive=True), process):
+                member.kill()
 
 
 def lines(path: Path) -> list[str]:

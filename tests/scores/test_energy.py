@@ -212,6 +212,7 @@ def test_guidance_extrapolates_the_hidden_state():
 @pytest.fixture(scope="module")
 def trained() -> EnergyScore:
     """With four samples per token; tests/scores/test_scores.py trains with two, as published."""
+    torch.set_num_threads(1)  # before `one_thread`, which is a fixture of single tests
     return toy.fit(head(samples=4))
 
 
