@@ -73,9 +73,12 @@ def one_thread():
     torch.set_num_threads(before)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def cluster() -> Iterator[str]:
-    """The address of a Dask scheduler with two worker processes on this machine."""
+    """The address of a Dask scheduler with two worker processes on this machine.
+
+    For one file only: idle ones take a tenth of a core.
+    """
     from distributed import LocalCluster
 
     with LocalCluster(n_workers=2, threads_per_worker=1, host="127.0.0.1", dashboard_address=None) as cluster:
