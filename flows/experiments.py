@@ -25,6 +25,7 @@ from ear.config import edit
 from ear.config.edit import PARAMETERS
 from ear.errors import UserError
 from ear.files.atomic import whole_file, whole_folder
+from ear.files.reading import reading
 from ear.lineage.declaration import declarations, stages_of
 from ear.lineage.run import SHARED_WORK, WORK, clear_finished
 from flows import command, repository
@@ -140,7 +141,9 @@ def fetch(snapshot: Snapshot, name: str, path: str, target: Path) -> None:
 
 def metrics(snapshot: Snapshot, name: str) -> dict[str, dict]:
     """Metrics file => its content, in the experiment `name` of the snapshot. Raises RepositoryError."""
-    stages = stages_of(read(snapshot, name, LOCK))
+    lock = read(snapshot, name, LOCK)
+    with reading(f"{LOCK} of experiment {name}", "list of stages", f"remove it with `dvc exp remove {name}`"):
+        stages = stages_of(lock)
     outputs = {output["path"] for stage in stages.values() for output in stage.get("outs", [])}
     tracked = _git("ls-tree", "-r", "--name-only", "-z", f"{snapshot.references}{name}").split("\0")
     paths = [path for path in tracked if path in outputs and path.endswith(".json")]

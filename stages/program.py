@@ -170,11 +170,11 @@ def _full(error: BaseException) -> str:
     """Which memory torch has found too small: the GPU's, or this machine's; empty for other errors."""
     if type(error).__name__ == _GPU_FULL:
         return "the GPU's memory"
-    return "the memory" if _CPU_FULL in str(error) else ""
+    return "the memory" if isinstance(error, RuntimeError) and _CPU_FULL in str(error) else ""
 
 
 def _has_run(stage: str) -> bool:
-    with contextlib.suppress(UserError):  # a damaged dvc.lock must not hide why the stage failed
+    with contextlib.suppress(UserError, OSError):  # a damaged dvc.lock must not hide why the stage failed
         return stage in locked()
     return False
 

@@ -164,7 +164,7 @@ def _notes(stages: Iterable[Declaration], records: Mapping[str, Record], lock: M
         if differing := difference(record.libraries, versions()):
             lines.append(f"note: {stage} ran with other libraries than are installed now ({differing})")
         if record.earlier_code:
-            lines.append(f"note: {stage} was begun under other code and continued (runtime.other_code)")
+            lines.append(f"note: {stage} was begun under other code or libraries and continued (runtime.other_code)")
     return lines
 
 

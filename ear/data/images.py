@@ -54,8 +54,8 @@ def decode(file: str | Path | BinaryIO, *, upright: bool = True) -> Image.Image:
       ignore it; use `upright=False` for those. A damaged EXIF block is ignored.
     - Grey, palette and CMYK become RGB by Pillow's conversion, without colour profiles, as in those pipelines.
     - Grey of 16 bits is divided by 257 and rounded, so 0..65535 maps to 0..255; Pillow itself would clip.
-    - Transparent pixels are composed on white. A PNG of 16-bit colour, or of grey with less than 8 bits, can name a
-      colour that is transparent; Pillow does not apply it, so such pixels keep their colour.
+    - Transparent pixels are composed on white. Where a PNG names a transparent colour, Pillow compares it with 8-bit
+      pixels, which can be wrong for 16-bit colour and for grey of 2 or 4 bits.
     - If there are several frames, the first is used.
 
     Raises UserError with the reason: not of a format in `FORMATS`, truncated or damaged, or more pixels than Pillow's

@@ -27,8 +27,15 @@ class Declaration:
 
 
 def declarations(repository: Path = Path()) -> dict[str, Declaration]:
-    """Every stage by name, in the order of dvc.yaml; raises MissingFileError if a repository's root has none."""
-    return {name: _declaration(name, entry) for name, entry in _yaml(repository / "dvc.yaml")["stages"].items()}
+    """Every stage by name, in the order of dvc.yaml.
+
+    Raises MissingFileError if a repository's root has none; UserError if it is damaged.
+    """
+    path = repository / "dvc.yaml"
+    if not path.is_file():
+        raise MissingFileError(f"{path} is not in {Path.cwd()}; run stages from the repository's root.")
+    with reading(path, "pipeline", "restore it with `git checkout HEAD dvc.yaml`"):
+        return {name: _declaration(name, entry) for name, entry in stages_of(path.read_text()).items()}
 
 
 def _declaration(name: str, entry: dict[str, Any]) -> Declaration:
@@ -48,27 +55,23 @@ def _declaration(name: str, entry: dict[str, Any]) -> Declaration:
 
 
 def locked(copy: Path = Path()) -> dict[str, dict[str, Any]]:
-    """Stage => its entry in the dvc.lock of a copy of the repository; empty without that file."""
+    """Stage => its entry in the dvc.lock of a copy of the repository; empty without that file.
+
+    Raises UserError if it is damaged.
+    """
     path = copy / "dvc.lock"
-    return stages_of(path.read_text(), path) if path.is_file() else {}
-
-
-def stages_of(lock: str, path: Path = Path("dvc.lock")) -> dict[str, dict[str, Any]]:
-    """Stage => its entry in the text of a dvc.lock; raises UserError naming `path` if it is no such text."""
-    return _content(lock, path).get("stages", {})
-
-
-def _yaml(path: Path) -> Any:
     if not path.is_file():
-        raise MissingFileError(f"{path} is not in {Path.cwd()}; run stages from the repository's root.")
-    return _content(path.read_text(), path)
+        return {}
+    with reading(path, "list of stages", "restore it with `git checkout HEAD dvc.lock`"):
+        return stages_of(path.read_text())
 
 
-def _content(text: str, path: Path) -> dict[str, Any]:
+def stages_of(text: str) -> dict[str, dict[str, Any]]:
+    """Stage => its entry in the text of a dvc.yaml or dvc.lock; raises errors of several kinds for other texts."""
     from omegaconf import OmegaConf
 
-    with reading(path, "list of stages", f"restore it with `git checkout {path.name}`"):
-        content: Any = OmegaConf.to_container(OmegaConf.create(text))
-        if not isinstance(content, dict):
-            raise TypeError("no mapping")
-        return content
+    content: Any = OmegaConf.to_container(OmegaConf.create(text))
+    stages = content.get("stages", {})
+    if not all(isinstance(entry, dict) for entry in stages.values()):
+        raise TypeError("a stage has no entries")
+    return stages

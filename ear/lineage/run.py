@@ -48,7 +48,7 @@ class Run:
         values: Callable[[], Values],  # the parameters of the stage as params.yaml has them now
         *,
         began: Values | None = None,  # those that the caller works with; default: as they are now
-        other_code: str = "refuse",  # what to do with work begun under other code: refuse, continue or restart
+        other_code: str = "refuse",  # for work begun under other code or libraries: refuse, continue or restart
         files: Iterable[Path] = (),  # that parameters name: inputs which DVC does not track
         unread: str = "",  # pattern of input files that the stage does not read, such as data/prepared/train-*
     ):
@@ -104,7 +104,8 @@ class Run:
         """The folder for unfinished work that depends on `key` and `inputs`; all ranks share it.
 
         key: plain values. inputs: files that identify the inputs, such as an index with digests.
-        Raises UserError if the folder holds work begun under other code and the user has not said what to do with it.
+        Raises UserError if the folder holds work begun under other code or libraries and the user has not said what to
+        do with it.
         """
         self._scratch = distributed.from_main(lambda: self._open_scratch(key, inputs))
         return self._scratch
@@ -143,7 +144,7 @@ class Run:
 
         key: a number in params.yaml, such as train.images. Returns (file in DVC's cache, ""), or (None, why not), with
         an empty reason if other parameters differ, so that nobody expects it. A result that was begun under other code
-        than it ended with is not continued: the longer one would be of both.
+        or libraries than it ended with is not continued: the longer one would be of both.
         """
         cached = cached_outputs(self.declared.stage)
         note, made = cached.get(self.declared.record.as_posix()), cached.get(output)
@@ -156,7 +157,7 @@ class Run:
         if not fewer or before != now or {**record.parameters, **rest} != {**self._began, **rest}:
             return None, ""
         if record.earlier_code:
-            return None, "it was begun under other code than it ended with"
+            return None, "it was begun under other code or libraries than it ended with"
         inputs = {file: digest for file in record.inputs if (digest := self._inputs.expected(file))}
         for what, old, new in (
             ("code", record.code, self._code),
@@ -202,7 +203,7 @@ class Run:
         else:
             raise UserError(
                 f"{folder} holds work of an earlier run, and {', '.join(changed)} changed since; set "
-                "runtime.other_code to continue it with the present code (data/lineage will say so), or to restart."
+                "runtime.other_code to continue it with the present ones (data/lineage will say so), or to restart."
             )
 
     def computed(self, folder: str, shards: Mapping[str, Iterable[Mapping[str, Any]]]) -> None:

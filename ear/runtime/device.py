@@ -60,13 +60,15 @@ def uses_cuda(device: str) -> bool:
 
 
 def find_device(device: torch.device | str) -> torch.device:
-    """The device of that name; "auto" is a GPU where there is one. Raises UserError if there is no such device."""
+    """The CPU or GPU of that name; "auto" is a GPU where there is one. Raises UserError if there is no such device."""
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         found = torch.device(device)
+        if found.type not in ("cpu", "cuda"):
+            raise RuntimeError(f"torch's {found.type} has not been tried with this code")
     except (RuntimeError, TypeError) as error:
-        raise UserError(f"device is {device!r}, but must be 'auto', 'cpu' or 'cuda'; choose one.") from error
+        raise UserError(f"device is '{device}', but must be auto, cpu, cuda or cuda:N; choose one.") from error
     if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
         count = torch.cuda.device_count()
         raise UserError(f"device is '{device}', but torch finds {count} CUDA device(s); use 'auto' or 'cpu'.")

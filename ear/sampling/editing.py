@@ -37,7 +37,8 @@ def inpaint(
     """Redraw every token that the mask touches, given the other tokens and the label => uint8 images [N, H, W, 3].
 
     Image k depends only on (seed, k), its pixels, its mask and its label. Raises UserError if the arrays do not fit
-    each other or the model, a mask is empty, `steps` is less than 1, or the model is causal.
+    each other or the model, a mask is empty, `steps` is less than 1, the model is causal, a label is unknown, or the
+    device absent.
     """
     settings = SamplingSettings(seed=seed, **options)
     sampler = ImageSampler.open(model or Path(data) / MODEL, Path(data) / TOKENIZER, device)
@@ -55,9 +56,9 @@ def inpaint_with(
     batch_size: int = 64,
 ) -> np.ndarray:
     """As `inpaint`, by a model that is loaded already."""
-    _check(sampler, images, mask, labels)
-    drawn = masked_tokens(mask, sampler.tokenizer.downsample * sampler.model.patch)
     classes = np.asarray(sampler.labels(labels))
+    _check(sampler, images, mask, len(classes))
+    drawn = masked_tokens(mask, sampler.tokenizer.downsample * sampler.model.patch)
     result = np.empty_like(images)
     for group in _equal_counts(drawn, batch_size):
         result[group] = _redrawn(sampler, images[group], drawn[group], classes[group], group.tolist(), settings)
@@ -100,13 +101,13 @@ def _redrawn(
     return sampler.pixels(latents, numbers, settings)
 
 
-def _check(sampler: ImageSampler, images: np.ndarray, mask: np.ndarray, labels: Sequence[int | str]) -> None:
+def _check(sampler: ImageSampler, images: np.ndarray, mask: np.ndarray, count: int) -> None:
     side = [cells * sampler.tokenizer.downsample for cells in sampler.model.shape.latent[1:]]
-    expected = (len(labels), *side, 3)
+    expected = (count, *side, 3)
     if images.shape != expected or images.dtype != np.uint8:
-        raise UserError(f"images are {images.dtype} {images.shape}; {len(labels)} labels need uint8 {expected}.")
+        raise UserError(f"images are {images.dtype} {images.shape}; {count} labels need uint8 {expected}.")
     if mask.shape != expected[:3] or mask.dtype != bool:
-        raise UserError(f"mask is {mask.dtype} {mask.shape}; {len(labels)} labels need bool {expected[:3]}.")
+        raise UserError(f"mask is {mask.dtype} {mask.shape}; {count} labels need bool {expected[:3]}.")
     empty = np.flatnonzero(~mask.any(axis=(1, 2)))
     if len(empty):
         raise UserError(f"mask {empty[0]} is false everywhere; set it to true where pixels are to be drawn anew.")

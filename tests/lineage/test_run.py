@@ -337,10 +337,12 @@ def test_a_stage_that_writes_nothing_fails():
         run.publish()
 
 
-@pytest.mark.parametrize("content", ["stages: {a: [", "<<<<<<< HEAD\nstages:\n", "[1, 2]"])
+@pytest.mark.parametrize(
+    "content", [b"stages: {a: [", b"<<<<<<< HEAD\nstages:\n", b"[1, 2]", b"stages:\n", b"stages:\n  a:\n", b"\xff"]
+)
 def test_a_damaged_lock_is_one_sentence(content):
-    Path("dvc.lock").write_text(content)
-    with pytest.raises(UserError, match=r"dvc\.lock is not a readable list of stages .*git checkout dvc\.lock"):
+    Path("dvc.lock").write_bytes(content)
+    with pytest.raises(UserError, match=r"dvc\.lock is not a readable list of stages .*git checkout HEAD dvc\.lock"):
         Second()()
 
 

@@ -118,7 +118,8 @@ def test_the_automatic_device_is_the_cpu_without_a_gpu(data, monkeypatch):
 @pytest.mark.parametrize(
     ("device", "message"),
     [
-        ("gpu", r"^device is 'gpu', but must be 'auto', 'cpu' or 'cuda'; choose one\.$"),
+        ("gpu", r"^device is 'gpu', but must be auto, cpu, cuda or cuda:N; choose one\.$"),
+        ("mps", r"^device is 'mps', but must be auto, cpu, cuda or cuda:N; choose one\.$"),
         ("cuda:99", r"^device is 'cuda:99', but torch finds \d+ CUDA device\(s\); use 'auto' or 'cpu'\.$"),
     ],
 )

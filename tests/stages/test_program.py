@@ -7,6 +7,7 @@ import pytest
 import torch
 from repositories import ROOT
 
+from ear.errors import UserError
 from stages import program
 
 
@@ -31,6 +32,8 @@ def test_a_full_memory_is_a_sentence_too():
     with pytest.raises(RuntimeError) as caught:
         torch.empty(2**50)
     assert program._sentence(caught.value).startswith("the memory is full; lower the stage's batch, one of ")
+    damaged = UserError(f"x.safetensors is not a readable file ({caught.value}); get it again.")
+    assert program._sentence(damaged).startswith("x.safetensors is not a readable file (")
 
 
 def test_a_damaged_lock_does_not_hide_why_a_stage_failed(monkeypatch, capsys):
@@ -40,7 +43,7 @@ def test_a_damaged_lock_does_not_hide_why_a_stage_failed(monkeypatch, capsys):
     assert one_stage.main("prepare") == 1
     sentence, details = capsys.readouterr().err.splitlines()
     assert sentence.startswith("prepare: dvc.lock is not a readable list of stages (")
-    assert sentence.endswith("; restore it with `git checkout dvc.lock`.")
+    assert sentence.endswith("; restore it with `git checkout HEAD dvc.lock`.")
     assert details == "(details: work/logs/prepare.log)"
 
 

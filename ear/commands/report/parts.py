@@ -247,7 +247,7 @@ def stages() -> Part:
         code = str(hash_of(record.code))
         changed = "yes" if record.earlier_code else ""
         rows.append((name, f"{seconds:,.1f} s" if seconds is not None else "never", code, changed))
-    table = Table(("stage", "last run here", "code", "begun under other code"), tuple(rows))
+    table = Table(("stage", "last run here", "code", "begun under other code or libraries"), tuple(rows))
     return Part(tables=(table, Table(("library", "version"), tuple(sorted(libraries.items())))))
 
 
