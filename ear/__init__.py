@@ -39,7 +39,7 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return [*__all__]
 
 
 __all__ = ["Pipeline", "UserError", "generate", "inpaint", "interop", "load", "load_pipeline"]

@@ -197,8 +197,7 @@ class Sample(Section):
         description="and not more than this share; other steps of a masked model take half the time", gt=0, le=1
     )
     temperature: float = Field(
-        description="inference temperature; 1: unchanged; energy, kernel: of the head's shifts only, draws vary at 0",
-        ge=0,
+        description="inference temperature; 1: unchanged; draws of energy and kernel heads still vary at 0", ge=0
     )
     denoising_steps: int = Field(
         description=f"hyvarinen: denoising steps per token, of {_DIFFUSION_STEPS} in training",

@@ -181,8 +181,7 @@ class Run:
             names = ", ".join(map(str, others))
             print(
                 f"note: unfinished work of other parameters or inputs ({sum(map(_size, others)) / 1e9:.2f} GB) is kept "
-                f"in {names}; "
-                "delete what you will not continue",
+                f"in {names}; delete what you will not continue",
                 flush=True,
             )
 

@@ -74,6 +74,14 @@ def test_without_pasting_known_tokens_are_as_the_tokenizer_decodes_them(data):
     assert changed[drawn & ~mask].any()  # tokens are drawn whole
 
 
+def test_a_model_can_be_named(data, tmp_path):
+    images, mask = inputs()
+    other = write_pipeline(tmp_path, seed=1) / "finetuned/model.safetensors"
+    named = ear.inpaint(images, mask, [0] * 4, data=data, model=data / "finetuned/model.safetensors", **OPTIONS)
+    assert np.array_equal(named, ear.inpaint(images, mask, [0] * 4, data=data, **OPTIONS))
+    assert not np.array_equal(named, ear.inpaint(images, mask, [0] * 4, data=data, model=other, **OPTIONS))
+
+
 def test_an_image_depends_on_itself_and_its_number_alone(data):
     images, mask = inputs()
     labels = [0, 1, 2, 0]

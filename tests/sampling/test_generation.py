@@ -1,4 +1,4 @@
-"""Generating images from Python: `ear.load`, `ear.generate` and the mistakes that they refuse."""
+"""`ear.load` and `ear.generate`: the images, and the errors that they raise."""
 
 from pathlib import Path
 
@@ -115,16 +115,9 @@ def test_the_automatic_device_is_the_cpu_without_a_gpu(data, monkeypatch):
     assert np.array_equal(ear.generate(data, [3], device="auto", **DRAW), ear.generate(data, [3], **DRAW))
 
 
-@pytest.mark.parametrize(
-    ("device", "message"),
-    [
-        ("gpu", r"^device is 'gpu', but must be auto, cpu, cuda or cuda:N; choose one\.$"),
-        ("mps", r"^device is 'mps', but must be auto, cpu, cuda or cuda:N; choose one\.$"),
-        ("cuda:99", r"^device is 'cuda:99', but torch finds \d+ CUDA device\(s\); use 'auto' or 'cpu'\.$"),
-    ],
-)
-def test_a_device_that_is_not_there_is_refused(data, device, message):
-    with pytest.raises(ear.UserError, match=message):
+@pytest.mark.parametrize("device", ["gpu", "xpu", "cuda:99"])
+def test_a_device_that_is_not_there_is_refused(data, device):
+    with pytest.raises(ear.UserError, match=rf"^device is '{device}', which torch does not find here; use 'auto' or"):
         ear.generate(data, [3], device=device, **DRAW)
 
 
@@ -155,7 +148,8 @@ def test_absent_models_are_named(tmp_path):
 
 
 def test_what_the_package_offers_is_listed():
-    assert {"generate", "inpaint", "load", "load_pipeline", "Pipeline", "UserError"} <= set(dir(ear))
+    assert dir(ear) == ["Pipeline", "UserError", "generate", "inpaint", "interop", "load", "load_pipeline"]
+    assert all(hasattr(ear, name) for name in dir(ear))
 
 
 def test_images_that_are_not_finite_are_named(data):

@@ -36,6 +36,7 @@ def test_one_file_generates_the_same_images_as_the_repository(exported):
     pipeline = ear.load_pipeline(exported)
     assert pipeline.classes == CLASSES
     assert np.array_equal(pipeline.generate(labels=[3, "7"], **DRAW), ear.generate("data", labels=[3, 7], **DRAW))
+    assert np.array_equal(pipeline.generate([7], first=5, **DRAW), ear.generate("data", [7], first=5, **DRAW))
     assert pipeline.metrics == {"FID-1k": 0.25, "class_accuracy": 0.975, "extractor": "ear-classifier"}
 
 
@@ -48,7 +49,7 @@ def test_its_defaults_are_the_sampling_behind_the_metrics(exported):
 
 
 def test_an_absent_device_is_not_called_damage(exported):
-    with pytest.raises(ear.UserError, match=r"^device is 'cuda:99', but torch finds"):
+    with pytest.raises(ear.UserError, match=r"^device is 'cuda:99', which torch does not find"):
         ear.load_pipeline(exported, "cuda:99")
 
 

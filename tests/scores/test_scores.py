@@ -38,7 +38,7 @@ def test_head_recovers_a_conditional_mixture(one_thread, name):
     trained = toy.fit(head(name, **TOY.get(name, {})), steps=steps)
     for condition in (-1.0, 1.0):
         figures = toy.judge(trained, condition, count=2000)
-        assert figures.squared_energy_distance < 0.02, figures
+        assert figures.squared_energy_distance < (0.015 if name == "energy" else 0.02), figures
         assert figures.weight_error < 0.06, figures
 
 
