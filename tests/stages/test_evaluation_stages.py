@@ -1,4 +1,4 @@
-"""The stages that measure (reference, reconstruct, evaluate), run on the digits."""
+"""The stages reference, reconstruct and evaluate on the digits."""
 
 import json
 import os
