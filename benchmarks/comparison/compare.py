@@ -7,7 +7,8 @@ Every model is trained from several seeds. Each rule's guidance scale is the one
 images that are not reported. Each run is a DVC experiment on the current commit (see flows.experiments): the workspace
 is not changed, shared stages run once, and a stopped comparison resumes as long as the commit is the same. The pages
 are scores.md and ablations.md; folders of the same names hold their data (results.json), params.yaml as it was, and
-pictures. They are written after all runs have succeeded; rates are measured at the end.
+pictures. They are written after all runs have succeeded; rates are measured at the end. Ablations that the page has
+already stay there if params.yaml itself still gives the same figures.
 
 Models of this size gain little from a second thread: one thread each, and as many runs at a time as there are cores,
 take the least time. The number of threads changes results slightly (rounding).
@@ -66,6 +67,7 @@ PAGES: dict[Part, str] = {"rules": "scores", "ablations": "ablations"}
 # The training images of the digits preset, and about a third of them.
 IMAGES: dict[Part, int] = {"rules": 51_200, "ablations": 22_400}
 REFERENCE = "data/reference/metrics.json"
+RESULTS = "results.json"  # beside each page
 # Results may differ from the commit that the page names; parameters are kept beside it.
 _MAY_DIFFER = ("dvc.lock", "data/", "docs/", "benchmarks/results/", str(PARAMETERS))
 
@@ -119,7 +121,8 @@ def compare(
             report_rules(snapshot, parameters, budget["rules"], scope, jobs, Path(output))
         if "ablations" in budget:
             results = ablations_of(snapshot, parameters, budget["ablations"], scope)
-            publish("ablations", snapshot, results, Path(output))
+            earlier = Path(output) / PAGES["ablations"] / RESULTS
+            publish("ablations", snapshot, with_earlier(results, earlier), Path(output))
     except (UserError, RepositoryError) as error:
         return Failed(message=str(error))
     return Completed(message=f"{len(runs)} runs; see {' and '.join(f'{output}/{PAGES[part]}.md' for part in budget)}")
@@ -257,6 +260,7 @@ def ablations_of(snapshot: Snapshot, parameters: config.Parameters, budget: Valu
     """Everything that the page of the ablations shows."""
     default = default_run(parameters, budget)
     return conditions(snapshot, parameters, budget, scope, default) | {
+        "commits": dict.fromkeys(scope.ablations, snapshot.commit),
         "benchmarks": {"variance": read_json("benchmarks/results/variance.json")},
         "ablations": {
             title: [
@@ -266,6 +270,17 @@ def ablations_of(snapshot: Snapshot, parameters: config.Parameters, budget: Valu
             for title, variants in ablation_runs(parameters, budget, scope).items()
         },
     }
+
+
+def with_earlier(results: Mapping[str, Any], path: Path) -> Mapping[str, Any]:
+    """The results with the ablations that the file at `path` has besides; warns if they cannot be on one page."""
+    if not path.is_file():
+        return results
+    earlier = read_json(path)
+    whole = page.joined(results, earlier)
+    if lost := earlier["ablations"].keys() - whole["ablations"].keys():
+        get_run_logger().warning(f"{path}: {', '.join(sorted(lost))} are of another budget or model, and not kept.")
+    return whole
 
 
 def conditions(
@@ -314,7 +329,7 @@ def publish_scores(snapshot: Snapshot, results: Mapping[str, Any], folder: Path)
 def publish(part: Part, snapshot: Snapshot, results: Mapping[str, Any], folder: Path) -> None:
     """Write a page, its data and the parameters of the snapshot."""
     name = PAGES[part]
-    write_json(folder / name / "results.json", results)
+    write_json(folder / name / RESULTS, results)
     with whole_file(folder / name / "params.yaml") as partial:
         partial.write_text(snapshot.text(str(PARAMETERS)))
     text = page.page(name, results)

@@ -36,6 +36,21 @@ def page(name: str, results: Mapping[str, Any]) -> str:
     )
 
 
+def joined(results: Mapping[str, Any], earlier: Mapping[str, Any]) -> dict[str, Any]:
+    """Results of ablations with those that only the earlier ones have, if params.yaml gave the same figures then.
+
+    If budget, floor and all figures of the rows in bold are equal, no change of code between the two shows on the page.
+    """
+    if _in_bold(results) != _in_bold(earlier):
+        return dict(results)
+    return {**results, **{key: {**earlier[key], **results[key]} for key in ("ablations", "commits")}}
+
+
+def _in_bold(results: Mapping) -> tuple[Any, ...]:
+    bold = next(each["runs"] for variants in results["ablations"].values() for each in variants if each["default"])
+    return {**results["budget"], "commit": ""}, results["floor"], bold
+
+
 def best(runs: Mapping[float, Sequence[Mapping]]) -> float:
     """The key whose runs have the lowest mean FID / floor; the first one if several have it."""
     return min(runs, key=lambda key: _mean(runs[key], "fid_ratio"))
@@ -144,8 +159,21 @@ def _ablations(results: Mapping) -> dict[str, Any]:
                 "variance": _variance_table(results["benchmarks"]["variance"]["figures"]) if pairs else "",
             }
         )
-    chosen = {"ablations": [*results["ablations"]]}
-    return {"ablations": parts, "command": _command("ablations", "ablation-images", results["budget"], chosen)}
+    chosen = {"ablations": [part["title"] for part in parts]}
+    command = _command("ablations", "ablation-images", results["budget"], chosen)
+    return {"ablations": parts, "commits": _of_commits(results), "command": command}
+
+
+def _of_commits(results: Mapping) -> str:
+    """Which code the ablations are of: one commit, or some of another one each."""
+    last = results["budget"]["commit"]
+    titles: dict[str, list[str]] = {}
+    for ablation in ABLATIONS:
+        if ablation.title in results["commits"]:
+            titles.setdefault(results["commits"][ablation.title], []).append(ablation.title)
+    others = [f"{', '.join(titles[commit])}: `{commit[:10]}`" for commit in titles if commit != last]
+    text = f"The code is that of commit `{last[:10]}`."
+    return f"{text} Earlier code, with equal figures in bold, is behind {'; '.join(others)}." if others else text
 
 
 def _command(part: str, images: str, budget: Mapping[str, Any], chosen: Mapping[str, Sequence[str]]) -> str:

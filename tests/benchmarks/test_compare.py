@@ -285,9 +285,11 @@ def test_the_page_of_ablations_marks_what_params_yaml_says(parameters):
             "equal_images": 359,
             "held_out_accuracy": 0.986,
             "benchmarks": {"variance": json.loads((ROOT / "benchmarks/results/variance.json").read_text())},
+            "commits": dict.fromkeys(found, "0123456789abcdef") | dict.fromkeys(("Noise", "Steps"), "fedcba9876543210"),
             "ablations": found,
         },
     )
+    assert "Earlier code, with equal figures in bold, is behind Noise, Steps: `fedcba9876`. Unless" in text
     assert text.startswith("# Ablations of the energy score\n")
     assert "commit `0123456789`" in text
     assert [line for line in text.splitlines() if line.startswith("## ")][:-1] == [f"## {title}" for title in found]
@@ -297,6 +299,33 @@ def test_the_page_of_ablations_marks_what_params_yaml_says(parameters):
         [variants for variants in found.values() if not variants[-1]["default"]]
     )
     assert text.count("Variance of the gradient") == 1
+
+
+def test_ablations_are_added_to_those_of_the_same_model():
+    def results(commit: str, bold: float, **ablations: float) -> dict:
+        tables = {
+            title: [
+                {"values": {}, "default": True, "runs": runs(bold)},
+                {"values": {}, "default": False, "runs": runs(other)},
+            ]
+            for title, other in ablations.items()
+        }
+        budget = {"commit": commit, "train_images": 640}
+        return {"budget": budget, "floor": 0.09, "commits": dict.fromkeys(tables, commit), "ablations": tables}
+
+    now = results("b", 3.0, Noise=4.0, Steps=5.0)
+    both = page.joined(now, results("a", 3.0, Noise=6.0, Guidance=2.0))
+    assert both["commits"] == {"Noise": "b", "Steps": "b", "Guidance": "a"}
+    assert {title: rows[1]["runs"][0]["fid_ratio"] for title, rows in both["ablations"].items()} == {
+        "Noise": 4.0,
+        "Steps": 5.0,
+        "Guidance": 2.0,
+    }
+    assert both["budget"]["commit"] == "b"
+    other_budget = results("a", 3.0, Guidance=2.0)
+    other_budget["budget"]["train_images"] = 1280
+    for earlier in (results("a", 3.1, Guidance=2.0), {**results("a", 3.0, Guidance=2.0), "floor": 0.1}, other_budget):
+        assert page.joined(now, earlier) == now
 
 
 def test_a_comparison_needs_as_many_images_as_are_held_out(parameters, tmp_path, monkeypatch):
