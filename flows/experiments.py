@@ -88,10 +88,11 @@ def take_snapshot() -> Snapshot:
     """
     inputs = {path.absolute() for path in config.named_paths(config.load(PARAMETERS)).values()} - {Path.cwd()}
     inside = [path.relative_to(Path.cwd()) for path in sorted(inputs) if path.is_relative_to(Path.cwd())]
+    excluded = [f":(exclude,literal){path}" for path in inside if not _ignored(path)]  # `git add` fails on the others
     with tempfile.TemporaryDirectory() as folder:
         index = {"GIT_INDEX_FILE": str(Path(folder) / "index")}
         _git("read-tree", "HEAD", variables=index)
-        _git("add", "--all", "--", ".", *(f":(exclude,literal){path}" for path in inside), variables=index)
+        _git("add", "--all", "--", ".", *excluded, variables=index)
         return Snapshot(_git("rev-parse", "HEAD").strip(), _git("write-tree", variables=index).strip())
 
 
@@ -211,6 +212,10 @@ def _names(snapshot: Snapshot, folder: Path) -> list[str]:
     """The experiments of the snapshot's commit."""
     listed = _git("for-each-ref", "--format=%(refname)", snapshot.references, folder=folder)
     return [reference.removeprefix(snapshot.references) for reference in listed.split()]
+
+
+def _ignored(path: Path) -> bool:
+    return subprocess.run(["git", "check-ignore", "--quiet", "--", path], check=False).returncode == 0
 
 
 def _git(*arguments: str, folder: Path = Path(), variables: Mapping[str, str] | None = None) -> str:

@@ -4,6 +4,7 @@ Torch counts them on the real model, with tensors that have shapes and types but
 takes seconds on a laptop. Floating-point operations are two per multiplication and addition.
 """
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from ear import config
 from ear.model.autoregressive import AutoregressiveModel
 from ear.model.files import build_model
 from ear.model.flops import at_depth, count, loss_without_data, training_flops, with_options
+from ear.model.masking import masked_after
 from ear.model.shape import Shape
 from ear.model.training import optimizer_numbers
 from ear.runtime import randomness
@@ -203,11 +205,37 @@ def tokenizer_memory(tokenizer: KL, options: config.Tokenizer) -> dict[str, int]
 def sampling_flops(shape: Shape, settings: SamplingSettings) -> dict[str, int]:
     """Operations per generated image, by `ear.sampling.sampler.sample`: transformer, head."""
 
-    def costs(model: AutoregressiveModel) -> dict[str, int]:
-        flops = count(lambda: sample(model, [0], settings, source=randomness.stream(0)))
+    def costs(model: AutoregressiveModel, steps: int) -> dict[str, int]:
+        chosen = dataclasses.replace(settings, steps=steps)
+        flops = count(lambda: sample(model, [0], chosen, source=randomness.stream(0)))
         return dict(zip(("transformer", "head"), flops, strict=True))
 
-    return at_depth(shape, lambda model: costs(model.eval()))
+    def at(steps: int) -> dict[str, int]:
+        return at_depth(shape, lambda model: costs(model.eval(), steps))
+
+    if shape.model.attention == "causal" or (settings.guidance_from, settings.guidance_to) != (0, 1):
+        return at(settings.steps)
+    one, two, three = at(1), at(2), at(3)
+    return {name: _at_steps(settings.steps, shape.tokens, one[name], two[name], three[name]) for name in one}
+
+
+def _at_steps(steps: int, tokens: int, one: int, two: int, three: int) -> int:
+    """Operations of a masked model in that many steps, given those in one to three, if all steps are guided alike.
+
+    The first step costs the same however many tokens it reveals. Each further one adds an amount of its own, and
+    another for each token that it reveals.
+    """
+
+    def later(steps: int) -> tuple[int, int]:
+        """Further steps that reveal tokens, and the tokens that they reveal."""
+        left = {count for count in masked_after(tokens, steps) if count < tokens}  # some steps may reveal nothing
+        return len(left) - 1, max(left)
+
+    (_, in_two), (_, in_three) = later(2), later(3)
+    per_token = (three - one - 2 * (two - one)) // (in_three - 2 * in_two)
+    per_step = two - one - per_token * in_two
+    passes, revealed = later(steps)
+    return one + passes * per_step + revealed * per_token
 
 
 def tokenizer_flops(tokenizer: Tokenizer) -> tuple[int, int]:

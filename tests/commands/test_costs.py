@@ -91,10 +91,24 @@ def test_operations_are_those_of_the_real_model(options, one_thread):
     assert found["forward, transformer"] + found["forward, head"] == forward.get_total_flops()
     assert found["forward and backward"] == forward.get_total_flops() + backward.get_total_flops()
 
-    settings = SamplingSettings(steps=5, guidance=2.0, denoising_steps=3)
+    check_sampling(model, shape, SamplingSettings(steps=5, guidance=2.0, denoising_steps=3))
+
+
+def check_sampling(model, shape, settings):
     with FlopCounterMode(display=False) as drawn:
         sample(model.eval(), torch.zeros(1).long(), settings, source=stream(0))
     assert sum(costs.sampling_flops(shape, settings).values()) == drawn.get_total_flops()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"steps": 1}, {"steps": 16}, {"steps": 40}, {"steps": 5, "guidance": 1.0}, {"steps": 6, "guidance_from": 0.5}],
+    ids=str,
+)
+def test_operations_of_sampling_however_many_steps_are_guided(settings, one_thread):
+    model, shape = deeper()
+    assert shape.tokens == 16
+    check_sampling(model, shape, SamplingSettings(**({"guidance": 2.0} | settings)))
 
 
 @pytest.mark.parametrize("options", KINDS)

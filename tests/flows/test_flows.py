@@ -684,6 +684,9 @@ def test_experiments_see_inputs_that_git_ignores(repo):
     folder = {"data.source": "folder", "data.path": "images"}
     run_lines("ignored", folder, experiments.take_snapshot())
     assert (experiments.COPIES / "cpu/images/a").read_text() == "pixels"
+    edit.apply("params.yaml", folder)  # named by the workspace's own parameters, too
+    run_lines("named", {"sample.guidance": 3.0}, experiments.take_snapshot())
+    assert (experiments.COPIES / "cpu/images/a").read_text() == "pixels"
     with pytest.raises(ValueError, match=r"data\.path is '\.\./images', outside the repository.*absolute path"):
         experiments.run(
             "outside",
