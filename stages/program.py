@@ -26,6 +26,7 @@ from ear.files.json_files import write_json
 from ear.lineage.declaration import locked
 from ear.lineage.run import Run, unfinished
 from ear.runtime import distributed
+from stages import edited
 
 LOGS = Path("work/logs")
 TIMES = Path("work/times")  # how long each stage took when it last ran here
@@ -100,6 +101,8 @@ def perform(
         files=config.named_files(now, tracked_keys(kind)),
         unread=unread(view),
     ) as run:
+        if changed := edited(run.declared.code):
+            raise UserError(f"{changed[0]} was edited while the stage's program started; run it again.")
         work(view, run)
         run.publish()
     if distributed.is_main():

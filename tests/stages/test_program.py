@@ -1,5 +1,9 @@
 """What every stage program shares: errors as sentences, and what happens after the results are published."""
 
+import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import one_stage
@@ -45,6 +49,28 @@ def test_a_damaged_lock_does_not_hide_why_a_stage_failed(monkeypatch, capsys):
     assert sentence.startswith("prepare: dvc.lock is not a readable list of stages (")
     assert sentence.endswith("; restore it with `git checkout HEAD dvc.lock`.")
     assert details == "(details: work/logs/prepare.log)"
+
+
+def test_code_that_is_edited_while_a_stage_starts_is_refused(tmp_path):
+    """The edit is made by the first module that the stage imports, long before the stage looks at the code."""
+    for name in ("ear", "stages"):
+        (tmp_path / name).unlink()
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    (tmp_path / "params.yaml").write_text((ROOT / "params.yaml").read_text())
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    command = [sys.executable, "-m", "stages.fetch"]
+    first, edited = tmp_path / "ear/errors.py", tmp_path / "ear/data/manifest.py"
+    original = first.read_text()
+    first.write_text(f"{original}\nwith open({str(edited)!r}, 'a') as file:\n    file.write('# an edit\\n')\n")
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.stderr.splitlines()[0] == (
+        "fetch: ear/data/manifest.py was edited while the stage's program started; run it again."
+    )
+    assert done.returncode == 1
+    assert not Path("data/raw").exists()
+    first.write_text(original)
+    subprocess.run(command, check=True, capture_output=True, env=environment)
+    assert Path("data/raw/manifest.csv").is_file()
 
 
 def test_what_fails_after_publishing_is_a_note(monkeypatch, capsys):
