@@ -171,9 +171,12 @@ def _of_commits(results: Mapping) -> str:
     for ablation in ABLATIONS:
         if ablation.title in results["commits"]:
             titles.setdefault(results["commits"][ablation.title], []).append(ablation.title)
-    others = [f"{', '.join(titles[commit])}: `{commit[:10]}`" for commit in titles if commit != last]
+    others = [f"{', '.join(of_it)} (`{commit[:10]}`)" for commit, of_it in titles.items() if commit != last]
     text = f"The code is that of commit `{last[:10]}`."
-    return f"{text} Earlier code, with equal figures in bold, is behind {'; '.join(others)}." if others else text
+    if not others:
+        return text
+    earlier = "Some ablations were run with earlier code, which gave the same figures in bold"
+    return f"{text} {earlier}: {'; '.join(others)}."
 
 
 def _command(part: str, images: str, budget: Mapping[str, Any], chosen: Mapping[str, Sequence[str]]) -> str:

@@ -289,7 +289,7 @@ def test_the_page_of_ablations_marks_what_params_yaml_says(parameters):
             "ablations": found,
         },
     )
-    assert "Earlier code, with equal figures in bold, is behind Noise, Steps: `fedcba9876`. Unless" in text
+    assert "with earlier code, which gave the same figures in bold: Noise, Steps (`fedcba9876`). Unless" in text
     assert text.startswith("# Ablations of the energy score\n")
     assert "commit `0123456789`" in text
     assert [line for line in text.splitlines() if line.startswith("## ")][:-1] == [f"## {title}" for title in found]
