@@ -277,7 +277,8 @@ def with_earlier(results: Mapping[str, Any], path: Path) -> Mapping[str, Any]:
     if not path.is_file():
         return results
     earlier = read_json(path)
-    whole = page.joined(results, earlier)
+    of_one = dict.fromkeys(earlier["ablations"], earlier["budget"]["commit"])  # older files name no others
+    whole = page.joined(results, {"commits": of_one, **earlier})
     if lost := earlier["ablations"].keys() - whole["ablations"].keys():
         get_run_logger().warning(f"{path}: {', '.join(sorted(lost))} are of another budget or model, and not kept.")
     return whole

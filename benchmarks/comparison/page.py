@@ -37,9 +37,10 @@ def page(name: str, results: Mapping[str, Any]) -> str:
 
 
 def joined(results: Mapping[str, Any], earlier: Mapping[str, Any]) -> dict[str, Any]:
-    """Results of ablations with those that only the earlier ones have, if params.yaml gave the same figures then.
+    """Results of ablations with those that only the earlier ones have, if both can stand on one page.
 
-    If budget, floor and all figures of the rows in bold are equal, no change of code between the two shows on the page.
+    They can if budget, floor and all figures of the rows in bold are equal: every difference is one from these rows.
+    The page names the commit of each ablation, for later code can still act on what only an ablation uses.
     """
     if _in_bold(results) != _in_bold(earlier):
         return dict(results)

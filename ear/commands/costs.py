@@ -213,17 +213,18 @@ def sampling_flops(shape: Shape, settings: SamplingSettings) -> dict[str, int]:
     def at(steps: int) -> dict[str, int]:
         return at_depth(shape, lambda model: costs(model.eval(), steps))
 
-    if shape.model.attention == "causal" or (settings.guidance_from, settings.guidance_to) != (0, 1):
+    sometimes_guided = (settings.guidance_from, settings.guidance_to) != (0, 1)
+    if shape.model.attention == "causal" or sometimes_guided or shape.tokens < 3:
         return at(settings.steps)
     one, two, three = at(1), at(2), at(3)
     return {name: _at_steps(settings.steps, shape.tokens, one[name], two[name], three[name]) for name in one}
 
 
 def _at_steps(steps: int, tokens: int, one: int, two: int, three: int) -> int:
-    """Operations of a masked model in that many steps, given those in one to three, if all steps are guided alike.
+    """Operations of a masked model of 3 or more tokens in that many steps, given those in one to three of them.
 
-    The first step costs the same however many tokens it reveals. Each further one adds an amount of its own, and
-    another for each token that it reveals.
+    All steps must be guided alike. The first one costs the same however many tokens it reveals. Each further one adds
+    an amount of its own, and another for each token that it reveals.
     """
 
     def later(steps: int) -> tuple[int, int]:

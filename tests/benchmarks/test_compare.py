@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from prefect.logging import disable_run_logger
 
 from benchmarks.comparison import page, plan
 from benchmarks.comparison.compare import (
@@ -19,6 +20,7 @@ from benchmarks.comparison.compare import (
     check_extractor,
     checked_scope,
     planned,
+    with_earlier,
 )
 from benchmarks.comparison.figure import quality_against_time
 from benchmarks.comparison.plan import (
@@ -301,20 +303,22 @@ def test_the_page_of_ablations_marks_what_params_yaml_says(parameters):
     assert text.count("Variance of the gradient") == 1
 
 
-def test_ablations_are_added_to_those_of_the_same_model():
-    def results(commit: str, bold: float, **ablations: float) -> dict:
-        tables = {
-            title: [
-                {"values": {}, "default": True, "runs": runs(bold)},
-                {"values": {}, "default": False, "runs": runs(other)},
-            ]
-            for title, other in ablations.items()
-        }
-        budget = {"commit": commit, "train_images": 640}
-        return {"budget": budget, "floor": 0.09, "commits": dict.fromkeys(tables, commit), "ablations": tables}
+def ablation_results(commit: str, bold: float, **ablations: float) -> dict:
+    """FID / floor of the row in bold, and of one other row of each ablation."""
+    tables = {
+        title: [
+            {"values": {}, "default": True, "runs": runs(bold)},
+            {"values": {}, "default": False, "runs": runs(other)},
+        ]
+        for title, other in ablations.items()
+    }
+    budget = {"commit": commit, "train_images": 640}
+    return {"budget": budget, "floor": 0.09, "commits": dict.fromkeys(tables, commit), "ablations": tables}
 
-    now = results("b", 3.0, Noise=4.0, Steps=5.0)
-    both = page.joined(now, results("a", 3.0, Noise=6.0, Guidance=2.0))
+
+def test_ablations_are_added_to_those_of_the_same_model():
+    now = ablation_results("b", 3.0, Noise=4.0, Steps=5.0)
+    both = page.joined(now, ablation_results("a", 3.0, Noise=6.0, Guidance=2.0))
     assert both["commits"] == {"Noise": "b", "Steps": "b", "Guidance": "a"}
     assert {title: rows[1]["runs"][0]["fid_ratio"] for title, rows in both["ablations"].items()} == {
         "Noise": 4.0,
@@ -322,10 +326,24 @@ def test_ablations_are_added_to_those_of_the_same_model():
         "Guidance": 2.0,
     }
     assert both["budget"]["commit"] == "b"
-    other_budget = results("a", 3.0, Guidance=2.0)
+    other_budget = ablation_results("a", 3.0, Guidance=2.0)
     other_budget["budget"]["train_images"] = 1280
-    for earlier in (results("a", 3.1, Guidance=2.0), {**results("a", 3.0, Guidance=2.0), "floor": 0.1}, other_budget):
+    other_floor = {**ablation_results("a", 3.0, Guidance=2.0), "floor": 0.1}
+    for earlier in (ablation_results("a", 3.1, Guidance=2.0), other_floor, other_budget):
         assert page.joined(now, earlier) == now
+
+
+def test_a_file_of_earlier_ablations(tmp_path):
+    """None for the first page; an older one names no commits; one of another model is left out."""
+    path, now = tmp_path / "results.json", ablation_results("b", 3.0, Noise=4.0)
+    assert with_earlier(now, path) == now
+    older = ablation_results("a", 3.0, Guidance=2.0)
+    del older["commits"]
+    path.write_text(json.dumps(older))
+    assert with_earlier(now, path)["commits"] == {"Guidance": "a", "Noise": "b"}
+    path.write_text(json.dumps(ablation_results("a", 3.1, Guidance=2.0)))
+    with disable_run_logger():
+        assert with_earlier(now, path) == now
 
 
 def test_a_comparison_needs_as_many_images_as_are_held_out(parameters, tmp_path, monkeypatch):

@@ -105,10 +105,17 @@ def check_sampling(model, shape, settings):
     [{"steps": 1}, {"steps": 16}, {"steps": 40}, {"steps": 5, "guidance": 1.0}, {"steps": 6, "guidance_from": 0.5}],
     ids=str,
 )
-def test_operations_of_sampling_however_many_steps_are_guided(settings, one_thread):
+def test_operations_of_any_number_of_sampling_steps(settings, one_thread):
     model, shape = deeper()
     assert shape.tokens == 16
     check_sampling(model, shape, SamplingSettings(**({"guidance": 2.0} | settings)))
+
+
+@pytest.mark.parametrize(("patch", "tokens"), [(4, 1), (2, 4)])
+def test_operations_of_sampling_few_tokens(patch, tokens, one_thread):
+    model, shape = deeper(patch_size=patch)
+    assert shape.tokens == tokens
+    check_sampling(model, shape, SamplingSettings(steps=8, guidance=2.0))
 
 
 @pytest.mark.parametrize("options", KINDS)

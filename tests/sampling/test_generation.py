@@ -1,4 +1,4 @@
-"""`ear.load` and `ear.generate`: the images, and the errors that they raise."""
+"""Tests of `ear.load` and `ear.generate`."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""The stages reference, reconstruct and evaluate on the digits."""
+"""Tests of the reference, reconstruct and evaluate stages."""
 
 import json
 import os
