@@ -162,7 +162,9 @@ class Train(Section):
     beta2: float = Field(description="AdamW: decay of the second moment", ge=0, lt=1)
     weight_decay: float = Field(description="weight decay of the transformer's matrices", ge=0)
     clip_norm: float = Field(description="gradient norm limit", gt=0)
-    temperature: float = Field(description="training temperature of the score; only 1 is strictly proper", gt=0, le=1)
+    temperature: float = Field(
+        description="energy, kernel: training temperature of the score; only 1 is strictly proper", gt=0, le=1
+    )
     ema_decay: float = Field(description="EMA decay per step, reached after a warm-up", ge=0, lt=1)
     ema_decay_long: float = Field(description="EMA decay of a second average, validated beside the first", ge=0, lt=1)
     precision: Precision = Field(
@@ -178,7 +180,7 @@ class Finetune(Section):
     images: int = Field(description="training images, counted with repetition; 0 skips this phase", ge=0)
     learning_rate: float = Field(description="rate, without warm-up", gt=0)
     schedule: Literal["constant", "cosine"] = Field(description="constant or cosine (to 0)")
-    temperature: float = Field(description="training temperature of the score, in (0, 1]", gt=0, le=1)
+    temperature: float = Field(description="energy, kernel: training temperature, in (0, 1]", gt=0, le=1)
 
 
 class Sample(Section):
@@ -243,7 +245,7 @@ class Evaluate(Section):
 
 
 class Runtime(Section):
-    """Settings that must not change a result; DVC does not track them."""
+    """Settings that change results by rounding at most; DVC does not track them."""
 
     device: Literal["auto", "cpu", "cuda"] = Field(description="auto (cuda if available), cpu or cuda")
     processes: int = Field(

@@ -1,4 +1,4 @@
-"""Every preset composes, keeps the published recipe where it is one, and has a smoke form of the same structure."""
+"""Every preset composes, keeps the published recipe where it is one, and has a smoke preset of the same structure."""
 
 import pytest
 

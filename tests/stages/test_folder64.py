@@ -62,7 +62,7 @@ def repository(tmp_path, monkeypatch) -> Path:
 
 
 def write_parameters(images: Path, **overrides) -> config.Parameters:
-    """params.yaml of the preset's smoke form for the images there."""
+    """params.yaml of the smoke preset for the images there."""
     parameters = compose(
         ["preset=folder64_smoke", f"data.path={images}", *(f"{key}={value}" for key, value in overrides.items())]
     )
