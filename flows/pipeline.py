@@ -133,7 +133,7 @@ def pipeline(
         targets = repository.known(stages or graph, graph)
         order = repository.with_upstream(graph, targets)
         forced = repository.known((targets if force else ()) if isinstance(force, bool) else force, order)
-        readiness.check(edit.check(PARAMETERS, overrides or {}), overrides or {})
+        readiness.check(edit.check(PARAMETERS, overrides or {}), readiness.reading(overrides or {}))
         say = get_run_logger().info
         with turn(say):
             parameters = edit.check(PARAMETERS, overrides or {})  # again: another flow may have written the file
@@ -162,7 +162,7 @@ def bring_up_to_date(
         changed["fetch"] = "; ".join(filter(None, [images, changed.get("fetch", "")]))
         unseen = {"fetch"}
     running = repository.with_downstream(graph, {*forced, *changed}) & set(order)
-    readiness.check(parameters, readiness.read_by(running))
+    readiness.check(parameters, running)
     outcomes = walk(graph, order, forced, changed, unseen, variables)
     clear_finished(declarations().values())  # of the last stage, which has no stage after it that would
     show_outcomes(outcomes)

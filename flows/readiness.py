@@ -3,25 +3,33 @@
 from collections.abc import Iterable
 
 from ear import config
+from ear.config.checks import check_shares
 from ear.lineage.declaration import declarations
 from ear.lineage.run import check_links
 
 
-def check(parameters: config.Parameters, keys: Iterable[str]) -> None:
-    """Raise UserError with the sentence that a stage would fail with.
+def check(parameters: config.Parameters, stages: Iterable[str]) -> None:
+    """Raise UserError with the sentence that one of these stages would fail with.
 
-    A file that one of `keys` (sections or keys) names is absent, an output is a link out of the repository, or this
-    machine cannot compute as the keys ask for.
+    A file that it reads is absent, an output is a link out of the repository, this machine cannot compute as
+    parameters ask for, or processes cannot share its batches.
     """
     from ear.runtime.device import check_can_compute
 
-    keys = set(keys)
-    config.check_files(parameters, keys)
-    check_links(path for stage in declarations().values() for path in stage.outputs)
-    check_can_compute(parameters, keys)
+    stages, declared = set(stages), declarations()
+    config.check_files(parameters, stages)
+    check_links(path for stage in declared.values() for path in stage.outputs)
+    check_can_compute(parameters, {key for name in stages for key in declared[name].parameters})
+    processes, train, tokenizer = parameters.runtime.processes, parameters.train, parameters.tokenizer
+    if not stages.isdisjoint({"train", "finetune"}):
+        keys = ("train.global_batch_size", "train.micro_batch_size")
+        check_shares(train.global_batch_size, train.micro_batch_size, processes, keys)
+    if "tokenizer" in stages and tokenizer.name == "kl":
+        keys = ("tokenizer.batch_size", "tokenizer.micro_batch_size")
+        check_shares(tokenizer.batch_size, tokenizer.micro_batch_size, processes, keys)
 
 
-def read_by(stages: Iterable[str]) -> set[str]:
-    """The sections and keys of params.yaml that stages declare."""
-    declared = declarations()
-    return {key for name in stages for key in declared[name].parameters}
+def reading(keys: Iterable[str]) -> set[str]:
+    """The stages that declare one of these keys of params.yaml, or its section."""
+    wanted = {part for key in keys for part in (key, key.partition(".")[0])}
+    return {name for name, stage in declarations().items() if not wanted.isdisjoint(stage.parameters)}

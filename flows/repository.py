@@ -40,8 +40,11 @@ _ADVICE = (
 )
 
 
+CODE = ("ear", "stages")  # folders of packages, on which stages depend
+
+
 class RepositoryError(RuntimeError):
-    """DVC refused or failed; the message is its last error line."""
+    """DVC or git refused or failed; the message is its last error line."""
 
 
 class BusyError(RepositoryError):
@@ -64,7 +67,7 @@ def ask(*arguments: str, folder: Path = Path()) -> str:
         if not done.returncode:
             return done.stdout
         error = failure(done.stderr.splitlines())
-        if not _passes(error, folder):
+        if not _retry_can_help(error, folder):
             raise error
 
 
@@ -94,15 +97,15 @@ def act(
         if not command.stream([*DVC, *arguments], line=keep, environment=settings, folder=folder, stopped=stopped):
             return
         error = failure(kept)
-        if not _passes(error, folder):
+        if not _retry_can_help(error, folder):
             raise error
         if not said:
             said = f"tried again: {error}"
             line(said)
 
 
-def _passes(error: RepositoryError, folder: Path) -> bool:
-    """Whether a second try can succeed: after a pause, or without a lock file that a killed DVC left half-written."""
+def _retry_can_help(error: RepositoryError, folder: Path) -> bool:
+    """Wait for a busy repository, or delete a lock file that a killed DVC left half-written; False for other errors."""
     if isinstance(error, BusyError):
         time.sleep(_BUSY_SECONDS)
         return True
@@ -203,7 +206,7 @@ def _change(kind: str, path: str, change: str | dict) -> tuple[str, str]:
         return "parameters", f"{path} {change}"
     if kind == "changed outs":
         return "outputs", f"{path} {change}"
-    return ("code" if path.endswith(".py") else "inputs"), f"{path} {change}"
+    return ("code" if path.endswith(".py") or Path(path).parts[0] in CODE else "inputs"), f"{path} {change}"
 
 
 def reproduce(name: str, *, force: bool, line: Callable[[str], None], variables: Mapping[str, str]) -> str:

@@ -20,11 +20,12 @@ import flows.settings  # noqa: F401 - first: Prefect reads its settings when it 
 import argparse
 import contextlib
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
 from prefect import State, flow, get_run_logger
 from prefect.artifacts import create_table_artifact
 from prefect.states import Completed, Failed
@@ -97,28 +98,42 @@ def search(
                 f"{len(space)} keys and {trials} trials, but a search needs one of each; give --set KEY=...."
             )
         wanted = space_of([f"{key}={value}" for key, value in space.items()])
-        firsts = {key: _first(choice) for key, choice in wanted.items()}
-        edit.check(PARAMETERS, firsts)  # mistakes are said before the wait for another flow
+        firsts = {key: _ends(choice)[0] for key, choice in wanted.items()}
+        for key, choice in wanted.items():  # mistakes are said before the wait for another flow
+            for value in _ends(choice):
+                edit.check(PARAMETERS, {**firsts, key: value})
         if known := repository.metrics():
             with contextlib.suppress(NoNumberError):  # of the present parameters; other ones may have it
                 find(metric, known)
-        snapshot = quiet_snapshot()
-        first = snapshot.parameters(firsts)
-        wanted = {key: _typed(choice, edit.value_of(first, key)) for key, choice in wanted.items()}
-        asked = {"metric": metric, "maximize": maximize, "space": dict(space), "others": _others(first, space)}
-        study = opened_study(Path(output), asked, seed)
-        failures = 0
-        while len(_done(study)) < trials and failures < trials:
-            failures += not attempt(study, wanted, metric, snapshot, sampling_seed=first.sample.seed + APART)
+        with _alone(Path(output)):
+            snapshot = quiet_snapshot()
+            first = snapshot.parameters(firsts)
+            wanted = {key: _typed(choice, edit.value_of(first, key)) for key, choice in wanted.items()}
+            asked = {"metric": metric, "maximize": maximize, "space": dict(space), "others": _others(first, space)}
+            study = opened_study(Path(output), asked, seed)
+            failures = 0
+            while len(_done(study)) < trials and failures < trials:
+                failures += not attempt(study, wanted, metric, snapshot, sampling_seed=first.sample.seed + APART)
     except (UserError, RepositoryError) as error:
         return Failed(message=str(error))
     rows = [{"experiment": t.user_attrs["experiment"], **t.user_attrs["values"], metric: t.value} for t in _done(study)]
     with only_shown():
         create_table_artifact(key="search", table=rows, description=f"{metric} of every trial")
     if not rows:
-        return Failed(message=f"none of {failures} trials succeeded; the log above says why")
+        return Failed(message=f"all {failures} trials failed; the log above says why")
     best = study.best_trial
     return Completed(message=f"best {metric} {best.value:.6g}: {best.user_attrs['experiment']}; study in {output}")
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Be the only search of the study in a folder; raises UserError if there is another."""
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(folder / "lock", blocking=False):
+            yield
+    except Timeout as error:
+        raise UserError(f"another search works on the study in {folder}; wait, or give another --output.") from error
 
 
 def _optuna() -> Any:
@@ -138,7 +153,6 @@ def opened_study(folder: Path, asked: Mapping[str, Any], seed: int) -> Any:
     """
     optuna = _optuna()
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    folder.mkdir(parents=True, exist_ok=True)
     study = optuna.create_study(
         storage=f"sqlite:///{folder}/study.db",
         study_name=_STUDY,
@@ -170,7 +184,7 @@ def attempt(
     trial.set_user_attr("experiment", name)
     trial.set_user_attr("values", values)
     try:
-        readiness.check(snapshot.parameters(values), values)
+        readiness.check(snapshot.parameters(values), readiness.reading(values))
         ((_, state),) = run_all({name: {"sample.seed": sampling_seed, **values}}, snapshot)
         found = find(metric, experiments.metrics(snapshot, name)) if state.is_completed() else None
     except UserError as error:  # values that contradict each other, or a metric that is no number
@@ -210,8 +224,9 @@ def _others(parameters: config.Parameters, space: Mapping[str, Any]) -> dict[str
     }
 
 
-def _first(choice: Range | list[Any]) -> Any:
-    return choice[0] if isinstance(choice, list) else choice.low
+def _ends(choice: Range | list[Any]) -> list[Any]:
+    """All of the choices, or both bounds of a range."""
+    return choice if isinstance(choice, list) else [choice.low, choice.high]
 
 
 def _done(study: Any) -> list[Any]:

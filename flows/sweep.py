@@ -92,7 +92,7 @@ def sweep(
     try:
         runs = grid(parameters)
         for values in runs.values():  # mistakes are said before the wait for another flow
-            readiness.check(edit.check(PARAMETERS, values), parameters)
+            readiness.check(edit.check(PARAMETERS, values), readiness.reading(parameters))
         if known := repository.metrics():
             with contextlib.suppress(NoNumberError):  # of the present parameters; other ones may have it
                 find(metric, known)

@@ -14,7 +14,7 @@ from ear.files.tensors import read_tensors
 from ear.latents.statistics import Statistics
 from ear.latents.store import LatentStore
 from ear.lineage.run import Run
-from ear.model.files import build_model, load_model
+from ear.model.files import build_model, load_shape
 from ear.model.training import Phase, PhaseSettings
 from ear.runtime.device import prepare_device, set_precision
 from stages import program
@@ -38,7 +38,7 @@ def work(parameters: Parameters, run: Run) -> None:
     options = parameters.finetune
     device = prepare_device(parameters.runtime.device, parameters.compute.threads)
     set_precision(parameters.train.precision, device, key="train.precision")
-    trained, description = load_model("data/model/model.safetensors")
+    shape, description = load_shape("data/model/model.safetensors")
     state, progress = read_tensors(STATE)
     with reading(STATE, "training state", "run the train stage again"):
         earlier = int(progress["images"])
@@ -49,7 +49,7 @@ def work(parameters: Parameters, run: Run) -> None:
             f"data/latents come from {store.tokenizer[:12]}; run the train stage again."
         )
     phase = Phase(
-        build_model(trained.shape).to(device),
+        build_model(shape).to(device),
         PhaseSettings(
             name="finetune",
             images=options.images,

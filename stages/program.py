@@ -98,7 +98,7 @@ def perform(
         lambda: tracked(parameters(), kind),
         began=tracked(now, kind),
         other_code=now.runtime.other_code,
-        files=config.named_files(now, tracked_keys(kind)),
+        files=config.named_files(now, stage),
         unread=unread(view),
     ) as run:
         if changed := edited(run.declared.code):
@@ -160,7 +160,7 @@ def run(
     except distributed.FailedElsewhere:
         sys.exit(1)
     except Exception as error:
-        if not isinstance(error, UserError | OSError | MemoryError) and not _full(error):
+        if not isinstance(error, UserError | OSError) and not _full(error):
             raise
         print(f"{stage}: {_sentence(error)}", file=sys.stderr)
         _keep_traceback(LOGS / f"{stage}.log")
@@ -170,10 +170,11 @@ def run(
 
 
 def _full(error: BaseException) -> str:
-    """Which memory torch has found too small: the GPU's, or this machine's; empty for other errors."""
+    """Which memory was found too small: the GPU's, or this machine's; empty for other errors."""
     if type(error).__name__ == _GPU_FULL:
         return "the GPU's memory"
-    return "the memory" if isinstance(error, RuntimeError) and _CPU_FULL in str(error) else ""
+    of_torch = isinstance(error, RuntimeError) and _CPU_FULL in str(error)
+    return "the memory" if of_torch or isinstance(error, MemoryError) else ""
 
 
 def _has_run(stage: str) -> bool:

@@ -57,6 +57,7 @@ def work(parameters: Parameters, run: Run) -> None:
     if options.name == "kl":
         check_precision(options.precision, device.type == "cuda", key="tokenizer.precision")
         judges = perceptual.files(options.perceptual_folder) if options.perceptual_weight else ()
+        run.also_read(() if options.perceptual_folder else judges)  # torch's copies, which no parameter names
         scratch = run.scratch(program.plain(parameters), ["data/prepared/index.json", *judges])
         training = train(PreparedImages("data/prepared", "train"), held_out, options, device)
         tokenizer, history = training.run(scratch, program.live("tokenizer", parameters, scratch))

@@ -50,8 +50,9 @@ _FIRST = [
     "test_serve.py",
     "test_tokenizer_stages.py",
 ]  # the longest
-# Backward passes on tensors without data start threads of autograd, after which a process cannot fork and train.
-_LAST = ["test_costs.py", "test_describe.py", "test_scaling.py", "test_folder64.py"]
+# Backward passes on tensors without data start threads of autograd, after which a process cannot fork and train. The
+# longest of these first, too.
+_LAST = ["test_costs.py", "test_describe.py", "test_folder64.py", "test_scaling.py"]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -59,7 +60,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
     def place(item: pytest.Item) -> tuple[int, int]:
         name = item.path.name
-        return (0, _FIRST.index(name)) if name in _FIRST else (2 if name in _LAST else 1, 0)
+        for position, names in ((0, _FIRST), (2, _LAST)):
+            if name in names:
+                return position, names.index(name)
+        return 1, 0
 
     items.sort(key=place)
 
@@ -74,14 +78,15 @@ def one_thread():
 
 
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[str]:
-    """The address of a Dask scheduler with two worker processes on this machine.
+def cluster(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The address of a Dask scheduler with as many worker processes on this machine as CLUSTER of the test file says.
 
     For one file only: idle ones take a tenth of a core.
     """
     from distributed import LocalCluster
 
-    with LocalCluster(n_workers=2, threads_per_worker=1, host="127.0.0.1", dashboard_address=None) as cluster:
+    workers = getattr(request.module, "CLUSTER", 1)
+    with LocalCluster(n_workers=workers, threads_per_worker=1, host="127.0.0.1", dashboard_address=None) as cluster:
         yield cluster.scheduler_address
 
 

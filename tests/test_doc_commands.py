@@ -1,16 +1,18 @@
 """Every command in a fenced block of README.md and docs/ runs here, with tiny parameters, or says why not."""
 
 import re
-import shutil
+import shlex
 import subprocess
 from pathlib import Path
 
 import numpy as np
 import pytest
 import small_imagenet
+from click.testing import CliRunner
 from photographs import write_class_folders
 from repositories import IDENTITY, environment, reproduced, run
 
+from ear.commands.cli import main
 from ear.config.compose import compose
 from ear.config.document import to_yaml
 
@@ -29,11 +31,10 @@ NOT_RUN = {
     r"python -m benchmarks.sprites": "needs a package of Debian: tests/benchmarks/test_sprites.py",
     r"dvc repro --pull": "after a push, in tests/test_pipeline.py",
     r"python -m flows.search": "20 trials; tests/flows/test_flows.py runs a few",
+    r"dvc (remote|push|pull)": "with the clone of a colleague, in tests/test_pipeline.py",
+    r"ear describe": "counts operations; tests/commands/test_describe.py and tests/commands/test_costs.py",
 }
-PRESETS = (
-    "`dvc repro` of presets trains for hours: tests/stages/test_folder64.py and its neighbours run small forms; `ear "
-    "describe` counts their operations for minutes: tests/commands/test_costs.py"
-)
+PRESETS = "`dvc repro` of presets trains for hours: tests/stages/test_folder64.py and its neighbours run smoke presets"
 
 
 def commands(page: Path) -> list[str]:
@@ -48,20 +49,12 @@ def reason(command: str) -> str:
     return next((text for pattern, text in NOT_RUN.items() if re.match(pattern, command)), "")
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory) -> Path:
-    """A repository with results, committed."""
-    folder = reproduced(tmp_path_factory.mktemp("finished"))
+@pytest.fixture
+def repository(tmp_path) -> Path:
+    """A repository with committed results, a remote, and what the pages call /my/images, /data/imagenet and so on."""
+    folder = reproduced(tmp_path / "copy")
     run("git", "add", "-A", cwd=folder)
     run("git", *IDENTITY, "commit", "-q", "-m", "results", cwd=folder)
-    return folder
-
-
-@pytest.fixture
-def repository(finished, tmp_path) -> Path:
-    """A copy of it, with a remote, and what the pages call /my/images, /data/imagenet and so on."""
-    folder = tmp_path / "copy"
-    shutil.copytree(finished, folder, symlinks=True)
     run("git", "init", "-q", "--bare", str(tmp_path / "remote"), cwd=folder)
     run("git", "remote", "add", "origin", str(tmp_path / "remote"), cwd=folder)
     settings = {"push.autoSetupRemote": "true", "user.name": "tests", "user.email": "tests@localhost"}
@@ -73,22 +66,30 @@ def repository(finished, tmp_path) -> Path:
     return folder
 
 
+def outcome(command: str) -> tuple[int, str]:
+    """The exit code of a command in the current folder, and what it says; an `ear` command runs in this process."""
+    if command.startswith("ear "):
+        result = CliRunner().invoke(main, shlex.split(command)[1:])
+        return result.exit_code, result.output
+    done = subprocess.run(["bash", "-ec", command], env=environment(), text=True, capture_output=True, timeout=600)
+    return done.returncode, done.stdout + done.stderr
+
+
 @pytest.mark.parametrize(
     "page", [pytest.param(page, marks=[pytest.mark.slow] * (page.name in SLOW), id=page.name) for page in PAGES]
 )
-def test_the_commands_of_a_page_run_one_after_the_other(page, repository, tmp_path):
+def test_the_commands_of_a_page_run_one_after_the_other(page, repository, tmp_path, monkeypatch):
+    monkeypatch.chdir(repository)
     large, ran = False, []
     for command in commands(page):
-        if reason(command) or (large and re.fullmatch(r"dvc repro|ear describe.*", command)):  # see NOT_RUN and PRESETS
+        if reason(command) or (large and command == "dvc repro"):  # see NOT_RUN and PRESETS
             continue
         if "configure preset=" in command:  # over an unedited file, as in a clone
             (repository / "params.yaml").write_text(to_yaml(compose([]), "ear configure preset=digits"))
             large = "preset=digits" not in command
         here = re.sub(r"(?<![\w.])/(my|data|mnt)/", rf"{tmp_path}/\1/", command)
-        done = subprocess.run(
-            ["bash", "-ec", here], cwd=repository, env=environment(), text=True, capture_output=True, timeout=600
-        )
-        assert done.returncode == 0, f"{command}\n{done.stdout}{done.stderr}"
+        code, said = outcome(here)
+        assert code == 0, f"{command}\n{said}"
         ran.append(command)
     print(f"{page.name}: {len(ran)} commands")
 

@@ -57,7 +57,8 @@ def started(folder: Path, **commands: str) -> Iterator[subprocess.Popen]:
     try:
         limit = time.monotonic() + 60
         while not (folder / "started").exists():
-            assert process.poll() is None and time.monotonic() < limit
+            assert process.poll() is None
+            assert time.monotonic() < limit
             time.sleep(0.05)
         yield process
     finally:

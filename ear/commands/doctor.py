@@ -64,7 +64,7 @@ def _safely(check: Callable[[], Iterator[Finding]]) -> list[Finding]:
     """The findings of a check; if it fails itself, that is one."""
     try:
         return list(check())
-    except Exception as error:  # a doctor must not fall ill
+    except Exception as error:  # one broken check must not hide the others
         name = check.__name__.replace("_", " ")
         if isinstance(error, ImportError):
             return [Finding(name, f"cannot be imported: {error}", _SET_UP, serious=True)]

@@ -57,8 +57,7 @@ def run(*, repair: bool) -> tuple[list[str], bool]:
     problems = [problem for entry in stages for problem in _problems(entry, lock[entry.stage], records, found)]
     lines = [f"{problem.stage}: {problem.what}" for problem in problems] + _notes(stages, records, lock)
     damaged = [problem.damaged for problem in problems if problem.damaged]
-    if repair and damaged:
-        deleted = _repair(damaged, lock, cache_folder())
+    if repair and (deleted := _repair(damaged, lock, cache_folder())):
         lines.append(f"deleted {', '.join(map(str, deleted))}; `dvc repro` makes them again")
     if not problems:
         lines.append(f"{len(stages)} stages and {len(found)} files agree with their records and with dvc.lock")
@@ -184,8 +183,10 @@ def _md5_of_code(path: Path) -> str:
 def _repair(damaged: Iterable[Path], lock: Mapping[str, Any], cache: Path) -> list[Path]:
     """Delete damaged files, and the objects of DVC's cache that are damaged too => the paths deleted."""
     damaged = list(damaged)
+    deleted = [*_damaged_lists(lock, cache)]
+    for path in deleted:
+        remove(path)
     objects = {path: digest for entry in lock.values() for path, digest in listed_files(entry, cache)}
-    deleted = []
     for path in damaged:
         digest = objects.get(path.as_posix(), "")
         copy = stored(digest, cache)
@@ -195,3 +196,12 @@ def _repair(damaged: Iterable[Path], lock: Mapping[str, Any], cache: Path) -> li
         remove(path)
         deleted.append(path)
     return deleted
+
+
+def _damaged_lists(lock: Mapping[str, Any], cache: Path) -> Iterator[Path]:
+    """The cache's lists of the files of a folder that are not what dvc.lock names."""
+    digests = {output["md5"] for entry in lock.values() for output in entry.get("outs", [])}
+    for digest in sorted(digest for digest in digests if digest.endswith(".dir")):
+        listing = stored(digest, cache)
+        if listing.is_file() and _digest(listing).md5 != digest.removesuffix(".dir"):
+            yield listing

@@ -104,6 +104,28 @@ def check_train(train: Train, runtime: Runtime) -> None:
         )
 
 
+def check_shares(
+    global_batch_size: int,
+    micro_batch_size: int,
+    processes: int,
+    keys: tuple[str, str] = ("global_batch_size", "micro_batch_size"),  # what the user calls them
+) -> None:
+    """Raise UserError, with a fix, if processes cannot share the micro-batches of a global batch evenly."""
+    batch, micro = keys
+    each, rest = divmod(global_batch_size, processes)
+    if rest:
+        raise UserError(
+            f"{batch} is {global_batch_size}, which {processes} processes cannot share evenly; make {batch} a multiple "
+            f"of {processes}, or use another number of processes."
+        )
+    if each % micro_batch_size:
+        fitting = max(size for size in range(1, min(micro_batch_size, each) + 1) if each % size == 0)
+        raise UserError(
+            f"{micro} is {micro_batch_size}, but must divide {each}, the part of each of {processes} process(es) in a "
+            f"global batch of {global_batch_size}; set it to {fitting} or another divisor of {each}."
+        )
+
+
 def check_guidance(model: Model, sample: Sample) -> None:
     """Guidance needs a null class that a training has seen."""
     if sample.guidance != 1 and not model.label_dropout:

@@ -9,6 +9,7 @@ from ear.config.sections import Section
 
 SCHEMA_FILE = "params.schema.json"
 _COLUMN = 31  # of the comments
+_UNTRACKED = "  # not tracked by DVC: changes results by rounding at most, and reruns nothing"
 
 
 def to_yaml(parameters: Parameters, command: str) -> str:
@@ -20,7 +21,11 @@ def to_yaml(parameters: Parameters, command: str) -> str:
     ]
     for name in Parameters.model_fields:
         section = getattr(parameters, name)
-        untracked = "  # not tracked by DVC: changes results by rounding at most, and reruns nothing" if name == "runtime" else ""
+        untracked = (
+            "  # not tracked by DVC: changes results by rounding at most, and reruns nothing"
+            if name == "runtime"
+            else ""
+        )
         lines.append(f"{name}:{untracked}")
         for key, text in descriptions(type(section)).items():
             lines.append(f"  {f'{key}: {_scalar(getattr(section, key))}':<{_COLUMN}} # {text}")

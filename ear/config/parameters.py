@@ -1,6 +1,6 @@
 """All of params.yaml as one object: read, checked, or refused in one sentence."""
 
-from collections.abc import Iterable
+from collections.abc import Container
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -95,6 +95,7 @@ def read(path: str | Path) -> Any:
 class _Named:
     """A file or folder that a parameter names."""
 
+    stage: str  # that reads it
     path: str
     used: bool  # with the other parameters as they are
     otherwise: str  # what to do without it
@@ -115,32 +116,35 @@ def _named(parameters: Parameters) -> dict[str, _Named]:
     pictures = parameters.data.source != "digits"
     folder = tokenizer.perceptual_folder
     return {
-        "data.path": _Named(parameters.data.path, pictures, "name the folder or file of your images"),
-        "tokenizer.weights": _Named(tokenizer.weights, imported, "set tokenizer.name to kl to train an autoencoder"),
-        "tokenizer.perceptual_folder": _Named(folder, perceptual, "set it to '' to download its files"),
-        "train.weights": _Named(parameters.train.weights, True, "set it to '' to train from new weights"),
-        "reference.weights": _Named(reference.weights, inception, "set it to '' to download the file"),
-        "reference.statistics": _Named(reference.statistics, inception, "set it to '' to use the training images"),
+        "data.path": _Named("fetch", parameters.data.path, pictures, "name the folder or file of your images"),
+        "tokenizer.weights": _Named(
+            "tokenizer", tokenizer.weights, imported, "set tokenizer.name to kl to train an autoencoder"
+        ),
+        "tokenizer.perceptual_folder": _Named("tokenizer", folder, perceptual, "set it to '' to download its files"),
+        "train.weights": _Named("train", parameters.train.weights, True, "set it to '' to train from new weights"),
+        "reference.weights": _Named("reference", reference.weights, inception, "set it to '' to download the file"),
+        "reference.statistics": _Named(
+            "reference", reference.statistics, inception, "set it to '' to use the training images"
+        ),
     }
 
 
-def missing_files(parameters: Parameters) -> dict[str, str]:
-    """Key => one sentence with the fix, for every file or folder that is named, needed and absent."""
+def missing_files(parameters: Parameters, stages: Container[str] | None = None) -> dict[str, str]:
+    """Key => one sentence with the fix, for every file or folder that is named, needed and absent.
+
+    stages: those that would read the files; default: all.
+    """
     return {
         key: f"{key} is {named.path!r}, which does not exist; provide it, or {named.otherwise}."
         for key, named in _named(parameters).items()
-        if named.used and named.path and not Path(named.path).exists()
+        if named.used and named.path and not Path(named.path).exists() and (stages is None or named.stage in stages)
     }
 
 
-def check_files(parameters: Parameters, keys: Iterable[str] | None = None) -> None:
-    """Raise MissingFileError for the first absent file that is named and needed; UserError if images are in data/.
-
-    keys: sections and keys to look at; default: all.
-    """
-    for key, sentence in missing_files(parameters).items():
-        if keys is None or _is_among(key, keys):
-            raise MissingFileError(sentence)
+def check_files(parameters: Parameters, stages: Container[str] | None = None) -> None:
+    """Raise MissingFileError for the first of `missing_files`; UserError if the images are in data/."""
+    for sentence in missing_files(parameters, stages).values():
+        raise MissingFileError(sentence)
     path = Path(parameters.data.path)
     if parameters.data.source != "digits" and path.resolve().is_relative_to(Path("data").resolve()):
         raise UserError(
@@ -153,16 +157,15 @@ def named_paths(parameters: Parameters) -> dict[str, Path]:
     return {key: Path(named.path) for key, named in _named(parameters).items() if named.used and named.path}
 
 
-def named_files(parameters: Parameters, keys: Iterable[str]) -> list[Path]:
-    """The files, images aside, that the sections or keys in `keys` name and need; of a folder those that are read."""
-    named = {key: path for key, path in named_paths(parameters).items() if key != "data.path" and _is_among(key, keys)}
+def named_files(parameters: Parameters, stage: str) -> list[Path]:
+    """The files, images aside, that parameters name and the stage reads; of a folder those that it reads."""
+    named = {
+        key: Path(named.path)
+        for key, named in _named(parameters).items()
+        if named.stage == stage and named.used and named.path and key != "data.path"
+    }
     return [
         file
         for key, path in named.items()
         for file in ([path / name for name in _READ[key]] if key in _READ and path.is_dir() else [path])
     ]
-
-
-def _is_among(key: str, keys: Iterable[str]) -> bool:
-    """Whether `keys` holds the key or its section."""
-    return not {key, key.partition(".")[0]}.isdisjoint(keys)

@@ -78,7 +78,9 @@ class Tokenizer(Section):
     )
     layers: int = Field(description="kl: residual blocks per level", ge=1)
     kl_weight: float = Field(
-        description="kl: weight of the KL term of an image relative to its absolute error, both summed", ge=0
+        description="weight of the KL term of an image relative to its absolute error, both summed; it trains kl and "
+        "weights the held-out loss of all",
+        ge=0,
     )
     perceptual_weight: float = Field(
         description="kl: weight of LPIPS relative to the mean absolute error; 0: off", ge=0
@@ -101,7 +103,7 @@ class Tokenizer(Section):
     precision: Precision = Field(
         description="kl: in training: float32; on CUDA also tfloat32 or bfloat16 (autocast, float32 weights and loss)"
     )
-    seed: int = Field(description="kl: seed of weights, data order and noise", ge=0)
+    seed: int = Field(description="seed of weights, data order and noise (kl), and of the figures' noise (all)", ge=0)
 
 
 class Cache(Section):
@@ -193,10 +195,12 @@ class Sample(Section):
         description="guidance over the steps: linear (from 1 to the scale) or constant"
     )
     guidance_from: float = Field(
-        description="guidance acts in steps after which more than this share of the tokens is known", ge=0, lt=1
+        description="use guidance once more than this share of the tokens is known; 0: from the start", ge=0, lt=1
     )
     guidance_to: float = Field(
-        description="and not more than this share; other steps of a masked model take half the time", gt=0, le=1
+        description="stop guidance above this share; 1: never. Steps of a masked model without it take half the time",
+        gt=0,
+        le=1,
     )
     temperature: float = Field(
         description="inference temperature; 1: unchanged; draws of energy and kernel heads still vary at 0", ge=0

@@ -32,7 +32,8 @@ class _Stored:
     def read(self, rows: np.ndarray, places: np.ndarray, out: np.ndarray) -> None:
         """out[places[k]] = image rows[k], for all k."""
         if self.offset is None:
-            with h5py.File(self.path, "r", locking=False) as file:
+            remedy = "run `ear verify --repair`, then `dvc repro`"
+            with reading(self.path, "HDF5 file", remedy), h5py.File(self.path, "r", locking=False) as file:
                 images = file["images"]
                 for row, place in zip(rows, places, strict=True):  # ten times faster than h5py's index lists
                     out[place] = images[row]

@@ -4,9 +4,10 @@ work/live/STAGE/training.tsv and validation.tsv grow by a line at a time; about.
 outputs of a stage, since rates and memory differ from run to run, and nothing reads them back into a result.
 """
 
+import contextlib
 import csv
 import datetime
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ class Live:
     ):
         self.folder, self._key, self._more, self._open = folder, key, more, trackers
         self._trackers: Sequence[Tracker] = ()
+        self._failed = False
 
     def begin(self, images: int, about: Mapping[str, Any], last: tuple[int, int] = (0, 0)) -> None:
         """Start after `images` images.
@@ -41,14 +43,28 @@ class Live:
         """
         if self.folder is None:
             return
-        known = self.folder / ABOUT
+        with self._noting():
+            self._begin(self.folder, images, about, last)
+        self._trackers = self._open(images)
+
+    def _begin(self, folder: Path, images: int, about: Mapping[str, Any], last: tuple[int, int]) -> None:
+        known = folder / ABOUT
         own = known.is_file() and read_json(known).get("key") == self._key
         for name, until in zip((TRAINING, VALIDATION), last, strict=True):
-            rows = [row for row in read_rows(self.folder / name) if row["images"] <= until] if own else []
-            _write(self.folder / name, rows)
+            rows = [row for row in read_rows(folder / name) if row["images"] <= until] if own else []
+            _write(folder / name, rows)
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         write_json(known, {**about, "key": self._key, "started": now, "started_at_image": images})
-        self._trackers = self._open(images)
+
+    @contextlib.contextmanager
+    def _noting(self) -> Iterator[None]:
+        """Turn an OSError into a note, printed once: what only shows a training must not end it."""
+        try:
+            yield
+        except OSError as error:
+            if not self._failed:
+                print(f"note: {self.folder} cannot be written ({error}); the training goes on without it", flush=True)
+            self._failed = True
 
     def training(self, row: Row) -> None:
         """Add a row of means since the row before."""
@@ -62,13 +78,8 @@ class Live:
     def _add(self, name: str, row: Row) -> None:
         if self.folder is None:
             return
-        path = self.folder / name
-        header = path.read_text().partition("\n")[0].split("\t") if path.is_file() else []
-        if header != list(row):  # the first row, or one of other code than the rows before
-            _write(path, [*read_rows(path), row])
-        else:
-            with path.open("a") as file:
-                file.write(_line(row.values()))  # one call: a reader sees the whole line, or none of it
+        with self._noting():
+            _append(self.folder / name, row)
         for tracker in self._trackers:
             tracker.log(name.removesuffix(".tsv"), row)
 
@@ -104,6 +115,15 @@ def read_rows(path: Path) -> list[Row]:
     table = csv.DictReader(lines, delimiter="\t")
     rows = [{name: float(value) if value else None for name, value in row.items()} for row in table]
     return [row | {"images": int(row["images"] or 0)} for row in rows]
+
+
+def _append(path: Path, row: Row) -> None:
+    header = path.read_text().partition("\n")[0].split("\t") if path.is_file() else []
+    if header != list(row):  # the first row, or one of other code than the rows before
+        _write(path, [*read_rows(path), row])
+    else:
+        with path.open("a") as file:
+            file.write(_line(row.values()))  # one call: a reader sees the whole line, or none of it
 
 
 def _write(path: Path, rows: Sequence[Row]) -> None:

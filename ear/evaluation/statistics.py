@@ -1,4 +1,4 @@
-"""Mean and covariance of features, accumulated batch by batch. D is a number of features."""
+"""Statistics of what an extractor returns, D features and K logits: mean, covariance, class accuracy."""
 
 from dataclasses import dataclass
 

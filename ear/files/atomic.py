@@ -32,7 +32,7 @@ def whole_file(path: str | Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Give an OSError of the body that names no file, as those of reads and writes do, the name `path`."""
+    """Set `filename` to `path` on an OSError of the body that has none, as those of reads and writes."""
     try:
         yield
     except OSError as error:

@@ -1,4 +1,4 @@
-"""Free space, asked before long work rather than missed at its end."""
+"""Check free space before long work."""
 
 import shutil
 from pathlib import Path

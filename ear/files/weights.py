@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from ear.errors import MissingFileError, UserError
-from ear.files.reading import of_the_system
+from ear.files.reading import is_system_error
 
 if TYPE_CHECKING:
     import torch
@@ -31,7 +31,7 @@ def read_pickled(path: str | Path) -> object:
         with torch.serialization.safe_globals([Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds of errors for other files; all mean the same to the user
-        if of_the_system(error):
+        if is_system_error(error):
             raise
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(
@@ -64,9 +64,9 @@ def built_with(
 ) -> "Network":
     """The module that `build` returns, with these weights; raises as `load_weights` does.
 
-    A file that lies about its sizes costs no memory: a number that no matrix of so many values can have as both sides
-    makes names and shapes be compared before anything is built. That imports for two seconds, which usual files are
-    spared.
+    Guards against descriptions with huge sizes: if the square of a number in it exceeds the count of the file's values,
+    names and shapes are first compared on the meta device, without allocating. Other files skip this, since building
+    there imports for two seconds.
     """
     if layers > len(tensors):
         raise UserError(f"{origin} describes {layers} layers, but has {len(tensors)} tensors; it is damaged.")

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ear.errors import UserError
+from ear.files.reading import reading
 from ear.lineage.declaration import locked
 
 
@@ -25,14 +26,18 @@ def stored(digest: str, cache: Path) -> Path:
 
 
 def listed_files(entry: Mapping[str, Any], cache: Path) -> Iterator[tuple[str, str]]:
-    """(file, MD5) of every file that a stage's entry in dvc.lock lists as an output, those in folders included."""
+    """(file, MD5) of every file that a stage's entry in dvc.lock lists as an output, those in folders included.
+
+    Raises UserError if the cache's list of a folder is damaged.
+    """
     for output in entry.get("outs", []):
         path, digest = output["path"], output["md5"]
         if not digest.endswith(".dir"):
             yield path, digest
-        elif stored(digest, cache).is_file():
-            for file in json.loads(stored(digest, cache).read_text()):
-                yield f"{path}/{file['relpath']}", file["md5"]
+        elif (listing := stored(digest, cache)).is_file():
+            with reading(listing, "list of files", "delete damaged files with `ear verify --repair`"):
+                files = [(f"{path}/{file['relpath']}", file["md5"]) for file in json.loads(listing.read_text())]
+            yield from files
 
 
 def cached_outputs(stage: str) -> dict[str, Path]:

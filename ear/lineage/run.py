@@ -33,6 +33,7 @@ SHARED_WORK = "EAR_WORK"  # environment variable: the folder for unfinished work
 _PROGRESS_FORMAT = 2  # of what stages keep in their scratch folders; other formats are not continued
 _CODE, _DONE = ".code.json", ".published.json"  # notes beside work/STAGE/KEY: its code, and the record published
 _LOCK, _OUTPUTS, _KEPT = "lock", "outputs", "kept"
+_TURN_SECONDS = 60.0  # that ranks wait at a time for a folder of work; collectives end after two hours
 Values = Mapping[str, Any]
 
 
@@ -58,6 +59,7 @@ class Run:
         self._earlier_code: tuple[Values, ...] = ()
         self._scratch: Path | None = None
         self._computed: dict[str, str] = {}
+        self._elsewhere: dict[str, str] = {}
         self._leaving = contextlib.ExitStack()
         if not distributed.is_main():
             return
@@ -107,16 +109,34 @@ class Run:
         Raises UserError if the folder holds work begun under other code or libraries and the user has not said what to
         do with it.
         """
-        self._scratch = distributed.from_main(lambda: self._open_scratch(key, inputs))
-        return self._scratch
+        folder = distributed.from_main(lambda: self._scratch_folder(key, inputs))
+        held = distributed.from_main(lambda: self._hold(folder, 0.0))
+        if not held and distributed.is_main():
+            print(f"another copy of the repository works in {folder}; waiting until it ends", flush=True)
+        while not held:
+            held = distributed.from_main(lambda: self._hold(folder, _TURN_SECONDS))
+        distributed.from_main(lambda: self._open_scratch(folder))
+        self._scratch = folder
+        return folder
 
-    def _open_scratch(self, key: Any, inputs: Iterable[str | Path]) -> Path:
+    def _scratch_folder(self, key: Any, inputs: Iterable[str | Path]) -> Path:
         digest = hashlib.sha256(json.dumps([_PROGRESS_FORMAT, key], sort_keys=True).encode())
         for path in inputs:
             digest.update(sha256(path).encode())
         folder = unfinished(self.declared.stage) / digest.hexdigest()[:16]
         folder.parent.mkdir(parents=True, exist_ok=True)
-        self._leaving.enter_context(_held(folder))
+        return folder
+
+    def _hold(self, folder: Path, seconds: float) -> bool:
+        """Whether this run holds the scratch folder; it waits so long for a run in another copy of the repository."""
+        lock = _lock_of(folder)
+        with contextlib.suppress(Timeout):
+            lock.acquire(timeout=seconds)
+            self._leaving.callback(lock.release)
+        return lock.is_locked
+
+    def _open_scratch(self, folder: Path) -> None:
+        """Decide what becomes of the work in a folder that this run holds, and note under which code it goes on."""
         self._mention_others(folder)
         note = _beside(folder, _CODE)
         if note.is_file():
@@ -126,7 +146,6 @@ class Run:
             remove_unfinished(path)
         _beside(folder, _DONE).unlink(missing_ok=True)
         self._note_code(folder)
-        return folder
 
     def _note_code(self, folder: Path) -> None:
         """Write down under which code and libraries the work in `folder` was begun and goes on."""
@@ -140,13 +159,16 @@ class Run:
         return _kept(self._scratch)
 
     def shorter(self, key: str, output: str) -> tuple[Path | None, str]:
-        """The file `output` of the result in dvc.lock, if that differs from this run in a smaller `key` alone.
+        """The file `output` of the result in dvc.lock, if its run was this one but for a smaller `key`.
 
-        key: a number in params.yaml, such as train.images. Returns (file in DVC's cache, ""), or (None, why not), with
-        an empty reason if other parameters differ, so that nobody expects it. A result that was begun under other code
-        or libraries than it ended with is not continued: the longer one would be of both.
+        key: a number in params.yaml, such as train.images. Returns (file in DVC's cache, ""), or (None, reason); the
+        reason is empty if other parameters differ, since nobody expects to extend such a result. A result of mixed code
+        or libraries is never extended.
         """
-        cached = cached_outputs(self.declared.stage)
+        try:
+            cached = cached_outputs(self.declared.stage)
+        except UserError as error:  # no DVC here, or a damaged cache
+            return None, str(error)
         note, made = cached.get(self.declared.record.as_posix()), cached.get(output)
         if note is None or made is None:
             return None, ""
@@ -212,6 +234,11 @@ class Run:
         """
         self._computed |= {f"{folder}/{shard['file']}": shard["sha256"] for part in shards.values() for shard in part}
 
+    def also_read(self, paths: Iterable[Path]) -> None:
+        """Record files from outside the repository that no parameter names, by their names and digests."""
+        if distributed.is_main():
+            self._elsewhere |= {path.name: sha256(path) for path in paths}
+
     def check(self) -> None:
         """Compare inputs hashed so far with the records of their stages; raises UserError if one is damaged."""
         if distributed.is_main():
@@ -229,7 +256,7 @@ class Run:
         absent = [str(path) for path in made if not self.output(path).exists()]
         if absent:
             raise RuntimeError(f"the {self.declared.stage} stage has not written {', '.join(absent)}")
-        inputs, outputs = self._inputs.digests(), self._output_digests(made)
+        inputs, outputs = self._inputs.digests() | self._elsewhere, self._output_digests(made)
         record = Record(
             self.declared.stage, self._began, self._code, versions(), inputs, outputs, earlier_code=self._earlier_code
         )
@@ -296,21 +323,6 @@ def _alone(stage: str) -> Iterator[None]:
             yield
     except Timeout as error:
         raise UserError(f"another {stage} stage runs in this folder; wait until it ends, or stop it.") from error
-
-
-@contextlib.contextmanager
-def _held(folder: Path) -> Iterator[None]:
-    """Hold a scratch folder; waits for a run in another copy of the repository that works on the same."""
-    lock = _lock_of(folder)
-    try:
-        lock.acquire(blocking=False)
-    except Timeout:
-        print(f"another copy of the repository works in {folder}; waiting until it ends", flush=True)
-        lock.acquire(poll_interval=1)
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def _lock_of(folder: Path) -> FileLock:

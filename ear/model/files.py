@@ -40,21 +40,32 @@ def load_model(path: str | Path, weights: str | None = None) -> tuple[Autoregres
     averaging). Only for checkpoints.
     Raises MissingFileError; UserError for another format, other `weights`, or tensors that do not fit the shape.
     """
-    path = Path(path) / FILE if Path(path).is_dir() else path
-    description = read_description(path)
-    part = ""
+    path = Path(path) / FILE if Path(path).is_dir() else Path(path)
+    description, part = read_description(path), ""
     if about := description.get("about"):
         description, part = about, f"{weights or _CHOICES[0]}."
         if weights not in (None, *_CHOICES):
             raise UserError(f"weights is {weights!r}, but must be {', '.join(_CHOICES[:-1])} or {_CHOICES[-1]}.")
     elif weights is not None:
         raise UserError(f"{path} is no checkpoint of a training, so it has only one set of weights; omit `weights`.")
+    _check_format(path, description)
+    return model_of(read_part(path, part), description, path), description
+
+
+def load_shape(path: str | Path) -> tuple[Shape, dict]:
+    """(shape, description) of a file written by `save_model`, without its weights; raises as `load_model` does."""
+    description = read_description(path)
+    _check_format(path, description)
+    with reading(path, "description of a model", "train it again"):
+        return Shape.from_dict(description["shape"]), description
+
+
+def _check_format(path: str | Path, description: dict) -> None:
     if description.get("format") != FORMAT:
         raise UserError(
             f"{path} has format {description.get('format')!r}, but must have {FORMAT!r}; give a model file of ear, or "
             "a checkpoint of the train or finetune stage."
         )
-    return model_of(read_part(path, part), description, path), description
 
 
 def model_of(tensors: dict, description: dict, origin: str | Path) -> AutoregressiveModel:

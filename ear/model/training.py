@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ear import config
+from ear.config.checks import check_shares
 from ear.display.live import Live
 from ear.files.atomic import link, whole_folder
 from ear.files.json_files import rounded, write_json
@@ -27,7 +28,7 @@ from ear.scores.score import Loss
 from ear.training import checkpoint
 from ear.training.ema import Average
 from ear.training.optimizer import Group, MuonAdamW, adamw, schedule
-from ear.training.trainer import History, Saving, Trainer, Validation, check_shares
+from ear.training.trainer import History, Saving, Trainer, Validation
 
 _VALIDATION_IMAGES = 4096  # at most; held-out shards are stored shuffled
 _CODEBOOK_IMAGES = 4096  # training images, at most, that a codebook is fitted on

@@ -13,7 +13,8 @@ from torch.utils.checkpoint import checkpoint
 
 from ear import config
 from ear.model.tokens import pick
-from ear.scores.modulated_mlp import NORM_EPS
+
+_NORM_EPS = 1e-6  # of every layer norm
 
 
 class Cache:
@@ -83,9 +84,9 @@ class Block(nn.Module):
         super().__init__()
         width, dropout = options.width, options.dropout
         hidden = round(width * options.mlp_ratio)
-        self.attention_norm = nn.LayerNorm(width, eps=NORM_EPS)
+        self.attention_norm = nn.LayerNorm(width, eps=_NORM_EPS)
         self.attention = Attention(options)
-        self.mlp_norm = nn.LayerNorm(width, eps=NORM_EPS)
+        self.mlp_norm = nn.LayerNorm(width, eps=_NORM_EPS)
         self.mlp = nn.Sequential(
             nn.Linear(width, hidden), nn.GELU(), nn.Dropout(dropout), nn.Linear(hidden, width), nn.Dropout(dropout)
         )
@@ -103,7 +104,7 @@ class Transformer(nn.Module):
     def __init__(self, options: config.Model):
         super().__init__()
         self.blocks = nn.ModuleList(Block(options) for _ in range(options.depth))
-        self.norm = nn.LayerNorm(options.width, eps=NORM_EPS)
+        self.norm = nn.LayerNorm(options.width, eps=_NORM_EPS)
         self.checkpointing = False  # recompute each block in the backward pass instead of keeping its activations
 
     def caches(self, capacity: int) -> list[Cache]:

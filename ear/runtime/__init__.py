@@ -1,4 +1,5 @@
 """Where and how code runs: devices, processes (torch.distributed), shards on an executor, random numbers.
 
-Results do not depend on how many processes share the work; random numbers are functions of a seed and a position.
+Any number of processes sees the same batches and random numbers, which are functions of a seed and a position; only
+sums round slightly differently.
 """

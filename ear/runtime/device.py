@@ -16,7 +16,7 @@ from ear.runtime import distributed
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # parameters of mallopt
 _LARGEST_THRESHOLD = 32 * 2**20  # bytes, that glibc accepts: larger arrays are mapped and returned
-# The first name that a device's contains counts.
+# The first key that the device's name contains wins.
 _PEAKS = {"H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12, "A100": 312e12}
 
 

@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import timedelta
 from typing import Any, TypeVar
 
+from ear.errors import UserError
+
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 _alone = contextvars.ContextVar("alone", default=False)
@@ -55,11 +57,16 @@ def group() -> Iterator[None]:
     """Connect all ranks (gloo for CPU tensors, NCCL for CUDA tensors), and disconnect them in any case.
 
     An exception that leaves the block is re-raised on the rank that failed first. It breaks the connections, so the
-    other ranks fail too, with FailedElsewhere. Raises ConnectionError if a rank disappeared without an exception.
+    other ranks fail too, with FailedElsewhere. Raises ConnectionError if a rank disappeared without an exception,
+    UserError if there is a world size but no address to meet at.
     """
     if size() == 1:
         yield
         return
+    if "MASTER_ADDR" not in os.environ:
+        raise UserError(
+            f"WORLD_SIZE is {size()}, but MASTER_ADDR is not set; start the stage with torchrun, or unset WORLD_SIZE."
+        )
     import torch
     from torch import distributed
 

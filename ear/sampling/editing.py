@@ -56,7 +56,7 @@ def inpaint_with(
     batch_size: int = 64,
 ) -> np.ndarray:
     """As `inpaint`, by a model that is loaded already."""
-    classes = np.asarray(sampler.labels(labels))
+    classes, images, mask = np.asarray(sampler.labels(labels)), np.asarray(images), np.asarray(mask)
     _check(sampler, images, mask, len(classes))
     drawn = masked_tokens(mask, sampler.tokenizer.downsample * sampler.model.patch)
     result = np.empty_like(images)

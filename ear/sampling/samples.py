@@ -39,7 +39,7 @@ def create(
         partial.open("w+b") as raw,
         h5py.File(raw, "w", libver="latest") as file,
     ):
-        _claim(raw, partial, int(np.prod(shape)) + 4 * len(labels) + _HEADER)
+        _claim(raw, Path(path), int(np.prod(shape)) + 4 * len(labels) + _HEADER)
         file.attrs["format"] = FORMAT
         file.attrs["sampling"] = json.dumps(sampling, sort_keys=True)
         file["labels"] = np.asarray(labels, dtype="int32")

@@ -23,12 +23,12 @@ _INIT_SD = 0.02
 class Schedule(nn.Module):
     """Tables of a Gaussian diffusion, float32 [T], computed in float64 from its cumulative signal levels."""
 
-    signal: Tensor
-    noise: Tensor
+    signal: Tensor  # sqrt(alpha_bar): x_t = signal * x_0 + sigma * noise
+    sigma: Tensor  # sqrt(1 - alpha_bar)
     log_beta: Tensor
-    log_variance: Tensor
-    of_data: Tensor
-    of_noised: Tensor
+    log_posterior: Tensor  # logarithm of the variance of x_{t-1} given x_t and x_0
+    weight_of_data: Tensor  # mean of x_{t-1} = weight_of_data * x_0 + weight_of_noised * x_t
+    weight_of_noised: Tensor
 
     def __init__(self, alpha_bar: Tensor):
         super().__init__()
@@ -38,13 +38,12 @@ class Schedule(nn.Module):
         self.steps = len(alpha_bar)
         tables = {
             "signal": alpha_bar.sqrt(),
-            "noise": (1 - alpha_bar).sqrt(),
+            "sigma": (1 - alpha_bar).sqrt(),
             "log_beta": beta.log(),
             # The posterior variance of the first step is 0, so its logarithm is taken from the second step.
-            "log_variance": torch.cat([variance[1:2] if len(variance) > 1 else beta, variance[1:]]).log(),
-            # Posterior mean of x_{t-1} = of_data * x_0 + of_noised * x_t.
-            "of_data": beta * before.sqrt() / (1 - alpha_bar),
-            "of_noised": (1 - before) * (1 - beta).sqrt() / (1 - alpha_bar),
+            "log_posterior": torch.cat([variance[1:2] if len(variance) > 1 else beta, variance[1:]]).log(),
+            "weight_of_data": beta * before.sqrt() / (1 - alpha_bar),
+            "weight_of_noised": (1 - before) * (1 - beta).sqrt() / (1 - alpha_bar),
         }
         for name, table in tables.items():
             self.register_buffer(name, table.float(), persistent=False)
@@ -123,7 +122,7 @@ class HyvarinenScore(Score):
         time = integers(TRAINING_STEPS, (len(target),), source, device)
         noise = normal(target.shape, source, device)
         schedule = self.training_schedule
-        noised = _at(schedule.signal, time) * target + _at(schedule.noise, time) * noise
+        noised = _at(schedule.signal, time) * target + _at(schedule.sigma, time) * noise
         predicted, fraction = self.predict(noised, time, embedded)
         with torch.autocast(device.type, enabled=False):
             error = (noise - predicted).square().mean(-1)
@@ -135,10 +134,10 @@ class HyvarinenScore(Score):
     ) -> Tensor:
         """KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)) in bits per channel [N]; 0 at the first step."""
         schedule = self.training_schedule
-        true_mean = _at(schedule.of_data, time) * target + _at(schedule.of_noised, time) * noised
-        denoised = (noised - _at(schedule.noise, time) * predicted) / _at(schedule.signal, time)
-        mean = _at(schedule.of_data, time) * denoised + _at(schedule.of_noised, time) * noised
-        true_log, model_log = _at(schedule.log_variance, time), _log_variance(schedule, time, fraction)
+        true_mean = _at(schedule.weight_of_data, time) * target + _at(schedule.weight_of_noised, time) * noised
+        denoised = (noised - _at(schedule.sigma, time) * predicted) / _at(schedule.signal, time)
+        mean = _at(schedule.weight_of_data, time) * denoised + _at(schedule.weight_of_noised, time) * noised
+        true_log, model_log = _at(schedule.log_posterior, time), _log_variance(schedule, time, fraction)
         ratio = (true_log - model_log).exp() + (true_mean - mean).square() * (-model_log).exp()
         divergence = 0.5 * (model_log - true_log + ratio - 1)
         return torch.where(time > 0, divergence.mean(-1) / math.log(2), 0.0)
@@ -171,12 +170,12 @@ class HyvarinenScore(Score):
 def _step(
     schedule: Schedule, x: Tensor, noise: Tensor, fraction: Tensor, step: int, limit: float
 ) -> tuple[Tensor, Tensor]:
-    """Mean and log-variance of x_{t-1} given x_t and the predicted noise."""
+    """x = x_t, predicted noise and fraction [N, D] => mean and log-variance of x_{t-1}, [N, D] each."""
     time = torch.full((1,), step, device=x.device)  # the same for all rows
-    denoised = (x - _at(schedule.noise, time) * noise) / _at(schedule.signal, time)
+    denoised = (x - _at(schedule.sigma, time) * noise) / _at(schedule.signal, time)
     if limit:
         denoised = denoised.clamp(-limit, limit)
-    mean = _at(schedule.of_data, time) * denoised + _at(schedule.of_noised, time) * x
+    mean = _at(schedule.weight_of_data, time) * denoised + _at(schedule.weight_of_noised, time) * x
     return mean, _log_variance(schedule, time, fraction)
 
 
@@ -187,7 +186,7 @@ def _at(table: Tensor, time: Tensor) -> Tensor:
 
 def _log_variance(schedule: Schedule, time: Tensor, fraction: Tensor) -> Tensor:
     """Interpolate log-variances between the posterior's (fraction 0) and beta's (fraction 1)."""
-    return fraction * _at(schedule.log_beta, time) + (1 - fraction) * _at(schedule.log_variance, time)
+    return fraction * _at(schedule.log_beta, time) + (1 - fraction) * _at(schedule.log_posterior, time)
 
 
 def _sinusoids(time: Tensor) -> Tensor:

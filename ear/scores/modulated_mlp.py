@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-NORM_EPS = 1e-6  # of every layer norm in heads and transformer
+_NORM_EPS = 1e-6  # of every layer norm
 
 
 class ModulatedBlock(nn.Module):
@@ -19,7 +19,7 @@ class ModulatedBlock(nn.Module):
 
     def __init__(self, width: int):
         super().__init__()
-        self.norm = nn.LayerNorm(width, eps=NORM_EPS)
+        self.norm = nn.LayerNorm(width, eps=_NORM_EPS)
         self.mlp = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
         self.modulation = nn.Linear(width, 3 * width)
 
@@ -62,7 +62,7 @@ class ModulatedMLP(nn.Module):
         for block, modulation in zip(self.blocks, modulations, strict=True):
             stream = block(stream, modulation, temperature)
         shift, scale = last.chunk(2, dim=-1)
-        normed = F.layer_norm(stream, stream.shape[-1:], eps=NORM_EPS) * (1 + scale) + shift
+        normed = F.layer_norm(stream, stream.shape[-1:], eps=_NORM_EPS) * (1 + scale) + shift
         # In bfloat16, differences between nearby samples lose their direction. The blocks lose some of it already; the
         # last layer computes in float32, so that the samples are not rounded once more.
         with torch.autocast(normed.device.type, enabled=False):

@@ -105,10 +105,10 @@ class SampleBasedScore(Score):
         return pairwise_loss(samples, targets, self.distance, temperature=temperature, pairs=self.pairs)
 
     def references(self, tokens: Tensor, temperature: float) -> dict[str, float]:
-        """The loss of an untrained head, which outputs 0, and of the prediction that knows only the position.
+        """Losses to compare with, from tokens [images, L, D].
 
-        The latter draws from the tokens at that position: twice the attraction E d(y, y') of independent y, y' minus
-        `temperature` times their repulsion, which is as large. It needs two images.
+        untrained_loss: of a head that outputs 0, 2 E d(y, 0). context_free_loss: of drawing from the tokens of all
+        images at the same position, (2 - temperature) E d(y, y') with y and y' from different images; it needs two.
         """
         tokens = tokens.float()
         untrained = 2 * self.distance(tokens, torch.zeros_like(tokens)).mean().item()

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 
 from ear import config
+from ear.config.checks import check_shares
 from ear.data.images import to_signed
 from ear.data.prepared import PreparedImages
 from ear.display.live import Live
@@ -18,7 +19,7 @@ from ear.tokenizer.critic import CriticTraining, PatchCritic
 from ear.tokenizer.loss import AutoencoderLoss, Terms
 from ear.training.ema import Average
 from ear.training.optimizer import Group, adamw, schedule
-from ear.training.trainer import History, Saving, Trainer, Validation, check_shares
+from ear.training.trainer import History, Saving, Trainer, Validation
 
 _WARMUP = 0.05  # share of the images
 _PARTS = 10  # checkpoints and validations per training

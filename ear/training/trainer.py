@@ -16,6 +16,7 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor, nn
 
+from ear.config.checks import check_shares
 from ear.display.live import Live
 from ear.display.progress import Progress
 from ear.errors import UserError
@@ -49,7 +50,7 @@ class History:
 
 @dataclass(frozen=True, kw_only=True)
 class Saving:
-    """Where checkpoints are written, and how often, in images; the newest one replaces those before it."""
+    """Where checkpoints are written, and how often, in images; the newest two are kept."""
 
     folder: Path
     interval: int
@@ -127,7 +128,8 @@ class Trainer(Generic[Network]):
     ) -> None:
         """Train until `total_images` (rounded up to full steps) have been seen, starting from the newest checkpoint.
 
-        The last checkpoint is that of any other moment in a longer training: from it, more images can follow.
+        The last checkpoint is written before the closing log row and validation, so a longer training that resumes from
+        it ends in the same bytes as one that never stopped.
         Raises UserError if a gradient is not finite: the weights stop changing at that step, and the error follows with
         the next log row or checkpoint. Raises InterruptedError if, before the last step, any rank receives SIGTERM,
         SIGINT or SIGHUP, after writing a checkpoint.
@@ -155,6 +157,7 @@ class Trainer(Generic[Network]):
                 progress.advance(self.images - before, note=self._note())
                 if stop and not last:
                     self.finish_saving()
+                    distributed.barrier()  # a launcher soon kills the others once one has ended
                     raise InterruptedError(
                         f"{title} was stopped by {stop} after {self.images} images, with a checkpoint; run it again to "
                         "resume."
@@ -343,28 +346,6 @@ class Trainer(Generic[Network]):
             weights = module.state_dict().values()
             if not is_sharded(weights):
                 distributed.copy_from_main(weights)
-
-
-def check_shares(
-    global_batch_size: int,
-    micro_batch_size: int,
-    processes: int,
-    keys: tuple[str, str] = ("global_batch_size", "micro_batch_size"),  # what the user calls them
-) -> None:
-    """Raise UserError, with a fix, if ranks cannot share the micro-batches of a global batch evenly."""
-    batch, micro = keys
-    each, rest = divmod(global_batch_size, processes)
-    if rest:
-        raise UserError(
-            f"{batch} is {global_batch_size}, which {processes} processes cannot share evenly; make {batch} a multiple "
-            f"of {processes}, or use another number of processes."
-        )
-    if each % micro_batch_size:
-        fitting = max(size for size in range(1, min(micro_batch_size, each) + 1) if each % size == 0)
-        raise UserError(
-            f"{micro} is {micro_batch_size}, but must divide {each}, the part of each of {processes} process(es) in a "
-            f"global batch of {global_batch_size}; set it to {fitting} or another divisor of {each}."
-        )
 
 
 def _crossed(before: int, after: int, interval: int) -> bool:

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from ear.commands import describe
+from ear.commands import costs, describe
 from ear.commands.cli import main
 from ear.config.compose import compose
 from ear.config.document import to_yaml
@@ -45,6 +45,8 @@ def test_description_from_parameters_alone(folder, monkeypatch, capsys):
 
 
 def test_only_an_autoencoder_that_is_trained_costs_training(folder, monkeypatch, capsys):
+    monkeypatch.setattr(costs, "training_flops", lambda *_: {"forward and backward": 1})  # seconds each, and
+    monkeypatch.setattr(costs, "sampling_flops", lambda *_: {"all": 1})  # not asked for here
     imported = ["preset=imagenet256_base_smoke", "data.path=/images", "tokenizer.weights=/kl.ckpt", "sample.steps=2"]
     for name, trained in (("published", False), ("kl", True)):
         (folder / "params.yaml").write_text(to_yaml(compose([*imported, f"tokenizer.name={name}"]), "test"))

@@ -100,10 +100,18 @@ def test_of_folders_only_the_files_that_are_read_are_inputs(perceptual_folder, t
     """Else a download into torch's folder during a training would be a changed input."""
     folders = (f"tokenizer.perceptual_folder={perceptual_folder}", "tokenizer.perceptual_weight=1")
     parameters = compose(["preset=folder64", "data.path=/images", *folders])
-    assert config.named_files(parameters, ["tokenizer"]) == perceptual.files(perceptual_folder)
+    assert config.named_files(parameters, "tokenizer") == perceptual.files(perceptual_folder)
     parameters = compose(["tokenizer.name=diffusers", f"tokenizer.weights={tmp_path}"])
-    names = {path.name for path in config.named_files(parameters, ["tokenizer"])}
+    names = {path.name for path in config.named_files(parameters, "tokenizer")}
     assert names == {"config.json", "diffusion_pytorch_model.safetensors"}
+
+
+def test_a_file_is_missed_by_the_stage_that_reads_it():
+    """The finetune stage depends on the section train, but never reads published weights."""
+    parameters = compose(["train.weights=/absent.pth"])
+    assert list(missing_files(parameters, {"train", "finetune"})) == ["train.weights"]
+    assert missing_files(parameters, {"finetune", "sample"}) == {}
+    assert config.named_files(parameters, "finetune") == []
 
 
 def test_presets_describe_themselves():

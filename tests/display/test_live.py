@@ -30,6 +30,17 @@ def test_rows_grow_and_a_resumed_training_drops_those_that_it_will_write_again(t
     assert read_rows(tmp_path / TRAINING) == []
 
 
+def test_a_disk_that_refuses_rows_is_told_once_and_ends_nothing(tmp_path, capsys):
+    (tmp_path / "live").write_text("a file where the folder would be")
+    shown = Live(tmp_path / "live/train")
+    shown.begin(0, {})
+    shown.training(ROW)
+    shown.validation({"images": 64, "loss": 2.0})
+    said = capsys.readouterr().out
+    assert said.startswith(f"note: {tmp_path}/live/train cannot be written (")
+    assert said.count("note: ") == 1
+
+
 def test_a_line_that_is_being_written_is_not_read(tmp_path):
     shown = Live(tmp_path)
     shown.begin(0, {})

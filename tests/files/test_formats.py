@@ -1,9 +1,12 @@
 """JSON, tables and tensors: readable, byte-reproducible, damaged files named."""
 
 import errno
+import resource
+import signal
 import subprocess
 import sys
 
+import processes
 import pytest
 import torch
 
@@ -60,11 +63,12 @@ def test_tensors_have_the_same_bytes_in_every_process(tmp_path):
         "from ear.files.tensors import write_tensors\n"
         "write_tensors(sys.argv[1], {'b': torch.arange(3), 'a': torch.ones(2, 2)}, {'x': 1, 'y': [2], 'z': 'text'})\n"
     )
-    for name in ("first", "second"):
-        subprocess.run([sys.executable, "-c", program, str(tmp_path / name)], check=True)
+    subprocess.run([sys.executable, "-c", program, str(tmp_path / "first")], check=True)
+    description = {"x": 1, "y": [2], "z": "text"}
+    write_tensors(tmp_path / "second", {"b": torch.arange(3), "a": torch.ones(2, 2)}, description)
     assert sha256(tmp_path / "first") == sha256(tmp_path / "second")
-    tensors, description = read_tensors(tmp_path / "first")
-    assert description == read_description(tmp_path / "first") == {"x": 1, "y": [2], "z": "text"}
+    tensors, read = read_tensors(tmp_path / "first")
+    assert read == read_description(tmp_path / "first") == description
     assert torch.equal(tensors["b"], torch.arange(3))
 
 
@@ -78,18 +82,16 @@ def test_a_file_that_was_cut_short_is_named(tmp_path):
 
 def test_a_full_disk_is_an_error_that_names_the_file(tmp_path):
     """In a process of its own, whose files may have 1,000 bytes: safetensors itself raises no OSError."""
-    code = f"""
-import resource, signal, torch
-from ear.files.tensors import write_tensors
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
-try:
-    write_tensors({str(tmp_path / "large.safetensors")!r}, {{"a": torch.zeros(10_000)}}, {{}})
-except OSError as error:
-    print(error.filename, error.strerror)
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.stdout == f"{tmp_path / 'large.safetensors'} File too large\n", done.stderr
+    path = tmp_path / "large.safetensors"
+
+    def write() -> tuple[str, str]:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+        with pytest.raises(OSError) as error:  # noqa: PT011 - its message is looked at below
+            write_tensors(path, {"a": torch.zeros(10_000)}, {})
+        return error.value.filename, error.value.strerror
+
+    assert processes.together(write, 1) == [(str(path), "File too large")]
     assert list(tmp_path.iterdir()) == []
 
 

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
@@ -19,6 +19,7 @@ from repositories import fresh
 
 from ear import config
 from ear.lineage.declaration import declarations
+from flows import serve
 from flows.form import Overrides, Stages
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -108,7 +109,27 @@ def test_the_form_has_every_key_and_stage():
     assert Stages.__metadata__[0].json_schema["items"]["enum"] == list(declarations())
 
 
+@pytest.fixture
+def refused(monkeypatch, capsys) -> Iterator[Callable[..., str]]:
+    """What `python -m flows.serve` says, in this process, when it ends at once with code 1."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.delenv("PREFECT_API_URL", raising=False)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+
+    def said(*arguments: str) -> str:
+        monkeypatch.setattr(sys, "argv", ["serve", *arguments])
+        assert serve.main() == 1
+        out, error = capsys.readouterr()
+        assert out == ""
+        return error
+
+    yield said
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
 def test_a_named_server_that_does_not_answer_is_one_line():
+    """As a program: Prefect reads its settings when it is imported."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{free.getsockname()[1]}/api"
@@ -121,22 +142,14 @@ def test_a_named_server_that_does_not_answer_is_one_line():
     )
 
 
-def test_outside_a_repository_it_says_so(tmp_path):
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "flows.serve"]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (
-        1,
-        f"serve: prefect.yaml is not in {tmp_path}; run it from the repository's root\n",
-    )
+def test_outside_a_repository_it_says_so(refused, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert refused() == f"serve: prefect.yaml is not in {tmp_path}; run it from the repository's root\n"
 
 
-def test_a_taken_port_is_one_line():
+def test_a_taken_port_is_one_line(refused):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        environment = {name: value for name, value in os.environ.items() if name != "PREFECT_API_URL"}
-        command = [sys.executable, "-m", "flows.serve", "--port", str(port)]
-        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (1, f"serve: port {port} of 127.0.0.1 is taken; give another --port\n")
+        assert refused("--port", str(port)) == f"serve: port {port} of 127.0.0.1 is taken; give another --port\n"

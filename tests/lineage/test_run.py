@@ -6,6 +6,7 @@ import threading
 import time
 from pathlib import Path
 
+import processes
 import pytest
 from filelock import FileLock
 
@@ -321,6 +322,44 @@ def test_a_run_waits_for_another_copy_at_the_same_work(tmp_path, monkeypatch, ca
         assert run.scratch({}, []) == folder
         assert ended == [True]
     assert f"another copy of the repository works in {folder}; waiting" in capsys.readouterr().out
+
+
+def test_ranks_wait_together_for_another_copy_at_the_same_work(tmp_path, monkeypatch, capfd):
+    """Turn by turn: a collective that waited for hours would end them."""
+    monkeypatch.setattr(run_module, "_TURN_SECONDS", 0.2)
+    with Run("second", dict) as run:
+        folder = run.scratch({}, [])
+
+    def work() -> Path:
+        with Run("second", dict) as run:
+            return run.scratch({}, [])
+
+    lock = FileLock(tmp_path / "work/locks" / f"second-{folder.name}", thread_local=False)
+    lock.acquire()
+    threading.Timer(3.0, lock.release).start()
+    assert processes.together(work) == [folder, folder]
+    assert capfd.readouterr().out.count(f"works in {folder}; waiting until it ends") == 1
+
+
+def test_files_from_outside_the_repository_are_recorded_by_name(tmp_path):
+    outside = tmp_path / "cache/weights.pth"
+    outside.parent.mkdir()
+    outside.write_text("published")
+    with Run("second", dict) as run:
+        run.also_read([outside])
+        for output in ("data/sum.txt", "data/metrics.json"):
+            run.output(output).write_text("{}")
+        run.publish()
+    assert Record.read(Path("data/lineage/second.json")).inputs["weights.pth"] == sha256(outside)
+
+
+def test_a_result_is_not_extended_where_dvc_names_no_cache():
+    lock = {"stages": {"second": {"cmd": "python second.py", "outs": [{"path": "data/sum.txt", "md5": "0" * 32}]}}}
+    Path("dvc.lock").write_text(json.dumps(lock))
+    with Run("second", lambda: {"second": {"scale": 2}}) as run:
+        found, reason = run.shorter("second.scale", "data/sum.txt")
+    assert found is None
+    assert reason.startswith("DVC names no cache here")
 
 
 def test_a_second_run_of_the_stage_is_refused():

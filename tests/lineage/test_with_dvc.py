@@ -3,11 +3,17 @@
 import contextlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner, Result
+
+from ear.commands.cli import main
+from ear.errors import UserError
+from ear.lineage.cache import cached_outputs
 
 ROOT = Path(__file__).parents[2]
 DVC = """
@@ -79,8 +85,8 @@ def dvc(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
     return run(sys.executable, "-m", "dvc", *arguments, **environment)
 
 
-def verify(*options: str) -> subprocess.CompletedProcess:
-    return run(sys.executable, "-m", "ear", "verify", *options)
+def verify(*options: str) -> Result:
+    return CliRunner().invoke(main, ["verify", *options])
 
 
 def set_parameters(numbers: int = 4, total: int = 1) -> None:
@@ -136,7 +142,7 @@ def test_going_back_to_earlier_parameters_starts_no_program():
     set_parameters()
     assert dvc("repro").returncode == 0
     assert (ran(), metrics()) == ([], {"total": 6})
-    assert verify().returncode == 0
+    assert verify().exit_code == 0
 
 
 def test_an_edit_during_a_stage_is_never_recorded():
@@ -149,7 +155,7 @@ def test_an_edit_during_a_stage_is_never_recorded():
     assert not Path("data/total/total.txt").exists()
     assert dvc("repro").returncode == 0
     assert metrics() == {"total": 42}
-    assert verify().returncode == 0
+    assert verify().exit_code == 0
 
 
 def flip(path: str) -> None:
@@ -163,7 +169,7 @@ def flip(path: str) -> None:
 def test_a_flipped_byte_is_named_and_made_again():
     flip("data/numbers/3.txt")
     told = verify()
-    assert told.returncode == 1
+    assert told.exit_code == 1
     assert "numbers: data/numbers/3.txt is damaged" in told.stdout
     set_parameters(total=2)
     done = dvc("repro")
@@ -174,7 +180,7 @@ def test_a_flipped_byte_is_named_and_made_again():
     assert done.returncode == 0, done.stderr
     assert Path("data/numbers/3.txt").read_text() == "3"
     assert metrics() == {"total": 12}
-    assert verify().returncode == 0
+    assert verify().exit_code == 0
 
 
 @pytest.mark.parametrize("damage", ["a digest", "half a file"])
@@ -185,19 +191,33 @@ def test_a_damaged_record_is_named_and_its_good_outputs_stay(damage):
     path.unlink()  # DVC's cache shares the file
     path.write_text(content.replace(digest, digest[::-1]) if damage == "a digest" else content[:40])
     told = verify()
-    assert told.returncode == 1
+    assert told.exit_code == 1
     assert "numbers: data/lineage/numbers.json is damaged: not what the stage wrote" in told.stdout
     assert "3.txt" not in told.stdout
     assert "deleted data/lineage/numbers.json;" in verify("--repair").stdout
     assert Path("data/numbers/3.txt").read_text() == "3"
     assert dvc("repro").returncode == 0
-    assert verify().returncode == 0
+    assert verify().exit_code == 0
+
+
+def test_a_damaged_list_of_files_in_the_cache_is_deleted(capsys):
+    """As a power failure leaves it: cut short."""
+    listing = next(Path(".dvc/cache/files/md5").rglob("*.dir"))
+    content = listing.read_bytes()
+    listing.unlink()
+    listing.write_bytes(content[:20])
+    shutil.rmtree("data/numbers")
+    with pytest.raises(UserError, match=r"\.dir is not a readable list of files .*ear verify --repair"):
+        cached_outputs("numbers")
+    assert f"deleted {listing.absolute()};" in verify("--repair").stdout
+    assert dvc("repro").returncode == 0
+    assert verify().exit_code == 0
 
 
 def test_a_file_that_no_stage_wrote_is_named():
     Path("data/numbers/more.txt").write_text("9")
     told = verify()
-    assert told.returncode == 1
+    assert told.exit_code == 1
     assert "numbers: data/numbers/more.txt was not written by the stage" in told.stdout
     assert "numbers: data/numbers is not what dvc.lock lists" in told.stdout
     assert "deleted" not in verify("--repair").stdout
@@ -209,7 +229,7 @@ def test_a_lock_with_other_parameters_than_the_stage_saw_is_named():
     assert lock.count("total: 1\n") == 1
     Path("dvc.lock").write_text(lock.replace("total: 1\n", "total: 8\n"))
     told = verify()
-    assert told.returncode == 1
+    assert told.exit_code == 1
     assert "total: dvc.lock has other parameters than the stage saw (total: 1, now 8)" in told.stdout
 
 
@@ -228,7 +248,7 @@ def test_code_that_dvc_lists_but_the_stage_did_not_run_is_a_note():
         file.write("# edited after the last look of the stage\n")
     assert dvc("commit", "--force", "total").returncode == 0
     told = verify()
-    assert told.returncode == 0
+    assert told.exit_code == 0
     assert "note: dvc.lock lists total_stage.py as they are now, but total ran with others" in told.stdout
     assert "numbers ran with" not in told.stdout
 
@@ -237,10 +257,10 @@ def test_a_replaced_file_that_a_parameter_names_is_a_problem():
     """DVC tracks its name alone."""
     Path("weights.pth").write_text("published")
     assert dvc("repro", "--force", "total").returncode == 0
-    assert verify().returncode == 0
+    assert verify().exit_code == 0
     Path("weights.pth").write_text("others")
     told = verify()
-    assert told.returncode == 1
+    assert told.exit_code == 1
     assert "total: weights.pth is not the file that it read; put that file back, or read this one with" in told.stdout
 
 
@@ -253,7 +273,7 @@ def test_a_failed_stage_is_restored_by_the_flow(repository):
     restored = flow_repository.restore("total")
     assert sorted(restored) == ["data/lineage/total.json", "data/total/metrics.json", "data/total/total.txt"]
     assert metrics() == {"total": 6}
-    assert verify().returncode == 0
+    assert verify().exit_code == 0
 
 
 def test_two_clones_have_equal_locks(tmp_path):

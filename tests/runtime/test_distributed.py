@@ -11,6 +11,7 @@ import torch
 from processes import together
 
 from ear.display.progress import Progress
+from ear.errors import UserError
 from ear.runtime import distributed
 
 ROOT = Path(__file__).parents[2]
@@ -113,6 +114,13 @@ def test_only_the_main_process_reports_progress(monkeypatch, capsys):
         with Progress("work", 3) as progress:
             progress.advance(3)
         assert capsys.readouterr().out.count("work: 3/3") == lines
+
+
+def test_a_world_size_that_a_shell_has_left_is_one_sentence(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    with pytest.raises(UserError, match=r"^WORLD_SIZE is 2, but MASTER_ADDR is not set; .* unset WORLD_SIZE\."):
+        distributed.group().__enter__()
 
 
 def test_launched_processes_end_when_one_is_killed(tmp_path):

@@ -17,6 +17,7 @@ from distributed import Client
 from ear.runtime import executor
 
 ROOT = Path(__file__).parents[2]
+CLUSTER = 2  # workers
 
 
 def halve(shard: int, folder: Path) -> int:

@@ -137,6 +137,7 @@ def test_orders_start_with_the_masked_tokens():
         (lambda i, m, n: (i, m & (np.arange(4) != 1)[:, None, None], n), "mask 1 is false everywhere"),
         (lambda i, m, n: (i, m, [0, 1, 2, "x"]), "label 'x' is none of the model's 3 classes"),
         (lambda i, m, n: (i, m, [0, 1]), "2 labels need"),
+        (lambda i, m, n: ([*i], [[True]], n), r"mask is bool \(1, 1\)"),
     ],
 )
 def test_mistakes_are_one_sentence(data, change, words):

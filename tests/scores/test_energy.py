@@ -211,9 +211,9 @@ def test_guidance_extrapolates_the_hidden_state():
 
 @pytest.fixture(scope="module")
 def trained() -> EnergyScore:
-    """With four samples per token; tests/scores/test_scores.py trains with two, as published."""
+    """With two samples per token, as published."""
     torch.set_num_threads(1)  # before `one_thread`, which is a fixture of single tests
-    return toy.fit(head(samples=4))
+    return toy.fit(head())
 
 
 def test_head_recovers_a_conditional_mixture(one_thread, trained):
@@ -231,7 +231,7 @@ def test_alpha_two_collapses_to_the_mean(one_thread):
 
 def test_low_training_temperature_narrows_the_forecast(one_thread, trained):
     """Training temperature below 1 is improper: it sharpens."""
-    sharp = toy.fit(head(samples=4), temperature=0.8)
+    sharp = toy.fit(head(), temperature=0.8)
     assert toy.judge(sharp, 1.0).spread < 0.95 * toy.judge(trained, 1.0).spread
 
 

@@ -9,7 +9,6 @@ import math
 import numpy as np
 import pytest
 import torch
-import toy
 from factories import score_options
 
 from ear import scores
@@ -171,8 +170,3 @@ def test_energy_sees_the_weights_of_far_modes():
     exact = 2 * (24 / 480) * (p.cumsum(0) - q.cumsum(0)).square().sum()  # twice the integral of squared differences
     assert regret > 3
     torch.testing.assert_close(regret, exact, rtol=1e-4, atol=0)
-
-
-def test_intervals_of_a_trained_mixture_cover_as_they_should(one_thread):
-    """Calibration: the central 80% of its samples holds 80% of the truth, along the line of the modes."""
-    assert 0.74 < toy.coverage(toy.fit(toy.head("logarithmic", components=4)), 1.0) < 0.86

@@ -32,14 +32,16 @@ TOY = {  # options beside those of factories.score_options
 }
 
 
-@pytest.mark.parametrize("name", scores.SCORES)
+@pytest.mark.parametrize("name", [name for name in scores.SCORES if name != "energy"])  # which is in test_energy.py
 def test_head_recovers_a_conditional_mixture(one_thread, name):
     steps = 1000 if name == "hyvarinen" else 600
     trained = toy.fit(head(name, **TOY.get(name, {})), steps=steps)
     for condition in (-1.0, 1.0):
         figures = toy.judge(trained, condition, count=2000)
-        assert figures.squared_energy_distance < (0.015 if name == "energy" else 0.02), figures
+        assert figures.squared_energy_distance < 0.02, figures
         assert figures.weight_error < 0.06, figures
+    if name == "logarithmic":  # calibration: the central 80% of its samples holds 80% of the truth
+        assert 0.74 < toy.coverage(trained, 1.0) < 0.86
 
 
 @pytest.mark.parametrize("covariance", ["diagonal", "full"])
@@ -284,7 +286,9 @@ def test_cosine_schedule_and_posterior_tables():
     schedule = hyvarinen.Schedule(alpha_bar)
     # The posterior mean of a fixed point is the point: x_0 = x_t = 0 aside, weights keep the signal level.
     before = torch.cat([torch.ones(1, dtype=DOUBLE), alpha_bar[:-1]])
-    assert torch.allclose(schedule.of_data + schedule.of_noised * schedule.signal, before.sqrt().float(), atol=1e-6)
+    assert torch.allclose(
+        schedule.weight_of_data + schedule.weight_of_noised * schedule.signal, before.sqrt().float(), atol=1e-6
+    )
 
 
 def test_respaced_steps_span_the_training_steps():
@@ -332,10 +336,10 @@ class ExactGaussian(hyvarinen.HyvarinenScore):
         times, s = self.sampling_schedule(100, time.device)
         step = int((times == time[0]).nonzero()[0])
         level = (s.signal[step] ** 2).item()
-        of_data, remaining = s.of_data[step].item(), 1 - level
+        of_data, remaining = s.weight_of_data[step].item(), 1 - level
         given = 0.16 * remaining / (level * 0.16 + remaining)  # variance of x_0 given x_t
-        log = math.log(max(math.exp(s.log_variance[step].item()) + of_data**2 * given, 1e-30))
-        low, high = s.log_variance[step].item(), s.log_beta[step].item()
+        log = math.log(max(math.exp(s.log_posterior[step].item()) + of_data**2 * given, 1e-30))
+        low, high = s.log_posterior[step].item(), s.log_beta[step].item()
         return torch.full((len(time), 1), (log - low) / (high - low) if high > low else 0.0)
 
 

@@ -9,6 +9,7 @@ import torch
 from processes import kill, together
 from torch import nn
 
+from ear.config.checks import check_shares
 from ear.errors import UserError
 from ear.files.tensors import read_tensors
 from ear.files.weights import load_weights
@@ -19,7 +20,7 @@ from ear.training.ema import Average, decay_at
 from ear.training.gradients import SharedGradients
 from ear.training.means import Means
 from ear.training.optimizer import Group, MuonAdamW, adamw, orthogonalised, schedule, set_rate
-from ear.training.trainer import Saving, Trainer, Validation, check_shares
+from ear.training.trainer import Saving, Trainer, Validation
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
