@@ -1,8 +1,8 @@
 """Train the autoencoder between images and latents, import one, fit principal components, or use the identity.
 
-Reads data/prepared; writes data/tokenizer: tokenizer.safetensors (EMA weights), metrics.json for held-out images, the
-logs, and reconstructions.png (pairs of rows: held-out images above their reconstructions). A killed training resumes
-from its last checkpoint and, on CPUs, ends in the same bytes. DVC tracks the name of an imported file, not its content.
+Reads data/prepared; writes data/tokenizer: tokenizer.safetensors (EMA weights), metrics.json for held-out images, logs,
+and reconstructions.png (held-out images above their reconstructions). A killed training resumes and, on CPUs, ends in
+the same bytes. DVC tracks the name of an imported file, not its content.
 """
 
 from dataclasses import dataclass
@@ -57,7 +57,6 @@ def work(parameters: Parameters, run: Run) -> None:
     if options.name == "kl":
         check_precision(options.precision, device.type == "cuda", key="tokenizer.precision")
         judges = perceptual.files(options.perceptual_folder) if options.perceptual_weight else ()
-        run.also_read(() if options.perceptual_folder else judges)  # torch's copies, which no parameter names
         scratch = run.scratch(program.plain(parameters), ["data/prepared/index.json", *judges])
         training = train(PreparedImages("data/prepared", "train"), held_out, options, device)
         tokenizer, history = training.run(scratch, program.live("tokenizer", parameters, scratch))

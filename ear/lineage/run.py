@@ -59,7 +59,7 @@ class Run:
         self._earlier_code: tuple[Values, ...] = ()
         self._scratch: Path | None = None
         self._computed: dict[str, str] = {}
-        self._elsewhere: dict[str, str] = {}
+        self._elsewhere: dict[str, str] = {}  # name => SHA-256 of inputs that nothing declares
         self._leaving = contextlib.ExitStack()
         if not distributed.is_main():
             return
@@ -105,7 +105,8 @@ class Run:
     def scratch(self, key: Any, inputs: Iterable[str | Path] = ()) -> Path:
         """The folder for unfinished work that depends on `key` and `inputs`; all ranks share it.
 
-        key: plain values. inputs: files that identify the inputs, such as an index with digests.
+        key: plain values. inputs: files that identify the inputs, such as an index with digests. The record names those
+        from outside the repository, too, such as weights in torch's cache.
         Raises UserError if the folder holds work begun under other code or libraries and the user has not said what to
         do with it.
         """
@@ -122,7 +123,9 @@ class Run:
     def _scratch_folder(self, key: Any, inputs: Iterable[str | Path]) -> Path:
         digest = hashlib.sha256(json.dumps([_PROGRESS_FORMAT, key], sort_keys=True).encode())
         for path in inputs:
-            digest.update(sha256(path).encode())
+            digest.update((found := sha256(path)).encode())
+            if not self._inputs.expected(Path(path).as_posix()):
+                self._elsewhere[Path(path).name] = found
         folder = unfinished(self.declared.stage) / digest.hexdigest()[:16]
         folder.parent.mkdir(parents=True, exist_ok=True)
         return folder
@@ -233,11 +236,6 @@ class Run:
         shards: {split: [{"file": name, "sha256": digest, ...}]}.
         """
         self._computed |= {f"{folder}/{shard['file']}": shard["sha256"] for part in shards.values() for shard in part}
-
-    def also_read(self, paths: Iterable[Path]) -> None:
-        """Record files from outside the repository that no parameter names, by their names and digests."""
-        if distributed.is_main():
-            self._elsewhere |= {path.name: sha256(path) for path in paths}
 
     def check(self) -> None:
         """Compare inputs hashed so far with the records of their stages; raises UserError if one is damaged."""

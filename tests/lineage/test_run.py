@@ -346,11 +346,13 @@ def test_files_from_outside_the_repository_are_recorded_by_name(tmp_path):
     outside.parent.mkdir()
     outside.write_text("published")
     with Run("second", dict) as run:
-        run.also_read([outside])
+        run.scratch({}, [outside, "data/numbers/0.txt"])
         for output in ("data/sum.txt", "data/metrics.json"):
             run.output(output).write_text("{}")
         run.publish()
-    assert Record.read(Path("data/lineage/second.json")).inputs["weights.pth"] == sha256(outside)
+    inputs = Record.read(Path("data/lineage/second.json")).inputs
+    assert inputs.keys() == {"data/numbers/0.txt", "data/numbers/1.txt", "data/numbers/2.txt", "weights.pth"}
+    assert inputs["weights.pth"] == sha256(outside)
 
 
 def test_a_result_is_not_extended_where_dvc_names_no_cache():
