@@ -4,8 +4,8 @@
 
 Each is a program of its own (`python -m benchmarks.NAME --help`). Baselines are the published way of doing it; ratios
 are medians over turns, with their smallest and largest value. The last column is the share of the rate of a large
-matrix product, measured in the same run; of the data sheet's where the GPU is known. With --save, the figures are kept
-in benchmarks/results; those of a GPU in a folder with its name.
+matrix product, measured in the same run; for training on a known GPU, the share of its data sheet's rate. With --save,
+the figures are kept in benchmarks/results; those of a GPU in a folder with its name.
 """
 
 import argparse

@@ -4,7 +4,8 @@
 
 Untrained models of the presets' sizes on random latents. A step is the posterior draw, noise, dropout, forward,
 backward, clipping, optimiser, EMAs and log on one global batch. The plain loop works as published code: the head on all
-tokens, the EMA parameter by parameter, the loss read at every step.
+tokens, the EMA parameter by parameter, the loss read at every step. Its random numbers are this project's, which cost
+it more than torch's would; it trains on the posterior's means, which saves it a draw.
 Both use AdamW and take turns, so other work on the machine affects both; the median turn counts. Without --preset:
 digits or, on a CUDA device, the three published ImageNet sizes with their own precision and compilation. share_of_peak
 is the rate of the step's matrix products over that of one large product, measured here; mfu over the data sheet's.

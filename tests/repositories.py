@@ -1,6 +1,7 @@
 """Repositories of this project in a temporary folder, with parameters that make every stage take seconds."""
 
 import contextlib
+import json
 import os
 import shutil
 import subprocess
@@ -50,6 +51,11 @@ def run(*command: str, cwd: Path) -> str:
     done = subprocess.run(command, cwd=cwd, env=environment(), text=True, capture_output=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
+
+
+def committed(path: str) -> dict:
+    """A JSON file of the project's last commit: a run of the pipeline in the checkout has other figures."""
+    return json.loads(run("git", "show", f"HEAD:{path}", cwd=ROOT))
 
 
 def fresh(folder: Path) -> Path:

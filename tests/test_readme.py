@@ -2,12 +2,11 @@
 
 import importlib
 import importlib.util
-import json
 import re
-import subprocess
 from pathlib import Path
 
 import pytest
+from repositories import committed
 
 import ear
 from ear import config
@@ -73,11 +72,6 @@ def test_the_metrics_to_expect_are_those_of_the_pipeline():
         f"**rFID**, {measured['reconstruction']['rfid']:.3f}, is",
     ):
         assert text in re.sub(r"\s+", " ", readme), text
-
-
-def committed(path: str) -> dict:
-    """A JSON file of the last commit: a run of the pipeline elsewhere has other figures."""
-    return json.loads(subprocess.run(["git", "show", f"HEAD:{path}"], cwd=ROOT, capture_output=True, check=True).stdout)
 
 
 def test_parameters_exist():

@@ -3,9 +3,9 @@
 from pathlib import Path
 
 import numpy as np
+from repositories import committed
 
 import ear
-from ear.files.json_files import read_json
 
 ROOT = Path(__file__).parents[1]
 MODEL = ROOT / "models/digits.safetensors"
@@ -13,7 +13,7 @@ MODEL = ROOT / "models/digits.safetensors"
 
 def test_it_is_small_and_has_the_metrics_of_the_committed_evaluation():
     assert MODEL.stat().st_size < 10e6
-    metrics, figures = ear.load_pipeline(MODEL).metrics, read_json(ROOT / "data/evaluation/metrics.json")
+    metrics, figures = ear.load_pipeline(MODEL).metrics, committed("data/evaluation/metrics.json")
     assert metrics["FID-1k"] == figures["fid"]
     assert metrics["class_accuracy"] == figures["class_accuracy"]
 

@@ -70,7 +70,7 @@ def test_the_stages_and_their_order():
     assert list(STAGES) == ORDER
 
 
-def test_dvc_yaml_can_be_read():
+def test_dvc_yaml_fits_on_a_few_screens():
     assert len((ROOT / "dvc.yaml").read_text().splitlines()) < 200
 
 

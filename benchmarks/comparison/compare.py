@@ -64,7 +64,7 @@ Part = Literal["rules", "ablations"]
 Budget = Mapping[Part, Values]  # the keys that all runs of a part share
 PAGES: dict[Part, str] = {"rules": "scores", "ablations": "ablations"}
 
-# The training images of the digits preset, and about a third of them.
+# The training images of the digits preset, and less than half of them.
 IMAGES: dict[Part, int] = {"rules": 51_200, "ablations": 22_400}
 REFERENCE = "data/reference/metrics.json"
 RESULTS = "results.json"  # beside each page

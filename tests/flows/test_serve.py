@@ -14,7 +14,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from browser import browser_page, needs_browser
+from browser import CHROMIUM, browser_page, needs_browser
 from repositories import fresh
 
 from ear import config
@@ -69,7 +69,8 @@ def stop(program: subprocess.Popen, number: int, said: Path) -> tuple[int, list[
     return code, alive, said.read_text().splitlines()[-1]
 
 
-@pytest.mark.slow  # with a browser, the next test does the same, but for the signal
+# With a browser, the next test does the same, but for the signal.
+@(pytest.mark.slow if CHROMIUM else pytest.mark.usefixtures())
 def test_one_program_serves_all_flows_and_ends_with_its_children(tmp_path):
     with served(ROOT, tmp_path) as (program, address, said):
         assert sorted(flow["name"] for flow in ask(address, "flows")) == ["compare", "pipeline", "sweep"]

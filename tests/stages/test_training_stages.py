@@ -91,6 +91,11 @@ def contents(folder: str) -> dict[str, str]:
     return {path.name: sha256(path) for path in sorted(Path(folder).iterdir())}
 
 
+def both(work) -> None:
+    """Do the work in two processes, of which none may fail."""
+    assert together(work) == [None, None]
+
+
 def assert_close(rows: list[dict], expected: list[dict]) -> None:
     assert len(rows) == len(expected)
     for row, other in zip(rows, expected, strict=True):
@@ -101,7 +106,7 @@ def assert_close(rows: list[dict], expected: list[dict]) -> None:
 def test_two_processes_train_and_finetune_like_one(repository, options):
     """Same global batches: losses, validation and weights within float error, in both phases."""
     one, two = {}, {}
-    for result, execute in ((one, lambda work: work()), (two, together)):
+    for result, execute in ((one, lambda work: work()), (two, both)):
         for stage, folder in (("train", "data/model"), ("finetune", "data/finetuned")):
             execute(lambda stage=stage: run(stage, **options))
             result[stage] = [table(f"{folder}/{name}.tsv") for name in ("training", "validation")]
@@ -119,7 +124,7 @@ def test_two_processes_train_and_finetune_like_one(repository, options):
 def test_two_processes_train_with_muon_like_one(repository):
     """Up to rounding, which orthogonal updates make larger."""
     figures = []
-    for execute in (lambda work: work(), together):
+    for execute in (lambda work: work(), both):
         execute(lambda: run("train", **{"train.optimizer": "muon"}))
         figures.append([row["loss"] for row in table("data/model/validation.tsv")])
     assert figures[1] == pytest.approx(figures[0], rel=0.01)
@@ -150,12 +155,12 @@ def test_every_score_trains_in_two_processes(repository, score, sharded):
     changes = {"score.name": score, "score.codes": 8, "train.images": 32, "runtime.sharded": sharded}
     run("train", **changes)
     expected = table("data/model/training.tsv")
-    together(lambda: run("train", **changes))
+    both(lambda: run("train", **changes))
     assert_close(table("data/model/training.tsv"), expected)
 
 
 def test_one_process_publishes_and_speaks(repository, capfd):
-    together(lambda: run("train", **{"train.images": 32}))
+    both(lambda: run("train", **{"train.images": 32}))
     output = capfd.readouterr().out
     assert output.count("train: ") == 2  # the introduction and the last line of progress
     assert "2 steps of 16 images = 2 process(es) x 2 micro-batch(es) x 4; peak rate 0.001" in output
