@@ -22,7 +22,7 @@ from urllib.parse import quote
 
 from ear import config
 from ear.config import edit
-from ear.config.edit import PARAMETERS
+from ear.config.parameters import PARAMETERS
 from ear.errors import UserError
 from ear.files.atomic import whole_file, whole_folder
 from ear.files.reading import reading

@@ -35,7 +35,7 @@ from prefect.utilities.annotations import quote
 
 from ear import config
 from ear.config import edit
-from ear.config.edit import PARAMETERS
+from ear.config.parameters import PARAMETERS
 from ear.errors import UserError
 from ear.lineage.declaration import declarations
 from ear.lineage.run import clear_finished

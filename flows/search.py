@@ -32,14 +32,15 @@ from prefect.states import Completed, Failed
 
 from ear import config
 from ear.config import edit
-from ear.config.edit import PARAMETERS
+from ear.config.parameters import PARAMETERS
 from ear.errors import UserError
-from flows import experiments, readiness, repository
+from flows import experiments, readiness
 from flows.artifacts import only_shown
 from flows.experiments import Snapshot, experiment_name
+from flows.metrics import check_metric, find
 from flows.program import report
 from flows.repository import RepositoryError
-from flows.sweep import APART, NoNumberError, find, quiet_snapshot, run_all
+from flows.runs import APART, quiet_snapshot, run_all
 
 _STUDY = "study"
 
@@ -102,13 +103,11 @@ def search(
         for key, choice in wanted.items():  # mistakes are said before the wait for another flow
             for value in _ends(choice):
                 edit.check(PARAMETERS, {**firsts, key: value})
-        if known := repository.metrics():
-            with contextlib.suppress(NoNumberError):  # of the present parameters; other ones may have it
-                find(metric, known)
+        check_metric(metric)
         with _alone(Path(output)):
             snapshot = quiet_snapshot()
             first = snapshot.parameters(firsts)
-            wanted = {key: _typed(choice, edit.value_of(first, key)) for key, choice in wanted.items()}
+            wanted = {key: _typed(choice, config.value_of(first, key)) for key, choice in wanted.items()}
             asked = {"metric": metric, "maximize": maximize, "space": dict(space), "others": _others(first, space)}
             study = opened_study(Path(output), asked, seed)
             failures = 0

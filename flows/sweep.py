@@ -23,53 +23,32 @@ import flows.settings  # noqa: F401 - first: Prefect reads its settings when it 
 
 # isort: on
 import argparse
-import contextlib
 import csv
 import itertools
-import math
 import statistics
 import sys
-import threading
-import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from prefect import State, flow, get_run_logger, task
+from prefect import State, flow
 from prefect.artifacts import create_table_artifact
-from prefect.cache_policies import NO_CACHE
 from prefect.states import Completed, Failed
 
 from ear import config
 from ear.config import edit
-from ear.config.edit import PARAMETERS
+from ear.config.parameters import PARAMETERS
 from ear.errors import UserError
 from ear.files.atomic import whole_file
-from flows import command, experiments, readiness, repository
-from flows.artifacts import metric_rows, only_shown
-from flows.command import StoppedError
-from flows.devices import devices, needed
+from flows import experiments, readiness
+from flows.artifacts import only_shown
 from flows.experiments import Snapshot, experiment_name
+from flows.metrics import NoNumberError, check_metric, find
 from flows.program import report
 from flows.repository import RepositoryError
-from flows.turns import turn
+from flows.runs import APART, quiet_snapshot, run_all
 
-_POLL_SECONDS = 0.5
-APART = 1_000_000  # added to sample.seed, so that a point is chosen on other images than those reported
 _STATISTICS = {"mean": None, "sd": None}  # columns of the table, over seeds
-EVALUATION = "data/evaluation/metrics.json"  # a metric without a file is looked up here first
-
-
-@task(task_run_name="{name}", cache_policy=NO_CACHE)
-def run_experiment(
-    name: str, values: dict[str, Any], snapshot: Snapshot, among: list[str], stopped: threading.Event | None = None
-) -> State:
-    """Run one combination as a DVC experiment of the snapshot, on devices `among`; not once `stopped` is set."""
-    try:
-        experiments.run(name, values, snapshot=snapshot, among=among, line=get_run_logger().info, stopped=stopped)
-    except (UserError, RepositoryError, StoppedError) as error:
-        return Failed(message=str(error))
-    return Completed(message=f"`dvc exp apply {name}` brings it into the workspace")
 
 
 @flow(name="sweep")
@@ -93,9 +72,7 @@ def sweep(
         runs = grid(parameters)
         for values in runs.values():  # mistakes are said before the wait for another flow
             readiness.check(edit.check(PARAMETERS, values), readiness.reading(parameters))
-        if known := repository.metrics():
-            with contextlib.suppress(NoNumberError):  # of the present parameters; other ones may have it
-                find(metric, known)
+        check_metric(metric)
         snapshot = quiet_snapshot()
         if "sample.seed" not in parameters:
             apart = snapshot.parameters({}).sample.seed + APART
@@ -119,10 +96,6 @@ def grid(parameters: dict[str, list[Any]]) -> dict[str, dict[str, Any]]:
         raise UserError("a sweep needs at least one parameter; give SECTION.KEY and its values.")
     combinations = [dict(zip(parameters, values, strict=True)) for values in itertools.product(*parameters.values())]
     return {experiment_name(values, prefix="sweep"): values for values in combinations}
-
-
-class NoNumberError(UserError):
-    """A metric of one run is no number."""
 
 
 def compare(
@@ -151,77 +124,6 @@ def compare(
         mark_best(ordered, metric, maximize)
         save(ordered)
     return [rows[name] for name in runs]
-
-
-def quiet_snapshot() -> Snapshot:
-    """The workspace while no flow writes to it. Raises RepositoryError."""
-    with turn(get_run_logger().info):
-        return experiments.take_snapshot()
-
-
-def run_all(runs: Mapping[str, Mapping[str, Any]], snapshot: Snapshot, jobs: int = 1) -> Iterator[tuple[str, State]]:
-    """Run experiments of the snapshot, `jobs` at a time => (name, final state), as they end.
-
-    Of runs that share a training, only one is at work as long as there are others: the next ones find its model in
-    DVC's cache. Raises UserError if the devices do not suffice for `jobs`.
-    """
-    checked = [snapshot.parameters(values) for values in runs.values()]
-    among = min((devices(parameters) for parameters in checked), key=len)
-    most = min(len(among) // needed(parameters, among) for parameters in checked)
-    if not 1 <= jobs <= most:
-        raise UserError(
-            f"jobs is {jobs}, but must be 1 to {most} on this machine: each takes runtime.processes GPUs or, without "
-            "GPUs, runtime.processes x compute.threads cores; choose another number, or lower compute.threads."
-        )
-    if jobs == 1:  # in this thread, which signals reach
-        for name, values in runs.items():
-            yield name, run_experiment(name, dict(values), snapshot, among, return_state=True)
-        return
-    waiting = list(runs)
-    running: dict[str, Any] = {}
-    stopped = threading.Event()
-    try:
-        while waiting or running:
-            while waiting and len(running) < jobs:
-                name = _next(waiting, running, runs)
-                waiting.remove(name)
-                running[name] = run_experiment.submit(name, dict(runs[name]), snapshot, among, stopped)
-            # Not `future.state`, which asks the server: an outage of it must not end the runs.
-            for name in [name for name, future in running.items() if future.wrapped_future.done()]:
-                running[name].wait()
-                yield name, running.pop(name).state
-            time.sleep(_POLL_SECONDS)
-    finally:
-        command.stop_all(stopped)
-
-
-def _next(waiting: Sequence[str], running: Collection[str], runs: Mapping[str, Mapping[str, Any]]) -> str:
-    """The first run whose training is not at work already, or the first one."""
-    busy = [_training(runs[name]) for name in running]
-    return next((name for name in waiting if _training(runs[name]) not in busy), waiting[0])
-
-
-def _training(values: Mapping[str, Any]) -> dict[str, Any]:
-    """What a run changes up to its trained model."""
-    return {key: value for key, value in values.items() if not key.startswith(("sample.", "evaluate."))}
-
-
-def find(metric: str, files: dict[str, dict]) -> float:
-    """The value of `metric`, given as NAME or FILE:NAME; a NAME is looked up in the evaluation first.
-
-    Raises UserError if no file has it or several others have; NoNumberError if it is not a number.
-    """
-    named = {f"{row['file']}:{row['metric']}": row["value"] for row in metric_rows(files)}
-    metric = f"{EVALUATION}:{metric}" if f"{EVALUATION}:{metric}" in named else metric
-    matches = [full for full in named if metric in (full, full.rpartition(":")[2])]
-    if not matches:
-        raise UserError(f"metric {metric!r} is in no metrics file; there are: {', '.join(named) or 'none'}.")
-    if len(matches) > 1:
-        raise UserError(f"metric {metric!r} is in several files; choose {' or '.join(matches)}.")
-    value = named[matches[0]]
-    if not isinstance(value, int | float) or not math.isfinite(value):
-        raise NoNumberError(f"metric {matches[0]!r} is {value!r}, not a number to compare; choose another.")
-    return value
 
 
 def mark_best(rows: list[dict], metric: str, maximize: bool) -> None:

@@ -56,13 +56,7 @@ def _fields(kind: type) -> dict[str, str]:
 
 def visible(parameters: config.Parameters, kind: type[View]) -> View:
     """Only the sections and keys that `kind` declares."""
-
-    def value(key: str) -> Any:
-        section, _, name = key.partition(".")
-        found = getattr(parameters, section)
-        return getattr(found, name) if name else found
-
-    return kind(**{name: value(key) for name, key in _fields(kind).items()})
+    return kind(**{name: config.value_of(parameters, key) for name, key in _fields(kind).items()})
 
 
 def plain(value: Any) -> Any:

@@ -48,7 +48,7 @@ from benchmarks.comparison.plan import (
     run_name,
 )
 from ear import config
-from ear.config.edit import PARAMETERS
+from ear.config.parameters import PARAMETERS
 from ear.errors import UserError
 from ear.files.atomic import whole_file
 from ear.files.json_files import read_json, write_json
@@ -56,9 +56,10 @@ from flows import command, experiments, repository
 from flows.artifacts import GRID, only_shown
 from flows.devices import devices, hold
 from flows.experiments import Snapshot
+from flows.metrics import EVALUATION
 from flows.program import report
 from flows.repository import RepositoryError
-from flows.sweep import EVALUATION, quiet_snapshot, run_all
+from flows.runs import quiet_snapshot, run_all
 
 Part = Literal["rules", "ablations"]
 Budget = Mapping[Part, Values]  # the keys that all runs of a part share

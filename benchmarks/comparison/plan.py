@@ -9,9 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from ear import config
-from ear.config import edit
 from flows.experiments import experiment_name
-from flows.sweep import APART
+from flows.runs import APART
 
 Values = Mapping[str, Any]  # {"section.key": value}
 
@@ -164,7 +163,7 @@ def ablation_runs(
             continue
         runs = [(variant, changes({**default, **variant}, parameters)) for variant in ablation.variants]
         if default not in [values for _, values in runs]:
-            runs.insert(0, ({key: edit.value_of(parameters, key) for key in ablation.variants[0]}, default))
+            runs.insert(0, ({key: config.value_of(parameters, key) for key in ablation.variants[0]}, default))
         found[ablation.title] = [(variant, _seeded(values, parameters, scope)) for variant, values in runs]
     return found
 
@@ -177,7 +176,7 @@ def _seeded(values: Values, parameters: config.Parameters, scope: Scope) -> list
 
 def changes(values: Values, parameters: config.Parameters) -> Values:
     """The values that differ from the parameters, so that equal runs have equal changes and one name."""
-    return {key: value for key, value in values.items() if value != edit.value_of(parameters, key)}
+    return {key: value for key, value in values.items() if value != config.value_of(parameters, key)}
 
 
 def run_name(values: Values) -> str:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ear import config
-from ear.config.edit import PARAMETERS
+from ear.config.parameters import PARAMETERS
 from ear.errors import UserError
 from ear.runtime.cores import cores
 

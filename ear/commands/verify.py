@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ear.config.parameters import PARAMETERS
 from ear.display.progress import Progress
 from ear.errors import UserError
 from ear.files.atomic import remove
@@ -23,7 +24,6 @@ from ear.runtime.cores import cores
 from ear.runtime.versions import versions
 
 _BLOCK = 1 << 20  # bytes
-_PARAMETERS = "params.yaml"
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ def _problems(
     yield from _of_outputs(entry, record, found)
     for path in _changed(locked_entry, found):
         yield Problem(entry.stage, f"{path} is not what dvc.lock lists")
-    parameters = locked_entry.get("params", {}).get(_PARAMETERS, {})
+    parameters = locked_entry.get("params", {}).get(str(PARAMETERS), {})
     if differing := difference(record.parameters, parameters):
         yield Problem(entry.stage, f"dvc.lock has other parameters than the stage saw ({differing})")
     for name, digest in record.inputs.items():

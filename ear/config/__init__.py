@@ -4,7 +4,17 @@ Values and checks only, so that `import ear.config` needs no torch. DVC tracks t
 code.
 """
 
-from ear.config.parameters import Parameters, check_files, load, missing_files, named_files, named_paths, parse, read
+from ear.config.parameters import (
+    Parameters,
+    check_files,
+    load,
+    missing_files,
+    named_files,
+    named_paths,
+    parse,
+    read,
+    value_of,
+)
 from ear.config.scores import Score
 from ear.config.sections import (
     Cache,
@@ -45,4 +55,5 @@ __all__ = [
     "named_paths",
     "parse",
     "read",
+    "value_of",
 ]

@@ -15,8 +15,6 @@ from ear.config.parameters import parse as parse_parameters
 from ear.errors import UserError
 from ear.files.atomic import whole_file
 
-PARAMETERS = Path("params.yaml")
-
 
 def values_of(texts: Iterable[str]) -> dict[str, Any]:
     """["section.key=value", ...] => {"section.key": value}, with values read as DVC reads YAML. Raises UserError."""
@@ -59,12 +57,6 @@ def check(path: str | Path, values: Mapping[str, Any]) -> Parameters:
 def check_text(text: str, values: Mapping[str, Any]) -> Parameters:
     """As `check`, of the text of a parameter file."""
     return _parsed(_edited(text, values))
-
-
-def value_of(parameters: Parameters, key: str) -> Any:
-    """The value of "section.key"."""
-    section, _, name = key.partition(".")
-    return getattr(getattr(parameters, section), name)
 
 
 def _edited(text: str, values: Mapping[str, Any]) -> CommentedMap:

@@ -28,6 +28,8 @@ from ear.config.sections import (
 from ear.errors import MissingFileError, UserError
 from ear.files.reading import reading
 
+PARAMETERS = Path("params.yaml")  # of a repository
+
 
 class Parameters(Section):
     """All sections. Construction fails if two values contradict each other."""
@@ -71,12 +73,19 @@ def parse(content: object, *, origin: str = "parameters") -> Parameters:
         raise UserError(" ".join(f"{origin}: {first_problem(error, Parameters)}".split())) from error
 
 
-def load(path: str | Path = "params.yaml") -> Parameters:
+def load(path: str | Path = PARAMETERS) -> Parameters:
     """Read and check a parameter file.
 
     Raises as `read` and `parse` do.
     """
     return parse(read(path), origin=str(path))
+
+
+def value_of(parameters: Parameters, key: str) -> Any:
+    """The value of a section or of "section.key"."""
+    section, _, name = key.partition(".")
+    found = getattr(parameters, section)
+    return getattr(found, name) if name else found
 
 
 def read(path: str | Path) -> Any:

@@ -22,7 +22,7 @@ from ear.display.progress import Progress
 from ear.errors import MissingFileError, UserError
 from ear.files.atomic import naming, whole_file
 from ear.files.json_files import read_json, write_json
-from ear.files.reading import reading
+from ear.files.reading import reading, require_format
 from ear.files.tables import csv_writer
 
 FORMAT = "ear-raw-3"
@@ -207,8 +207,7 @@ def read_manifest(folder: str | Path) -> Manifest:
     """Read what `write_manifest` wrote; raises MissingFileError or UserError naming the file."""
     source = read_json(Path(folder, "source.json"))
     path = Path(folder, "manifest.csv")
-    if source.get("format") != FORMAT:
-        raise UserError(f"{folder} has format {source.get('format')!r}, not {FORMAT!r}; run fetch again.")
+    require_format(folder, source.get("format"), FORMAT, "run the fetch stage again")
     if not path.is_file():
         raise MissingFileError(f"{path} does not exist; run the stage that writes it (`dvc repro fetch`).")
     by_label, rows = {}, []

@@ -16,7 +16,7 @@ from ear.data.linked import Links
 from ear.errors import MissingFileError, UserError
 from ear.files.hdf5 import Rows
 from ear.files.json_files import read_json
-from ear.files.reading import reading
+from ear.files.reading import reading, require_format
 
 FORMAT = "ear-prepared-1"
 _THREADS = 16  # shards read at once
@@ -116,9 +116,7 @@ def _open(path: Path, repository: Path) -> tuple[_Stored | Links, np.ndarray, in
         reading(path, "shard of images", "run the prepare stage again"),
         h5py.File(path, "r", locking=False) as file,
     ):
-        found = file.attrs.get("format")
-        if found != FORMAT:
-            raise UserError(f"{path} has format {found!r}, not {FORMAT!r}; run the prepare stage again.")
+        require_format(path, file.attrs.get("format"), FORMAT, "run the prepare stage again")
         labels, size = file["labels"][:].astype(np.int64), int(file.attrs["image_size"])
         if "images" not in file:
             return Links.read_from(file, labels, repository), labels, size

@@ -15,6 +15,12 @@ def is_system_error(error: Exception) -> bool:
     return isinstance(error, OSError) and error.errno in _SYSTEM
 
 
+def require_format(path: str | Path, found: object, expected: str, remedy: str) -> None:
+    """Raise UserError, `PATH has format FOUND, but must have EXPECTED; REMEDY.`, if these differ."""
+    if found != expected:
+        raise UserError(f"{path} has format {found!r}, but must have {expected!r}; {remedy}.")
+
+
 @contextlib.contextmanager
 def reading(path: str | Path, kind: str, remedy: str) -> Iterator[None]:
     """Raise UserError, `PATH is not a readable KIND (reason); REMEDY.`, for whatever the body raises but UserError.

@@ -24,7 +24,7 @@ from torch import Tensor
 from ear.errors import MissingFileError, UserError
 from ear.files.hdf5 import Rows
 from ear.files.json_files import read_json
-from ear.files.reading import reading
+from ear.files.reading import reading, require_format
 from ear.latents.statistics import Statistics
 
 FORMAT = "ear-latents-1"
@@ -75,11 +75,7 @@ class LatentStore:
     def __init__(self, folder: str | Path, split: str):
         folder = Path(folder)
         stats = read_json(folder / STATS)
-        if stats.get("format") != FORMAT:
-            raise UserError(
-                f"{folder / STATS} has format {stats.get('format')!r}, but must have {FORMAT!r}; "
-                "run the cache stage again."
-            )
+        require_format(folder / STATS, stats.get("format"), FORMAT, "run the cache stage again")
         self.shape: tuple[int, int, int] = tuple(stats["shape"])
         self.classes: tuple[str, ...] = tuple(stats["classes"])
         self.statistics = Statistics(**stats["statistics"])

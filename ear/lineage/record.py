@@ -8,9 +8,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ear.errors import UserError
 from ear.files.json_files import read_json, write_json
-from ear.files.reading import reading
+from ear.files.reading import reading, require_format
 from ear.lineage.declaration import Declaration
 
 FORMAT = "ear-lineage-1"
@@ -37,8 +36,7 @@ class Record:
     def read(cls, path: Path) -> "Record":
         """Read what `write` wrote; raises MissingFileError or UserError naming the file."""
         content = read_json(path)
-        if content.pop("format", None) != FORMAT:
-            raise UserError(f"{path} is not of format {FORMAT!r}; run its stage again.")
+        require_format(path, content.pop("format", None), FORMAT, "run its stage again")
         with reading(path, "record", "run its stage again"):
             return cls(**content | {"earlier_code": tuple(content["earlier_code"])})
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from ear.errors import UserError
-from ear.files.reading import reading
+from ear.files.reading import reading, require_format
 from ear.files.tensors import read_description, read_part, write_tensors
 from ear.files.weights import built_with
 from ear.model.autoregressive import AutoregressiveModel
@@ -61,11 +61,8 @@ def load_shape(path: str | Path) -> tuple[Shape, dict]:
 
 
 def _check_format(path: str | Path, description: dict) -> None:
-    if description.get("format") != FORMAT:
-        raise UserError(
-            f"{path} has format {description.get('format')!r}, but must have {FORMAT!r}; give a model file of ear, or "
-            "a checkpoint of the train or finetune stage."
-        )
+    remedy = "give a model file of ear, or a checkpoint of the train or finetune stage"
+    require_format(path, description.get("format"), FORMAT, remedy)
 
 
 def model_of(tensors: dict, description: dict, origin: str | Path) -> AutoregressiveModel:

@@ -10,7 +10,6 @@ import torch.utils.deterministic
 from torch import nn
 
 from ear import config
-from ear.config import edit
 from ear.errors import UserError
 from ear.runtime import distributed
 
@@ -114,7 +113,7 @@ def check_can_compute(parameters: config.Parameters, keys: Collection[str]) -> N
     trained = ["tokenizer.precision"] if parameters.tokenizer.name == "kl" else []
     for key in (*trained, "train.precision", "sample.precision", "sample.decoder_precision"):
         if {key, key.partition(".")[0]} & set(keys):
-            check_precision(edit.value_of(parameters, key), uses_cuda(runtime.device), key=key)
+            check_precision(config.value_of(parameters, key), uses_cuda(runtime.device), key=key)
 
 
 def set_precision(precision: str, device: torch.device, *, key: str) -> None:

@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from huggingface_hub import ModelHubMixin, hf_hub_download
 
-from ear.errors import MissingFileError, UserError
+from ear.errors import MissingFileError
 from ear.files.atomic import whole_file
-from ear.files.reading import reading
+from ear.files.reading import reading, require_format
 from ear.files.tensors import read_tensors, write_tensors
 from ear.latents.statistics import Statistics
 from ear.model.files import describe, model_of
@@ -156,10 +156,7 @@ def load_pipeline(path: str | Path, device: torch.device | str = "cpu") -> Pipel
     if not Path(path).is_file():
         raise MissingFileError(f"{path} does not exist; `ear export FILE` writes a pipeline.")
     tensors, description = read_tensors(path)
-    if description.get("format") != FORMAT:
-        raise UserError(
-            f"{path} has format {description.get('format')!r}, but must have {FORMAT!r}; `ear export FILE` writes it."
-        )
+    require_format(path, description.get("format"), FORMAT, "write it with `ear export FILE`")
     kind, remedy = "description of a pipeline", "export it again"
     with reading(path, kind, remedy):
         parts = {

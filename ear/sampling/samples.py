@@ -16,7 +16,7 @@ import numpy as np
 from ear.errors import MissingFileError, UserError
 from ear.files.atomic import whole_file
 from ear.files.hdf5 import fill, fixed_place
-from ear.files.reading import reading
+from ear.files.reading import reading, require_format
 
 FORMAT = "ear-samples-1"
 _HEADER = 1 << 20  # upper bound of the bytes besides images and labels
@@ -84,10 +84,7 @@ class GeneratedImages:
             yield file
 
     def _describe(self, file: h5py.File) -> None:
-        if file.attrs.get("format") != FORMAT:
-            raise UserError(
-                f"{self.path} has format {file.attrs.get('format')!r}, not {FORMAT!r}; run the sample stage again."
-            )
+        require_format(self.path, file.attrs.get("format"), FORMAT, "run the sample stage again")
         images, self.labels = file["images"], file["labels"][:].astype(np.int64)
         side = images.shape[1] if images.ndim == 4 else 0
         if images.dtype != np.uint8 or images.shape != (len(self.labels), side, side, 3):

@@ -12,8 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ear.errors import UserError
-from ear.files.reading import reading
+from ear.files.reading import reading, require_format
 from ear.files.tensors import read_tensors, write_tensors
 from ear.files.weights import built_with
 
@@ -212,10 +211,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 
 def tokenizer_of(tensors: dict, description: Mapping, path: str | Path) -> Tokenizer:
     """The tokenizer with these tensors, in eval mode; `description` is that of its file, `path`. Raises UserError."""
-    if description.get("format") != FORMAT:
-        raise UserError(
-            f"{path} has format {description.get('format')!r}, not {FORMAT!r}; run the tokenizer stage again."
-        )
+    require_format(path, description.get("format"), FORMAT, "run the tokenizer stage again")
     with reading(path, "description of a tokenizer", "run the tokenizer stage again"):
         kind, config = _KINDS[description["kind"]], description["config"]
         layers = config.get("structure", {}).get("layers_per_block", 0)

@@ -78,7 +78,7 @@ def test_what_is_wrong_with_a_manifest_is_said(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"manifest\.csv"):
         manifest.read_manifest(tmp_path)
     (tmp_path / "source.json").write_text('{"format": "other"}')
-    with pytest.raises(ValueError, match="has format 'other', not 'ear-raw-3'"):
+    with pytest.raises(ValueError, match="has format 'other', but must have 'ear-raw-3'"):
         manifest.read_manifest(tmp_path)
 
 

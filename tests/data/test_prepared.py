@@ -116,7 +116,7 @@ def test_damaged_and_foreign_shards_are_named(folder):
         with pytest.raises(ValueError, match=r"train-00002-of-00004\.h5 is not a readable shard of images"):
             PreparedImages(folder, "train")
     shard(path, ALL[:2], LABELS[:2], format="ear-prepared-9")
-    with pytest.raises(ValueError, match="has format 'ear-prepared-9', not 'ear-prepared-1'"):
+    with pytest.raises(ValueError, match="has format 'ear-prepared-9', but must have 'ear-prepared-1'"):
         PreparedImages(folder, "train")
     shard(path, ALL[:2], LABELS[:3])
     with pytest.raises(ValueError, match=r"holds images uint8 \(2, 4, 4, 3\) and 3 labels"):

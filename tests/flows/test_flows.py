@@ -24,11 +24,13 @@ from ear.config import edit
 from ear.config.compose import compose
 from ear.errors import UserError
 from flows import command, devices, experiments, readiness, repository
+from flows.metrics import find
 from flows.pipeline import main, pipeline
+from flows.runs import _next
 from flows.search import Range, search, space_of
 from flows.search import _suggested as search_drawn
 from flows.search import _typed as search_typed
-from flows.sweep import _next, find, grid, mark_best, sweep, write, write_back
+from flows.sweep import grid, mark_best, sweep, write, write_back
 from flows.turns import turn
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -888,7 +890,7 @@ def test_the_best_point_is_written_back_without_its_seeds(repo):
 
 
 def test_experiments_run_on_several_devices_at_once(repo, client, monkeypatch):
-    monkeypatch.setattr("flows.sweep.devices", lambda parameters: ["0", "1"])
+    monkeypatch.setattr("flows.runs.devices", lambda parameters: ["0", "1"])
     state = sweep({"sample.guidance": [50, 1.0, 2.0]}, jobs=2, return_state=True)  # 50: the first takes longest
     assert state.message.startswith("best fid 1: sweep-sample.guidance=50")
     assert [row["sample.guidance"] for row in table("sweep")] == [50, 1.0, 2.0]

@@ -94,7 +94,7 @@ def test_blocks_are_runs_of_equal_length(tmp_path):
     ("images", "labels", "changes", "message"),
     [
         (pictures(0), None, {}, "holds no images; raise sample.count"),
-        (pictures(2), None, {"format": "other-1"}, "has format 'other-1', not 'ear-samples-1'"),
+        (pictures(2), None, {"format": "other-1"}, "has format 'other-1', but must have 'ear-samples-1'"),
         (pictures(2).astype(np.float32), None, {}, r"images float32 \[2, 8, 8, 3\]"),
         (pictures(2)[:, :4], None, {}, r"images uint8 \[2, 4, 8, 3\]"),
         (pictures(2), np.zeros(3, np.int32), {}, "and 3 labels"),

@@ -118,7 +118,7 @@ def test_foreign_files_are_named(tmp_path):
     with pytest.raises(ValueError, match=r"tokenizer\.safetensors is not a readable safetensors file"):
         load_tokenizer(path)
     write_tensors(path, {"x": torch.zeros(1)}, {"format": "ear-model-1"})
-    with pytest.raises(ValueError, match="has format 'ear-model-1', not 'ear-tokenizer-1'"):
+    with pytest.raises(ValueError, match="has format 'ear-model-1', but must have 'ear-tokenizer-1'"):
         load_tokenizer(path)
     save_tokenizer(path, tiny())
     tensors, description = read_tensors(path)
