@@ -31,12 +31,13 @@ def run(stage: str | None, *, every: float, once: bool, samples: int, samples_ev
     checkpoint, at most every `samples_every` seconds; 0: none.
     Raises UserError if nothing trains and `once` is set.
     """
-    shown, seen, sampled, next_samples, drawn, waiting = "", -1, None, 0.0, "", False
+    shown, images = "", -1  # the stage that was shown last, and the images of its last row
+    drawn, waiting = _Samples(samples, samples_every), False
     while True:
         current = stage or newest()
         if shown and current != shown and not rows_of(shown):
             yield f"{shown} has ended; its rows are in {FOLDER / 'finished' / shown}"
-            shown, drawn = "", ""
+            shown, drawn.text = "", ""
             if not current:
                 return
         rows = rows_of(current) if current else []
@@ -49,19 +50,34 @@ def run(stage: str | None, *, every: float, once: bool, samples: int, samples_ev
         if not rows and not shown and not waiting:
             waiting = True
             yield f"waiting for {stage or 'a training'} to begin"
-        new = current is not None and bool(rows) and (current, rows[-1]["images"]) != (shown, seen)
-        checkpoint = newest_checkpoint(current) if current in ("train", "finetune") else None
-        if samples and checkpoint and checkpoint != sampled and time.monotonic() >= next_samples:
-            sampled, next_samples = checkpoint, time.monotonic() + samples_every
-            drawn, new = sampled_or_why(checkpoint, samples), True
-        if current and rows and new:
+        if current and rows and (drawn.renew(current) or (current, rows[-1]["images"]) != (shown, images)):
             with contextlib.suppress(OSError, UserError):  # it has ended at this moment: the next look says so
-                yield "\n".join(filter(None, [text(current, rows), drawn]))
+                yield "\n".join(filter(None, [text(current, rows), drawn.text]))
                 draw(current, rows)
-            shown, seen = current, rows[-1]["images"]
+            shown, images = current, rows[-1]["images"]
         if once:
             return
         time.sleep(every)
+
+
+class _Samples:
+    """Images of the newest checkpoint of a training."""
+
+    def __init__(self, count: int, every: float):
+        self.count, self.every = count, every  # images; seconds between two checkpoints at least
+        self.text = ""  # where they are, or why there are none
+        self._checkpoint: Path | None = None
+        self._due = 0.0  # on the monotonic clock
+
+    def renew(self, stage: str) -> bool:
+        """Draw images if there is a new checkpoint and it is time => whether it did."""
+        checkpoint = newest_checkpoint(stage) if stage in ("train", "finetune") else None
+        if not self.count or checkpoint in (None, self._checkpoint) or time.monotonic() < self._due:
+            return False
+        assert checkpoint is not None
+        self._checkpoint, self._due = checkpoint, time.monotonic() + self.every
+        self.text = sampled_or_why(checkpoint, self.count)
+        return True
 
 
 def rows_of(stage: str) -> list[dict[str, Any]]:

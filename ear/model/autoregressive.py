@@ -12,6 +12,7 @@ import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -24,12 +25,19 @@ from ear.runtime import randomness
 from ear.runtime.device import compile_in_place
 from ear.runtime.randomness import Stream
 from ear.runtime.sharding import shard
-from ear.scores.score import Loss
 
 EMBEDDING_SD = 0.02  # standard deviation of initial embeddings and position tables, as published
 
 # Hidden states [R, n, W] and the number of tokens left to draw afterwards => tokens [B, n, D].
 DrawTokens = Callable[[Tensor, int], Tensor]
+
+
+class MeanLoss(NamedTuple):
+    """The training loss of a batch, a mean over its predicted tokens, and parts of it that are worth watching."""
+
+    value: Tensor  # []
+    parts: dict[str, Tensor]  # by name, [] each, detached
+    predicted: float  # share of the tokens that were predicted
 
 
 @dataclass(frozen=True)
@@ -40,25 +48,31 @@ class Conditions:
     null: Tensor | None  # bool [R], true for rows without a class; None if there are none
     rows_per_image: int  # 1, or 2 with guidance
     distinct: "Conditions | None" = None  # each condition once; None in such a list itself
-    kind: Tensor | None = None  # int64 [R], every row's index into `distinct`
-    plain: "Conditions | None" = None  # of the same images without guidance; None if unguided
+    row_to_distinct: Tensor | None = None  # int64 [R], every row's index into `distinct`
+    unguided: "Conditions | None" = None  # of the same images without guidance; None if there is none
 
     @classmethod
     def of(cls, labels: Sequence[int], *, guided: bool, device: torch.device | str) -> "Conditions":
         """Labels of B images => the conditions of B rows or, if guided, of 2 B: with class first, then without."""
         rows = [*labels, *([None] * len(labels) if guided else [])]
-        plain = cls.of(labels, guided=False, device=device) if guided else None
+        unguided = cls.of(labels, guided=False, device=device) if guided else None
         known = list(dict.fromkeys(rows))
         place = {label: number for number, label in enumerate(known)}
         distinct = cls._of_rows(known, guided, device)
-        kind = torch.tensor([place[label] for label in rows]).to(device, non_blocking=True)
-        return dataclasses.replace(cls._of_rows(rows, guided, device), distinct=distinct, kind=kind, plain=plain)
+        row_to_distinct = torch.tensor([place[label] for label in rows]).to(device, non_blocking=True)
+        return dataclasses.replace(
+            cls._of_rows(rows, guided, device), distinct=distinct, row_to_distinct=row_to_distinct, unguided=unguided
+        )
 
     @classmethod
     def _of_rows(cls, rows: Sequence[int | None], guided: bool, device: torch.device | str) -> "Conditions":
         labels = torch.tensor([label or 0 for label in rows]).to(device, non_blocking=True)
         null = torch.tensor([label is None for label in rows]).to(device, non_blocking=True) if guided else None
         return cls(labels, null, 1 + guided)
+
+    def for_step(self, guided: bool) -> "Conditions":
+        """The conditions of a step of `draw` with or without guidance."""
+        return self if guided or self.unguided is None else self.unguided
 
     def expand(self, values: Tensor) -> Tensor:
         """Values per image [B, ...] => values per row [R, ...]."""
@@ -133,7 +147,7 @@ class AutoregressiveModel(nn.Module, ABC):
             condition = torch.where(null[:, None], self.null_class.to(condition.dtype), condition)
         return condition[:, None].expand(-1, self.buffer, -1)
 
-    def loss(self, latents: Tensor, labels: Tensor, *, temperature: float, source: Stream) -> Loss:
+    def loss(self, latents: Tensor, labels: Tensor, *, temperature: float, source: Stream) -> MeanLoss:
         """Mean loss per predicted token, with its parts; label dropout, positions and noise are drawn from `source`.
 
         latents: normalised, [B, C, h, w], or [k, B, C, h, w] for k posterior draws of the same images, if the score
@@ -156,13 +170,13 @@ class AutoregressiveModel(nn.Module, ABC):
         *,
         temperature: float,
         source: Stream,  # of the head's noise
-    ) -> Loss:
+    ) -> MeanLoss:
         """The loss of `loss` for given positions and dropped labels."""
         hidden = self.predict(tokens[0], positions, labels, null)
         target = torch.stack([pick(draw, positions).flatten(0, 1) for draw in tokens]).squeeze(0)  # k = 1: [B n, D]
         per_token = self.score.loss(hidden.flatten(0, 1), target, temperature=temperature, source=source)
         parts = {name: part.mean() for name, part in per_token.parts.items()}
-        return Loss(per_token.value.mean(), parts, positions.shape[1] / self.tokens)
+        return MeanLoss(per_token.value.mean(), parts, positions.shape[1] / self.tokens)
 
     @abstractmethod
     def training_positions(self, images: int, source: Stream, device: torch.device | str = "cpu") -> Tensor:

@@ -10,12 +10,11 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from ear.model.autoregressive import AutoregressiveModel
+from ear.model.autoregressive import AutoregressiveModel, MeanLoss
 from ear.model.files import build_model
 from ear.model.masking import masked_count
 from ear.model.shape import Shape
 from ear.runtime import randomness
-from ear.scores.score import Loss
 
 _MASK_DRAWS = 4096  # for the mean number of masked tokens
 
@@ -53,7 +52,7 @@ def with_options(shape: Shape, **changes) -> Shape:
     return dataclasses.replace(shape, model=shape.model.model_copy(update=changes))
 
 
-def loss_without_data(model: AutoregressiveModel, *, images: int, predicted: int) -> Loss:
+def loss_without_data(model: AutoregressiveModel, *, images: int, predicted: int) -> MeanLoss:
     """The training loss of `images` images with `predicted` positions each: tensors without data cannot draw it."""
     tokens = torch.empty(model.score.targets, images, model.tokens, model.shape.token_channels)
     labels, null = torch.empty(images, dtype=torch.long), torch.empty(images, dtype=torch.bool)

@@ -82,37 +82,36 @@ class MaskedModel(AutoregressiveModel):
         then. `draw_tokens(hidden [R, n, W], remaining)` returns the tokens [B, n, D]; `remaining` tokens are still
         masked after the step, which decides the guidance scale. Steps without guidance compute no rows without a class.
         """
-        every, mask, masked = conditions, mask_first(orders, plan.count), plan.count
+        mask, still_masked = mask_first(orders, plan.count), plan.count
         for remaining in masked_after(plan.count, plan.steps):
-            if remaining == masked:
+            if remaining == still_masked:
                 continue  # with more steps than tokens, some steps reveal nothing
-            conditions = every if plan.guided(remaining) else every.plain or every
+            rows = conditions.for_step(plan.guided(remaining))
             # Sorted, so that which noise a token gets depends only on the set of positions drawn together.
-            revealed = orders[:, remaining:masked].sort(dim=1).values  # [B, n]
-            wanted = conditions.expand(revealed)
-            if masked == self.tokens:
-                hidden = self._hidden_of_nothing(conditions, wanted)
+            revealed = orders[:, remaining:still_masked].sort(dim=1).values  # [B, n]
+            wanted = rows.expand(revealed)
+            if still_masked == self.tokens:
+                hidden = self._hidden_all_masked(rows, wanted)
             else:
-                rows = conditions.expand(tokens), conditions.expand(mask)
-                hidden = self.hidden(*rows, conditions.labels, conditions.null, wanted=wanted)
+                hidden = self.hidden(rows.expand(tokens), rows.expand(mask), rows.labels, rows.null, wanted=wanted)
             drawn = draw_tokens(hidden, remaining)  # [R, n, W] => [B, n, D]
             tokens.scatter_(1, revealed[..., None].expand_as(drawn), drawn)
             mask.scatter_(1, revealed, False)
-            masked = remaining
+            still_masked = remaining
 
-    def _hidden_of_nothing(self, conditions: Conditions, wanted: Tensor) -> Tensor:
+    def _hidden_all_masked(self, conditions: Conditions, wanted: Tensor) -> Tensor:
         """Hidden states [R, n, W] at the positions `wanted` [R, n] while all tokens are masked.
 
         They depend on the class alone, so one row is computed per class.
         """
-        kinds, kind = conditions.distinct, conditions.kind
-        assert kinds is not None
-        assert kind is not None
-        rows = len(kinds.labels)
+        distinct, row_to_distinct = conditions.distinct, conditions.row_to_distinct
+        assert distinct is not None
+        assert row_to_distinct is not None
+        rows = len(distinct.labels)
         mask = torch.ones(rows, self.tokens, dtype=torch.bool, device=wanted.device)
         tokens = torch.zeros(rows, self.tokens, self.shape.token_channels, device=wanted.device)
-        hidden = self.hidden(tokens, mask, kinds.labels, kinds.null)  # [rows, L, W]
-        return hidden.flatten(0, 1)[wanted + kind[:, None] * self.tokens]
+        hidden = self.hidden(tokens, mask, distinct.labels, distinct.null)  # [rows, L, W]
+        return hidden.flatten(0, 1)[wanted + row_to_distinct[:, None] * self.tokens]
 
     def passes(self, steps: int) -> int:
         """Passes of the transformer to generate all L tokens in `steps` steps; a guided pass counts once."""

@@ -7,10 +7,9 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from ear.model.autoregressive import AutoregressiveModel
+from ear.model.autoregressive import AutoregressiveModel, MeanLoss
 from ear.runtime import distributed
 from ear.runtime.device import data_sheet_peak
-from ear.scores.score import Loss
 
 _PARTS = 4  # of the range of shares of predicted tokens
 _KEPT = 4096  # micro-batches, at most, between two rows
@@ -31,7 +30,7 @@ class Monitor:
         peak = data_sheet_peak(device)
         self._share_of_peak = _training_flops(model) / peak if peak else 0.0
 
-    def saw(self, loss: Loss) -> None:
+    def saw(self, loss: MeanLoss) -> None:
         """Note the loss of a micro-batch; does not wait for the device."""
         self._seen.append((loss.predicted, loss.value.detach()))
 

@@ -18,13 +18,12 @@ from ear.files.tensors import write_tensors
 from ear.latents.batches import latent_batches
 from ear.latents.statistics import Statistics, normalised
 from ear.latents.store import LatentStore
-from ear.model.autoregressive import AutoregressiveModel
+from ear.model.autoregressive import AutoregressiveModel, MeanLoss
 from ear.model.files import FILE, describe
 from ear.model.monitoring import Monitor
 from ear.model.tokens import patchify
 from ear.runtime import distributed, randomness
 from ear.runtime.sharding import host_copies
-from ear.scores.score import Loss
 from ear.training import checkpoint
 from ear.training.ema import Average
 from ear.training.optimizer import Group, MuonAdamW, adamw, schedule
@@ -68,7 +67,7 @@ class BatchLoss:
         *,
         temperature: float,
         purpose: str = "loss",  # with the position, names the random stream
-    ) -> Loss:
+    ) -> MeanLoss:
         """The mean loss per predicted token. Posterior draws, masks and noise depend on (seed, purpose, position)."""
         source = randomness.stream(self.seed, purpose, position)
         moments = moments.to(self.device, non_blocking=True)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ear.config.scores import Categorical
 from ear.errors import UserError
 from ear.runtime.randomness import Stream, choose
-from ear.scores.score import DENOISING, Denoising, HeadSize, Loss, Score
+from ear.scores.score import DENOISING, Denoising, HeadSize, Score, TokenLoss
 
 _INIT_SD = 0.02
 
@@ -63,9 +63,9 @@ class CategoricalScore(Score):
         with torch.autocast(hidden.device.type, enabled=False):
             return self.projection(hidden.float())
 
-    def loss(self, hidden: Tensor, target: Tensor, *, temperature: float, source: Stream) -> Loss:
+    def loss(self, hidden: Tensor, target: Tensor, *, temperature: float, source: Stream) -> TokenLoss:
         """Hidden [N, W], target [N, D] => cross-entropy [N] in nats; the training temperature is ignored."""
-        return Loss(F.cross_entropy(self.logits(hidden), self.quantise(target), reduction="none"))
+        return TokenLoss(F.cross_entropy(self.logits(hidden), self.quantise(target), reduction="none"))
 
     def sample(
         self,

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ear.config.scores import Hyvarinen
 from ear.runtime.randomness import Stream, integers, normal
 from ear.scores.modulated_mlp import ModulatedMLP
-from ear.scores.score import DENOISING, Denoising, HeadSize, Loss, Score
+from ear.scores.score import DENOISING, Denoising, HeadSize, Score, TokenLoss
 
 TRAINING_STEPS = 1000  # noise levels
 _TIME_CHANNELS = 256
@@ -111,7 +111,7 @@ class HyvarinenScore(Score):
         noise, fraction = self.network(self.token_embedding(noised), condition).chunk(2, dim=-1)
         return noise, (fraction + 1) / 2
 
-    def loss(self, hidden: Tensor, target: Tensor, *, temperature: float, source: Stream) -> Loss:
+    def loss(self, hidden: Tensor, target: Tensor, *, temperature: float, source: Stream) -> TokenLoss:
         """Hidden [N, W], target [N, D] => loss [N]: squared error of the noise, and the bound that trains the variance.
 
         The bound, in bits per channel, has no gradient with respect to the noise. Its term at the first step (in the
@@ -127,7 +127,7 @@ class HyvarinenScore(Score):
         with torch.autocast(device.type, enabled=False):
             error = (noise - predicted).square().mean(-1)
             bound = self._variance_bound(target, noised, time, predicted.detach(), fraction)
-            return Loss((error + bound).view(self.samples, rows).mean(0))
+            return TokenLoss((error + bound).view(self.samples, rows).mean(0))
 
     def _variance_bound(
         self, target: Tensor, noised: Tensor, time: Tensor, predicted: Tensor, fraction: Tensor

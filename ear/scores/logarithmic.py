@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ear.config.scores import Logarithmic
 from ear.runtime.randomness import Stream, choose, normal
-from ear.scores.score import DENOISING, Denoising, HeadSize, Loss, Score
+from ear.scores.score import DENOISING, Denoising, HeadSize, Score, TokenLoss
 
 _CANDIDATES = 64  # draws that guidance selects from; at GIVT's scale of 1.4, 64 are enough to match the formula
 # Numbers of a block of candidates: what fits a CPU's cache, or few launches on a GPU. They do not change what is drawn.
@@ -102,9 +102,9 @@ class LogarithmicScore(Score):
         factors[..., rows, columns] = values
         return factors
 
-    def loss(self, hidden: Tensor, target: Tensor, *, temperature: float, source: Stream) -> Loss:
+    def loss(self, hidden: Tensor, target: Tensor, *, temperature: float, source: Stream) -> TokenLoss:
         """Hidden [N, W], target [N, D] => -log p(target) [N] in nats per token; the training temperature is ignored."""
-        return Loss(-self.mixture(hidden).log_density(target.float()[:, None])[:, 0])
+        return TokenLoss(-self.mixture(hidden).log_density(target.float()[:, None])[:, 0])
 
     def sample(
         self,

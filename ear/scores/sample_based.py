@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ear.config.scores import SampleBased
 from ear.runtime.randomness import Stream, normal, uniform
 from ear.scores.modulated_mlp import ModulatedMLP
-from ear.scores.score import DENOISING, Denoising, HeadSize, Loss, Score
+from ear.scores.score import DENOISING, Denoising, HeadSize, Score, TokenLoss
 
 Distance = Callable[[Tensor, Tensor], Tensor]  # [..., D], [..., D] => [...]
 
@@ -35,7 +35,7 @@ def pairwise_loss(
     *,
     temperature: float = 1.0,  # weight of the repulsion, in (0, 1]; only 1 is strictly proper
     pairs: str = "all",  # or disjoint: each sample is in one pair (the mean of m/2 two-sample losses)
-) -> Loss:
+) -> TokenLoss:
     """Per-token loss [N]: an unbiased estimate of the negative score (with all pairs, a U-statistic).
 
     The attraction 2/(mk) sum_ij d(x_i, y_j), minus `temperature` times the repulsion, the mean over pairs of
@@ -48,7 +48,7 @@ def pairwise_loss(
         attraction = _sum(distance(x, y) for x, y in itertools.product(samples, targets)) * (2 / (m * k))
         repulsion = _sum(distance(a, b) for a, b in repelled) / len(repelled)
         parts = {"attraction": attraction.detach(), "repulsion": repulsion.detach()}
-        return Loss(attraction - temperature * repulsion, parts)
+        return TokenLoss(attraction - temperature * repulsion, parts)
 
 
 def _sum(terms: Iterable[Tensor]) -> Tensor:
@@ -94,7 +94,7 @@ class SampleBasedScore(Score):
         shape = (*shape, self.noise_channels)
         return normal(shape, source, device) if self.noise == "gaussian" else uniform(shape, source, device) - 0.5
 
-    def loss(self, hidden: Tensor, target: Tensor, *, temperature: float, source: Stream) -> Loss:
+    def loss(self, hidden: Tensor, target: Tensor, *, temperature: float, source: Stream) -> TokenLoss:
         """Hidden [N, W], target [N, D] or [k, N, D] => negative score per token [N], float32.
 
         Parts: attraction and repulsion, whose difference at temperature 1 is the loss.

@@ -24,12 +24,11 @@ class HeadSize:
     depth: int  # residual blocks
 
 
-class Loss(NamedTuple):
-    """A training loss, and parts of it that are worth watching."""
+class TokenLoss(NamedTuple):
+    """The training loss of each token, and parts of it that are worth watching."""
 
-    value: Tensor  # [N] per token, or their mean
-    parts: dict[str, Tensor] = {}  # by name, of the same shape, detached  # noqa: RUF012 - never changed
-    predicted: float = 1.0  # share of the tokens that were predicted
+    value: Tensor  # [N]
+    parts: dict[str, Tensor] = {}  # by name, [N] each, detached  # noqa: RUF012 - never changed
 
 
 @dataclass(frozen=True)
@@ -71,7 +70,7 @@ class Score(nn.Module, ABC):
         """Overwrite the default weights (Xavier-uniform matrices, zero biases) where the head needs others."""
 
     @abstractmethod
-    def loss(self, hidden: Tensor, target: Tensor, *, temperature: float, source: Stream) -> Loss:
+    def loss(self, hidden: Tensor, target: Tensor, *, temperature: float, source: Stream) -> TokenLoss:
         """Hidden [N, W], target [N, D] => negative score per token [N], float32, with its parts if it has several.
 
         If `targets` is above 1, target may be [targets, N, D]: several draws for the same hidden state. `temperature`

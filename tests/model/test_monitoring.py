@@ -4,9 +4,9 @@ import pytest
 import torch
 from factories import tiny_model
 
+from ear.model.autoregressive import MeanLoss
 from ear.model.monitoring import Monitor, by_share
 from ear.runtime.randomness import generator
-from ear.scores.score import Loss
 
 
 def test_losses_by_share_of_predicted_tokens():
@@ -25,7 +25,7 @@ def test_a_monitor_counts_from_row_to_row_and_names_losses_to_compare_with():
     monitor = Monitor(model, tokens, 0.9, torch.device("cpu"))
     row = {"images_per_second": 10.0}
     for value in (1.0, 3.0):
-        monitor.saw(Loss(torch.tensor(value), {}, 1.0))
+        monitor.saw(MeanLoss(torch.tensor(value), {}, 1.0))
     figures = monitor.figures(row)
     *others, last = [name for name in figures if name.startswith("loss_masked")]
     assert (figures[last], {figures[name] for name in others}) == (2.0, {None})
