@@ -21,12 +21,7 @@ def to_yaml(parameters: Parameters, command: str) -> str:
     ]
     for name in Parameters.model_fields:
         section = getattr(parameters, name)
-        untracked = (
-            "  # not tracked by DVC: changes results by rounding at most, and reruns nothing"
-            if name == "runtime"
-            else ""
-        )
-        lines.append(f"{name}:{untracked}")
+        lines.append(f"{name}:{_UNTRACKED if name == 'runtime' else ''}")
         for key, text in descriptions(type(section)).items():
             lines.append(f"  {f'{key}: {_scalar(getattr(section, key))}':<{_COLUMN}} # {text}")
         lines.append("")
