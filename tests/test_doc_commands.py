@@ -31,7 +31,7 @@ NOT_RUN = {
     r"python -m benchmarks.sprites": "needs a package of Debian: tests/benchmarks/test_sprites.py",
     r"dvc repro --pull": "after a push, in tests/test_pipeline.py",
     r"python -m flows.search": "20 trials; tests/flows/test_flows.py runs a few",
-    r"dvc (remote|push|pull)": "with the clone of a colleague, in tests/test_pipeline.py",
+    r"dvc (push|pull)": "with the clone of a colleague, in tests/test_pipeline.py",
     r"ear describe": "counts operations; tests/commands/test_describe.py and tests/commands/test_costs.py",
 }
 PRESETS = "`dvc repro` of presets trains for hours: tests/stages/test_folder64.py and its neighbours run smoke presets"

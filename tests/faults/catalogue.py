@@ -28,11 +28,11 @@ FAULTS = [
         "SIGKILL at a random moment of `dvc repro`, over all stages",
         "the process group is killed 10 times at seeded moments, each time started again; then it may finish",
         "nothing but the shell's `Killed`; the next `dvc repro` resumes. If it says `Unable to read RWLock-file`, the "
-        "kill hit DVC while it wrote its lock file: `rm .dvc/tmp/rwlock` (flows do it). If `./dvc.lock` is "
-        "invalid, the same happened there: `git checkout dvc.lock`, or delete it; the run cache has what was done",
-        "the images trained on since the last checkpoint (every `runtime.checkpoint_images` images; of the tokenizer, "
-        "every tenth of its training) and while one was being "
-        "written; the shard, piece or batch in work elsewhere",
+        "kill hit DVC while it wrote its lock file: `rm .dvc/tmp/rwlock` (flows do it). If DVC calls `./dvc.lock` "
+        "invalid, the kill hit it there: `git checkout dvc.lock`, or delete it; the run cache keeps finished stages",
+        "the images since the last checkpoint (every `runtime.checkpoint_images` images; of the tokenizer, every tenth "
+        "of its training), plus those seen while one was being written; in other stages, the shard, piece or batch "
+        "in progress",
         interruptions.kill_dvc,
         1,
         10,
@@ -62,7 +62,7 @@ FAULTS = [
         "a dead worker: decoding pool, Dask, torchrun",
         "SIGKILL to one worker process of prepare, cache on a cluster, or train in two processes",
         "one sentence and exit code 1 (Dask repeats the shard elsewhere and needs none)",
-        "as by SIGKILL to the stage",
+        "as after SIGKILL to the stage",
         interruptions.kill_worker,
         3,
         9,
@@ -72,7 +72,8 @@ FAULTS = [
         "a parameter, a code file or an input edited while a stage runs",
         "each of the three kinds in each stage, 0 to 2 s after it has started",
         "`params.yaml or code changed while the stage ran (...)`, or the input's name; exit code 1",
-        "nothing: no output is published, progress is kept. A late edit is recorded as made, or `ear verify` names it",
+        "nothing: no output is published, progress is kept. An edit after the stage's last check is recorded as if the "
+        "stage had seen it; `ear verify` names it",
         interruptions.edit,
         3,
         29,
@@ -93,7 +94,7 @@ FAULTS = [
         "during the train stage of a deployed run; then `dvc repro`",
         "server: the run continues to its end. Worker: the run ends with it, but Prefect still shows it as Running; "
         "delete it there and start another. Cancelled: the stage saves",
-        "nothing; a killed worker, as by SIGKILL to the stage",
+        "nothing; for a killed worker, as after SIGKILL to the stage",
         together.prefect,
         0,
         3,
