@@ -21,9 +21,10 @@ import flows.settings  # noqa: F401 - first: Prefect reads its settings when it 
 
 # isort: on
 import argparse
+import contextlib
 import sys
 import time
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,6 +38,7 @@ from ear import config
 from ear.config import edit
 from ear.config.parameters import PARAMETERS
 from ear.errors import UserError
+from ear.files.atomic import whole_file
 from ear.lineage.declaration import declarations
 from ear.lineage.run import clear_finished
 from flows import readiness, repository
@@ -133,16 +135,29 @@ def pipeline(
         targets = repository.known(stages or graph, graph)
         order = repository.with_upstream(graph, targets)
         forced = repository.known((targets if force else ()) if isinstance(force, bool) else force, order)
-        readiness.check(edit.check(PARAMETERS, overrides or {}), readiness.reading(overrides or {}))
+        asked = overrides or {}
+        readiness.check(edit.check(PARAMETERS, asked), readiness.reading(asked), asked)
         say = get_run_logger().info
         with turn(say):
-            parameters = edit.check(PARAMETERS, overrides or {})  # again: another flow may have written the file
+            parameters = edit.check(PARAMETERS, asked)  # again: another flow may have written the file
             among = devices(parameters)
-            with hold(needed(parameters, among), among, say) as held:
-                edit.apply(PARAMETERS, overrides or {})
+            with hold(needed(parameters, among), among, say) as held, _applied(asked):
                 return bring_up_to_date(graph, order, forced, environment(held))
     except (UserError, RepositoryError) as error:
         return Failed(message=str(error))
+
+
+@contextlib.contextmanager
+def _applied(overrides: Mapping[str, Any]) -> Iterator[None]:
+    """Write overrides into params.yaml; an error of the user in the body, before any stage, takes them back."""
+    before = PARAMETERS.read_text()
+    edit.apply(PARAMETERS, overrides)
+    try:
+        yield
+    except UserError:
+        with whole_file(PARAMETERS) as partial:
+            partial.write_text(before)
+        raise
 
 
 def bring_up_to_date(

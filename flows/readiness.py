@@ -8,18 +8,19 @@ from ear.lineage.declaration import declarations
 from ear.lineage.run import check_links
 
 
-def check(parameters: config.Parameters, stages: Iterable[str]) -> None:
+def check(parameters: config.Parameters, stages: Iterable[str], keys: Iterable[str] = ()) -> None:
     """Raise UserError with the sentence that one of these stages would fail with.
 
     A file that it reads is absent, an output is a link out of the repository, this machine cannot compute as
     parameters ask for, or processes cannot share its batches.
+    keys: of parameters to hold against this machine, beside those of the stages, such as runtime.device.
     """
     from ear.runtime.device import check_can_compute
 
     stages, declared = set(stages), declarations()
     config.check_files(parameters, stages)
     check_links(path for stage in declared.values() for path in stage.outputs)
-    check_can_compute(parameters, {key for name in stages for key in declared[name].parameters})
+    check_can_compute(parameters, {*keys, *(key for name in stages for key in declared[name].parameters)})
     processes, train, tokenizer = parameters.runtime.processes, parameters.train, parameters.tokenizer
     if not stages.isdisjoint({"train", "finetune"}):
         keys = ("train.global_batch_size", "train.micro_batch_size")

@@ -19,8 +19,9 @@ import flows.settings  # noqa: F401 - first: Prefect reads its settings when it 
 # isort: on
 import argparse
 import contextlib
+import itertools
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -100,9 +101,7 @@ def search(
             )
         wanted = space_of([f"{key}={value}" for key, value in space.items()])
         firsts = {key: _ends(choice)[0] for key, choice in wanted.items()}
-        for key, choice in wanted.items():  # mistakes are said before the wait for another flow
-            for value in _ends(choice):
-                edit.check(PARAMETERS, {**firsts, key: value})
+        check_values({key: _ends(choice) for key, choice in wanted.items()})
         check_metric(metric)
         with _alone(Path(output)):
             snapshot = quiet_snapshot()
@@ -119,9 +118,25 @@ def search(
     with only_shown():
         create_table_artifact(key="search", table=rows, description=f"{metric} of every trial")
     if not rows:
-        return Failed(message=f"all {failures} trials failed; the log above says why")
+        return Failed(message=f"no trial succeeded ({failures} failed); the log above says why")
     best = study.best_trial
     return Completed(message=f"best {metric} {best.value:.6g}: {best.user_attrs['experiment']}; study in {output}")
+
+
+def check_values(values: Mapping[str, Sequence[Any]]) -> None:
+    """Raise UserError for a value that params.yaml refuses with all values of the other keys."""
+    for key, candidates in values.items():
+        others = {name: each for name, each in values.items() if name != key}
+        for candidate in candidates:
+            errors = []
+            for combination in itertools.product(*others.values()):
+                try:
+                    edit.check(PARAMETERS, {**dict(zip(others, combination, strict=True)), key: candidate})
+                    break
+                except UserError as error:
+                    errors.append(error)
+            else:
+                raise errors[0]
 
 
 @contextlib.contextmanager
@@ -183,7 +198,7 @@ def attempt(
     trial.set_user_attr("experiment", name)
     trial.set_user_attr("values", values)
     try:
-        readiness.check(snapshot.parameters(values), readiness.reading(values))
+        readiness.check(snapshot.parameters(values), readiness.reading(values), values)
         ((_, state),) = run_all({name: {"sample.seed": sampling_seed, **values}}, snapshot)
         found = find(metric, experiments.metrics(snapshot, name)) if state.is_completed() else None
     except UserError as error:  # values that contradict each other, or a metric that is no number

@@ -71,7 +71,7 @@ def sweep(
     try:
         runs = grid(parameters)
         for values in runs.values():  # mistakes are said before the wait for another flow
-            readiness.check(edit.check(PARAMETERS, values), readiness.reading(parameters))
+            readiness.check(edit.check(PARAMETERS, values), readiness.reading(parameters), parameters)
         check_metric(metric)
         snapshot = quiet_snapshot()
         if "sample.seed" not in parameters:

@@ -89,7 +89,7 @@ def continue_shorter(options: config.Train, run: Run, scratch: Path) -> bool:
     if options.schedule != "constant" and state:
         obstacle = f"train.schedule is {options.schedule}, whose rates depend on train.images; constant's do not"
     if obstacle:
-        print(f"train: begins anew, not where the shorter training ended: {obstacle}", flush=True)
+        print(f"train: begins anew and extends no shorter training: {obstacle}", flush=True)
     elif state:
         link(state, checkpoint.at(scratch, read_description(state)["images"]))
     return checkpoint.newest(scratch) is not None

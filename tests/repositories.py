@@ -79,19 +79,27 @@ def reproduced(folder: Path) -> Path:
     done = first.with_suffix(".done")
     with FileLock(first.with_suffix(".busy")):
         if not done.exists():
+            shutil.rmtree(first, ignore_errors=True)  # of an attempt that failed
             run("dvc", "repro", cwd=fresh(first))
             done.touch()
     return copy(first, folder)
 
 
 def copy(repository: Path, folder: Path) -> Path:
-    """A copy in `folder`, an empty one; what git and DVC never write again is linked."""
+    """A copy in `folder`, an empty one. It shares files that git and DVC never write again, so unlink a file of data/
+    before writing into it: DVC links outputs to its cache.
+    """
 
     def linked_or_copied(source: str, target: str) -> None:
-        fixed = any(part in source for part in (".git/objects/", ".dvc/cache/"))
-        (os.link if fixed else shutil.copy2)(source, target)
+        if any(part in source for part in (".git/objects/", ".dvc/cache/")):
+            with contextlib.suppress(OSError):  # another disk
+                os.link(source, target)
+                return
+        shutil.copy2(source, target)
 
-    shutil.copytree(repository, folder, symlinks=True, copy_function=linked_or_copied, dirs_exist_ok=True)
+    options = {"symlinks": True, "dirs_exist_ok": True, "ignore": shutil.ignore_patterns("site")}  # DVC's own state
+    shutil.copytree(repository, folder, copy_function=linked_or_copied, **options)
+    (folder / ".dvc/config.local").write_text(f"[core]\n    site_cache_dir = {folder / '.dvc/tmp/site'}\n")
     return folder
 
 

@@ -316,7 +316,7 @@ def test_a_longer_training_says_why_it_begins_anew(repository, monkeypatch, caps
     change(repository, {"train.images": 1280})
     assert one_stage.main("train") == 0
     said = capsys.readouterr().out
-    assert "begins anew, not where the shorter training ended: train.schedule is cosine" in said
+    assert "begins anew and extends no shorter training: train.schedule is cosine" in said
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/python.md", "docs/evaluation.md"])

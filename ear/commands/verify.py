@@ -55,9 +55,12 @@ def run(*, repair: bool) -> tuple[list[str], bool]:
     found = _digests(stages)
     records = {entry.stage: record for entry in stages if (record := _record(entry, lock[entry.stage], found))}
     problems = [problem for entry in stages for problem in _problems(entry, lock[entry.stage], records, found)]
+    cache = _cache()
+    problems += _damaged_lists(lock, cache) if cache else ()
     lines = [f"{problem.stage}: {problem.what}" for problem in problems] + _notes(stages, records, lock)
     damaged = [problem.damaged for problem in problems if problem.damaged]
-    if repair and (deleted := _repair(damaged, lock, cache_folder())):
+    if repair and damaged:
+        deleted = _repair(damaged, lock, cache or cache_folder())
         lines.append(f"deleted {', '.join(map(str, deleted))}; `dvc repro` makes them again")
     if not problems:
         lines.append(f"{len(stages)} stages and {len(found)} files agree with their records and with dvc.lock")
@@ -183,11 +186,11 @@ def _md5_of_code(path: Path) -> str:
 def _repair(damaged: Iterable[Path], lock: Mapping[str, Any], cache: Path) -> list[Path]:
     """Delete damaged files, and the objects of DVC's cache that are damaged too => the paths deleted."""
     damaged = list(damaged)
-    deleted = [*_damaged_lists(lock, cache)]
+    deleted = [path for path in damaged if path.is_relative_to(cache)]  # lists, which must go before any is read
     for path in deleted:
         remove(path)
     objects = {path: digest for entry in lock.values() for path, digest in listed_files(entry, cache)}
-    for path in damaged:
+    for path in (path for path in damaged if path not in deleted):
         digest = objects.get(path.as_posix(), "")
         copy = stored(digest, cache)
         if digest and copy.is_file() and _digest(copy).md5 != digest:
@@ -198,10 +201,21 @@ def _repair(damaged: Iterable[Path], lock: Mapping[str, Any], cache: Path) -> li
     return deleted
 
 
-def _damaged_lists(lock: Mapping[str, Any], cache: Path) -> Iterator[Path]:
-    """The cache's lists of the files of a folder that are not what dvc.lock names."""
-    digests = {output["md5"] for entry in lock.values() for output in entry.get("outs", [])}
-    for digest in sorted(digest for digest in digests if digest.endswith(".dir")):
-        listing = stored(digest, cache)
-        if listing.is_file() and _digest(listing).md5 != digest.removesuffix(".dir"):
-            yield listing
+def _cache() -> Path | None:
+    """The folder of DVC's cache; None without DVC, as in a copy of the results alone."""
+    try:
+        return cache_folder()
+    except UserError:
+        return None
+
+
+def _damaged_lists(lock: Mapping[str, Any], cache: Path) -> Iterator[Problem]:
+    """The cache's lists of the files in a folder that are not what dvc.lock names."""
+    for stage, entry in lock.items():
+        for output in entry.get("outs", []):
+            listing = stored(output["md5"], cache)
+            if not output["md5"].endswith(".dir") or not listing.is_file():
+                continue
+            if _digest(listing).md5 != output["md5"].removesuffix(".dir"):
+                fix = f"after `ear verify --repair`, `dvc commit --force {stage}` writes it again"
+                yield Problem(stage, f"DVC's list of the files in {output['path']} is damaged; {fix}", damaged=listing)

@@ -78,8 +78,8 @@ class Tokenizer(Section):
     )
     layers: int = Field(description="kl: residual blocks per level", ge=1)
     kl_weight: float = Field(
-        description="weight of the KL term of an image relative to its absolute error, both summed; it trains kl and "
-        "weights the held-out loss of all",
+        description="weight of the KL term of an image relative to its absolute error, both summed; used to train kl, "
+        "and in the held-out loss of every tokenizer",
         ge=0,
     )
     perceptual_weight: float = Field(
@@ -103,7 +103,9 @@ class Tokenizer(Section):
     precision: Precision = Field(
         description="kl: in training: float32; on CUDA also tfloat32 or bfloat16 (autocast, float32 weights and loss)"
     )
-    seed: int = Field(description="seed of weights, data order and noise (kl), and of the figures' noise (all)", ge=0)
+    seed: int = Field(
+        description="kl: of weights, data order, noise; every tokenizer: of the noise in its held-out metrics", ge=0
+    )
 
 
 class Cache(Section):
@@ -195,10 +197,12 @@ class Sample(Section):
         description="guidance over the steps: linear (from 1 to the scale) or constant"
     )
     guidance_from: float = Field(
-        description="use guidance once more than this share of the tokens is known; 0: from the start", ge=0, lt=1
+        description="use guidance in steps after which more than this share of the tokens is known; 0: from the start",
+        ge=0,
+        lt=1,
     )
     guidance_to: float = Field(
-        description="stop guidance above this share; 1: never. Steps of a masked model without it take half the time",
+        description="and at most this share; 1: to the end. A masked model's unguided steps take half the time",
         gt=0,
         le=1,
     )

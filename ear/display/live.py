@@ -63,7 +63,7 @@ class Live:
             yield
         except OSError as error:
             if not self._failed:
-                print(f"note: {self.folder} cannot be written ({error}); the training goes on without it", flush=True)
+                print(f"note: {self.folder} cannot be written ({error}); the training continues without it", flush=True)
             self._failed = True
 
     def training(self, row: Row) -> None:

@@ -131,7 +131,7 @@ class Run:
         return folder
 
     def _hold(self, folder: Path, seconds: float) -> bool:
-        """Whether this run holds the scratch folder; it waits so long for a run in another copy of the repository."""
+        """Whether this run holds the scratch folder; waits up to `seconds` for another copy to release it."""
         lock = _lock_of(folder)
         with contextlib.suppress(Timeout):
             lock.acquire(timeout=seconds)
@@ -139,7 +139,7 @@ class Run:
         return lock.is_locked
 
     def _open_scratch(self, folder: Path) -> None:
-        """Decide what becomes of the work in a folder that this run holds, and note under which code it goes on."""
+        """Continue, restart or refuse the work in a folder that this run holds, and note the present code beside it."""
         self._mention_others(folder)
         note = _beside(folder, _CODE)
         if note.is_file():
@@ -151,7 +151,7 @@ class Run:
         self._note_code(folder)
 
     def _note_code(self, folder: Path) -> None:
-        """Write down under which code and libraries the work in `folder` was begun and goes on."""
+        """Write down the code and libraries under which the work in `folder` was begun and is continued."""
         note = {"code": [*self._earlier_code, self._code], "libraries": versions()}
         write_json(_beside(folder, _CODE), note)
 

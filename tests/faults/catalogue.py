@@ -72,8 +72,9 @@ FAULTS = [
         "a parameter, a code file or an input edited while a stage runs",
         "each of the three kinds in each stage, 0 to 2 s after it has started",
         "`params.yaml or code changed while the stage ran (...)`, or the input's name; exit code 1",
-        "nothing: no output is published, progress is kept. An edit after the stage's last check is recorded as if the "
-        "stage had seen it; `ear verify` names it",
+        "nothing: no output is published, progress is kept. An edit between the stage's last check and DVC's record is "
+        "recorded as if the stage had seen it, and `ear verify` names it. DVC notices later edits of code and "
+        "parameters; `ear verify` those of inputs",
         interruptions.edit,
         3,
         29,

@@ -27,7 +27,7 @@ from flows import command, devices, experiments, readiness, repository
 from flows.metrics import find
 from flows.pipeline import main, pipeline
 from flows.runs import _next
-from flows.search import Range, search, space_of
+from flows.search import Range, check_values, search, space_of
 from flows.search import _suggested as search_drawn
 from flows.search import _typed as search_typed
 from flows.sweep import grid, mark_best, sweep, write, write_back
@@ -525,6 +525,20 @@ def test_a_mistake_is_said_before_a_stage_runs(repo, parameters, message):
     assert {path: path.read_bytes() for path in before} == before
 
 
+def test_a_refusal_leaves_the_parameters_as_they_were(repo, client, monkeypatch):
+    """Which stages run, and so what must be ready, is known only once the parameters are written."""
+    before = Path("params.yaml").read_text()
+
+    def refuse(parameters, stages, keys=()):
+        if stages == {"middle", "last"}:
+            raise UserError("train.micro_batch_size is 64, but must divide 32.")
+
+    monkeypatch.setattr(readiness, "check", refuse)
+    state = pipeline(overrides={"sample.temperature": 0.5}, return_state=True)
+    assert state.message == "train.micro_batch_size is 64, but must divide 32."
+    assert Path("params.yaml").read_text() == before
+
+
 def test_a_busy_repository_is_waited_for(repo, client, server):
     edit.apply("params.yaml", {"sample.steps": 50})
     with background(*repository.DVC, "repro", "first", cwd=repo, log=repo / "work.log", env=environment()) as other:
@@ -952,6 +966,7 @@ def test_every_value_of_a_search_is_checked_before_it_begins(repo):
         assert state.is_failed()
         assert said in state.message
     assert not Path("work/search").exists()
+    check_values({"sample.guidance_from": [0.0, 0.8], "sample.guidance_to": [0.2, 1.0]})  # not every pair is refused
 
 
 def test_a_second_search_of_a_study_is_refused(repo):
@@ -967,6 +982,8 @@ def test_batches_that_processes_cannot_share_are_said_before_hours_of_work():
     for stage in ("train", "finetune", "tokenizer"):
         with pytest.raises(UserError, match=r"batch_size is 64, which 3 processes cannot share evenly"):
             readiness.check(parameters, {stage})
+    with pytest.raises(UserError, match=r"^runtime\.device is 'cuda', but torch finds no CUDA device"):
+        readiness.check(compose(["runtime.device=cuda"]), set(), {"runtime.device"})
     assert {"train", "finetune"} <= readiness.reading({"train.images"}) <= set(readiness.declarations())
 
 
@@ -1006,7 +1023,7 @@ def test_a_search_of_a_metric_that_is_no_number_ends(repo, client):
     """Its trials fail, and as many failures as trials end it."""
     Path("stage.py").write_text(Path("stage.py").read_text().replace("value**2", "None"))
     state = search({"sample.temperature": "0.1..0.9"}, trials=1, return_state=True)
-    assert state.message == "all 1 trials failed; the log above says why"
+    assert state.message == "no trial succeeded (1 failed); the log above says why"
 
 
 def test_a_search_finds_the_best_and_goes_on_where_it_stopped_or_was_killed(repo, client):

@@ -330,13 +330,27 @@ def test_ranks_wait_together_for_another_copy_at_the_same_work(tmp_path, monkeyp
     with Run("second", dict) as run:
         folder = run.scratch({}, [])
 
+    hold, waited = Run._hold, tmp_path / "waited"
+
+    def watched(run: Run, folder: Path, seconds: float) -> bool:
+        held = hold(run, folder, seconds)
+        if seconds and not held:
+            waited.touch()
+        return held
+
     def work() -> Path:
         with Run("second", dict) as run:
             return run.scratch({}, [])
 
+    def release() -> None:
+        while not waited.exists():
+            time.sleep(0.05)
+        lock.release()
+
+    monkeypatch.setattr(Run, "_hold", watched)
     lock = FileLock(tmp_path / "work/locks" / f"second-{folder.name}", thread_local=False)
     lock.acquire()
-    threading.Timer(3.0, lock.release).start()
+    threading.Thread(target=release).start()
     assert processes.together(work) == [folder, folder]
     assert capfd.readouterr().out.count(f"works in {folder}; waiting until it ends") == 1
 
