@@ -77,7 +77,7 @@ def kill_once(stage: str, pattern: str, count: int = 2) -> None:
 
 
 def test_tokenizer_learns_and_describes_itself(repository):
-    run("tokenizer", **{"tokenizer.images": 6400, "tokenizer.learning_rate": 4e-3})
+    run("tokenizer", **{"tokenizer.images": 9600, "tokenizer.learning_rate": 4e-3})
     assert set(contents("data/tokenizer")) == {
         "channels.tsv",
         "tokenizer.safetensors",
