@@ -141,35 +141,35 @@ def pipeline(
         with turn(say):
             parameters = edit.check(PARAMETERS, asked)  # again: another flow may have written the file
             among = devices(parameters)
-            with hold(needed(parameters, among), among, say) as held, _applied(asked):
-                return bring_up_to_date(graph, order, forced, environment(held))
+            with hold(needed(parameters, among), among, say) as held:
+                with _applied(asked):
+                    changed, unseen = due(graph, order, forced)
+                return bring_up_to_date(graph, order, forced, changed, unseen, environment(held))
     except (UserError, RepositoryError) as error:
         return Failed(message=str(error))
 
 
 @contextlib.contextmanager
 def _applied(overrides: Mapping[str, Any]) -> Iterator[None]:
-    """Write overrides into params.yaml; an error of the user in the body, before any stage, takes them back."""
+    """Write overrides into params.yaml; restore it if the body finds that the stages cannot run."""
     before = PARAMETERS.read_text()
     edit.apply(PARAMETERS, overrides)
     try:
         yield
-    except UserError:
+    except (UserError, RepositoryError):
         with whole_file(PARAMETERS) as partial:
             partial.write_text(before)
         raise
 
 
-def bring_up_to_date(
-    graph: dict[str, set[str]], order: list[str], forced: list[str], variables: dict[str, str]
-) -> State:
-    """Check what changed, run the stages, write the report => the flow's final state.
+def due(graph: dict[str, set[str]], order: list[str], forced: list[str]) -> tuple[dict[str, str], set[str]]:
+    """(stage => why it is out of date, those that are by a change that DVC does not see); nothing is run.
 
-    Raises UserError if a stage that would run cannot: no output has been touched then.
+    Raises RepositoryError if DVC cannot tell, UserError if a stage that would run cannot.
     """
     state = check(order, return_state=True)
     if not state.is_completed():
-        return Failed(message=state.message)
+        raise RepositoryError(state.message)
     changed: Any = state.result()
     parameters = config.load(PARAMETERS)
     unseen: set[str] = set()
@@ -178,6 +178,18 @@ def bring_up_to_date(
         unseen = {"fetch"}
     running = repository.with_downstream(graph, {*forced, *changed}) & set(order)
     readiness.check(parameters, running)
+    return changed, unseen
+
+
+def bring_up_to_date(
+    graph: dict[str, set[str]],
+    order: list[str],
+    forced: list[str],
+    changed: dict[str, str],  # as `due` returns them
+    unseen: Collection[str],
+    variables: dict[str, str],  # of the stages' environment
+) -> State:
+    """Run the stages and write the report => the flow's final state."""
     outcomes = walk(graph, order, forced, changed, unseen, variables)
     clear_finished(declarations().values())  # of the last stage, which has no stage after it that would
     show_outcomes(outcomes)

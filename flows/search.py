@@ -101,6 +101,7 @@ def search(
             )
         wanted = space_of([f"{key}={value}" for key, value in space.items()])
         firsts = {key: _ends(choice)[0] for key, choice in wanted.items()}
+        config.load(PARAMETERS)  # errors of the file itself come first
         check_values({key: _ends(choice) for key, choice in wanted.items()})
         check_metric(metric)
         with _alone(Path(output)):
@@ -125,18 +126,31 @@ def search(
 
 def check_values(values: Mapping[str, Sequence[Any]]) -> None:
     """Raise UserError for a value that params.yaml refuses with all values of the other keys."""
+    present = config.read(PARAMETERS)
     for key, candidates in values.items():
         others = {name: each for name, each in values.items() if name != key}
         for candidate in candidates:
-            errors = []
+            first = ""
             for combination in itertools.product(*others.values()):
-                try:
-                    edit.check(PARAMETERS, {**dict(zip(others, combination, strict=True)), key: candidate})
+                refusal = _refusal(present, {**dict(zip(others, combination, strict=True)), key: candidate})
+                first = first or refusal
+                if not refusal:
                     break
-                except UserError as error:
-                    errors.append(error)
             else:
-                raise errors[0]
+                raise UserError(first)
+
+
+def _refusal(content: Mapping[str, Any], values: Mapping[str, Any]) -> str:
+    """Why the content of a parameter file with {"section.key": value} set is refused; empty if it is not."""
+    sections = {name: dict(section) for name, section in content.items()}
+    for key, value in values.items():
+        section, _, name = key.partition(".")
+        sections.setdefault(section, {})[name] = value
+    try:
+        config.parse(sections, origin="overrides")
+    except UserError as error:
+        return str(error)
+    return ""
 
 
 @contextlib.contextmanager

@@ -72,8 +72,7 @@ def plain(value: Any) -> Any:
 
 def tracked(parameters: config.Parameters, kind: type) -> dict[str, Any]:
     """Key or section of params.yaml => plain value, for those that `kind` declares and DVC tracks."""
-    view: Any = visible(parameters, kind)
-    return {key: plain(getattr(view, name)) for name, key in _fields(kind).items() if name != "runtime"}
+    return {key: plain(config.value_of(parameters, key)) for key in tracked_keys(kind)}
 
 
 def perform(

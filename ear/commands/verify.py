@@ -56,7 +56,7 @@ def run(*, repair: bool) -> tuple[list[str], bool]:
     records = {entry.stage: record for entry in stages if (record := _record(entry, lock[entry.stage], found))}
     problems = [problem for entry in stages for problem in _problems(entry, lock[entry.stage], records, found)]
     cache = _cache()
-    problems += _damaged_lists(lock, cache) if cache else ()
+    problems += _damaged_lists(stages, lock, cache) if cache else ()
     lines = [f"{problem.stage}: {problem.what}" for problem in problems] + _notes(stages, records, lock)
     damaged = [problem.damaged for problem in problems if problem.damaged]
     if repair and damaged:
@@ -209,10 +209,10 @@ def _cache() -> Path | None:
         return None
 
 
-def _damaged_lists(lock: Mapping[str, Any], cache: Path) -> Iterator[Problem]:
+def _damaged_lists(stages: Iterable[Declaration], lock: Mapping[str, Any], cache: Path) -> Iterator[Problem]:
     """The cache's lists of the files in a folder that are not what dvc.lock names."""
-    for stage, entry in lock.items():
-        for output in entry.get("outs", []):
+    for stage in (entry.stage for entry in stages):
+        for output in lock[stage].get("outs", []):
             listing = stored(output["md5"], cache)
             if not output["md5"].endswith(".dir") or not listing.is_file():
                 continue

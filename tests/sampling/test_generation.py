@@ -1,4 +1,4 @@
-"""Tests of `ear.load` and `ear.generate`."""
+"""`ear.load` and `ear.generate`: labels, random streams, checkpoints, errors."""
 
 from pathlib import Path
 

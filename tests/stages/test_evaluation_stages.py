@@ -1,4 +1,4 @@
-"""Tests of the reference, reconstruct and evaluate stages."""
+"""The stages reference, reconstruct and evaluate: metrics, resuming, several processes."""
 
 import json
 import os
