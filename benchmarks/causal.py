@@ -7,6 +7,7 @@ costs the same in both cases. Without the cache, each token takes a pass over al
 """
 
 import functools
+import statistics
 
 import torch
 
@@ -42,21 +43,20 @@ def uncached(model: CausalModel, tokens, orders, labels):
 
 
 @torch.inference_mode()
-def compare(parameters: Parameters, grid: int, images: int, repeats: int) -> dict:
-    """Seconds per image with and without cache, their ratio, and the largest difference of hidden states."""
+def compare(parameters: Parameters, grid: int, images: int, rounds: int) -> dict:
+    """Median seconds per image with and without cache, by turns, their ratio, and the largest difference."""
     model = untrained(parameters, side=grid * parameters.model.patch_size)
     assert isinstance(model, CausalModel)
     source = generator(0, "inputs")
     tokens = torch.randn(images, model.tokens, model.shape.token_channels, generator=source)
     inputs = (model, tokens, model.draw_orders(images, stream(0, "orders")), torch.arange(images) % 10)
-    seconds = {
-        f.__name__: measure.median_seconds(functools.partial(f, *inputs), repeats) / images for f in (cached, uncached)
-    }
+    ways = {way.__name__: functools.partial(way, *inputs) for way in (cached, uncached)}
+    seconds = measure.turns(ways, rounds=rounds)
     difference = (cached(*inputs) - uncached(*inputs)).abs().max()
     return {
         "tokens": model.tokens,
-        **{f"{name}_seconds_per_image": value for name, value in seconds.items()},
-        "speedup": seconds["uncached"] / seconds["cached"],
+        **{f"{name}_seconds_per_image": statistics.median(each) / images for name, each in seconds.items()},
+        **measure.speedup(seconds["cached"], seconds["uncached"]),
         "largest_difference": float(difference),
     }
 
@@ -66,11 +66,11 @@ def main() -> None:
     parser = measure.arguments(__doc__)
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="preset=NAME and section.key=value")
     parser.add_argument("--images", type=int, default=4, help="images at once (default: 4)")
-    parser.add_argument("--repeats", type=int, default=3, help="timings of which the median counts (default: 3)")
+    parser.add_argument("--rounds", type=int, default=3, help="turns; the median is reported (default: 3)")
     arguments = parser.parse_args()
     parameters = compose([*arguments.overrides, "model.attention=causal"])
     torch.set_num_threads(parameters.compute.threads)
-    grids = [compare(parameters, grid, arguments.images, arguments.repeats) for grid in _GRIDS]
+    grids = [compare(parameters, grid, arguments.images, arguments.rounds) for grid in _GRIDS]
     sizes = {key: getattr(parameters.model, key) for key in ("width", "depth", "heads", "buffer_size")}
     measure.report("causal", {"model": sizes, "images": arguments.images, "grids": grids}, arguments)
 

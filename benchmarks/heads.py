@@ -1,4 +1,4 @@
-"""Cost of drawing a token in the head of each score.
+"""Cost of drawing a token in the head of each score, measured by turns.
 
     python -m benchmarks.heads [--save]
 
@@ -7,6 +7,7 @@ takes one evaluation per token, the diffusion loss `sample.denoising_steps`.
 """
 
 import functools
+import statistics
 
 import torch
 
@@ -40,8 +41,8 @@ def head(name: str, parameters: Parameters) -> Score:
 
 
 @torch.inference_mode()
-def costs(overrides: list[str], tokens: int, steps: int, repeats: int) -> dict:
-    """Microseconds and evaluations per token of each score, and the ratio of hyvarinen to energy."""
+def costs(overrides: list[str], tokens: int, steps: int, rounds: int) -> dict:
+    """Median microseconds and evaluations per token of each score, and the ratio of hyvarinen to energy."""
     parameters, denoising = compose(overrides), Denoising(steps)
     hidden = torch.randn(tokens, parameters.model.width, generator=generator(0, "hidden"))
     heads = {name: head(name, parameters) for name in _NAMES}
@@ -49,17 +50,17 @@ def costs(overrides: list[str], tokens: int, steps: int, repeats: int) -> dict:
     def draw(score: scores.Score) -> None:
         score.sample(hidden, source=stream(0, "noise"), denoising=denoising)
 
-    microseconds = {}
-    for name, score in heads.items():
-        seconds = measure.median_seconds(functools.partial(draw, score), repeats)
-        microseconds[name] = seconds * 1e6 / tokens
+    ways = {name: functools.partial(draw, score) for name, score in heads.items()}
+    seconds = measure.turns(ways, rounds=rounds)
+    ratio = measure.speedup(seconds["energy"], seconds["hyvarinen"])
     return {
         "preset": overrides[0],
         "tokens": tokens,
         "parameters": {name: sum(p.numel() for p in score.parameters()) for name, score in heads.items()},
         "evaluations_per_token": {name: score.evaluations_per_token(denoising) for name, score in heads.items()},
-        "microseconds_per_token": microseconds,
-        "hyvarinen_over_energy": microseconds["hyvarinen"] / microseconds["energy"],
+        "microseconds_per_token": {name: statistics.median(each) * 1e6 / tokens for name, each in seconds.items()},
+        "hyvarinen_over_energy": ratio["speedup"],
+        "hyvarinen_over_energy_range": ratio["speedup_range"],
     }
 
 
@@ -67,10 +68,10 @@ def main() -> None:
     """Measure all sizes."""
     parser = measure.arguments(__doc__)
     parser.add_argument("--steps", type=int, default=100, help="sampling steps of the diffusion loss (default: 100)")
-    parser.add_argument("--repeats", type=int, default=5, help="timings of which the median counts (default: 5)")
+    parser.add_argument("--rounds", type=int, default=5, help="turns; the median is reported (default: 5)")
     arguments = parser.parse_args()
     torch.set_num_threads(compose([]).compute.threads)
-    figures = {name: costs(*size, arguments.steps, arguments.repeats) for name, size in SIZES.items()}
+    figures = {name: costs(*size, arguments.steps, arguments.rounds) for name, size in SIZES.items()}
     measure.report("heads", figures, arguments)
 
 

@@ -217,6 +217,8 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=4096, help="rows of the comparison (default: 4096)")
     parser.add_argument("--workers", type=int, default=2, help="threads, and processes of the baseline (default: 2)")
     options = parser.parse_args()
+    if options.rows < 2 * BATCH:
+        parser.error(f"--rows is {options.rows}, but must be at least {2 * BATCH}, two batches.")
     keep_freed_memory()  # as all stages do; the workers of the baseline inherit it
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     figures = {"rows": options.rows, "workers": options.workers, "row bytes": ROW_BYTES // 2, "growth": []}

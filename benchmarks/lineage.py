@@ -4,7 +4,8 @@
 
 A stage hashes its inputs once, on two threads beside its work, and its outputs at the end, except shards, which it
 has hashed itself. Here 1 GiB is hashed from the page cache; the work of an ImageNet stage per image is that of
-benchmarks/results/scaling.json, in CPU seconds of one core. A disk of less than the hash rate bounds both alike.
+benchmarks/results/scaling.json, in CPU seconds of one core.
+A disk slower than the hash rate limits hashing and work alike.
 """
 
 import json

@@ -54,10 +54,10 @@ def turns(ways: Mapping[str, Callable[[], object]], *, rounds: int, calls: int =
 
 @contextlib.contextmanager
 def elsewhere(make: Callable[..., Callable[[], object]], *arguments: Any) -> Iterator[Callable[[], None]]:
-    """A function that calls `make(*arguments)` in a process of its own, and returns when the call there has ended.
+    """Yield a function that runs the result of `make(*arguments)` in a child process and waits until it ends.
 
-    For baselines on a CPU: what this process does with its memory (ear.runtime.device.keep_freed_memory) is not done
-    for them. `make` and its arguments must pickle.
+    `make` is called once, in the child. For baselines on a CPU, which then run without this process's allocator
+    settings (ear.runtime.device.keep_freed_memory). `make` and its arguments must pickle.
     """
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe()

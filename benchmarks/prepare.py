@@ -161,7 +161,7 @@ def main() -> None:
     """Measure and report."""
     parser = measure.arguments(__doc__)
     parser.add_argument("--images", type=int, default=512, help="images per turn (default: 512)")
-    parser.add_argument("--repeats", type=int, default=7, help="turns of which the median counts (default: 7)")
+    parser.add_argument("--repeats", type=int, default=7, help="turns; the median is reported (default: 7)")
     arguments = parser.parse_args()
     contents = pictures(arguments.images)
     with tempfile.TemporaryDirectory() as folder:

@@ -168,7 +168,7 @@ def main() -> None:
     measure.add_device(parser)
     parser.add_argument("--preset", nargs="+", metavar="NAME", help="default: digits, or the published sizes on CUDA")
     parser.add_argument("--batch", type=int, default=128, help="images at once (default: 128)")
-    parser.add_argument("--rounds", type=int, default=9, help="turns of which the median counts (default: 9)")
+    parser.add_argument("--rounds", type=int, default=9, help="turns; the median is reported (default: 9)")
     arguments = parser.parse_args()
     device = measure.device_of(arguments.device)
     presets = arguments.preset or (PUBLISHED if device.type == "cuda" else ["digits"])

@@ -4,8 +4,8 @@
 
 Runs each stage's work once at a small scale, with the sizes of preset imagenet256_base in float32 and untrained
 weights. Times are CPU seconds of one core (one thread), medians of --repeats runs; other work on the machine hardly
-affects them. --write fills the document's tables from the results that --save, and the benchmarks listing, latents and
-prepare before it, wrote to benchmarks/results/; with --saved nothing is measured.
+affects them. --write fills the document's tables from benchmarks/results/: from the results of --save, and from earlier
+ones of the benchmarks listing, latents and prepare. With --saved, nothing is measured.
 """
 
 import dataclasses
@@ -169,7 +169,7 @@ def manifest_row_bytes() -> float:
 
 
 def growth() -> dict[str, dict[str, float]]:
-    """Wall seconds of a training step per image, and of a drawn image, of the digits model, as its sizes double."""
+    """Wall seconds per image to train and sample the digits model: as is, with a larger batch, with more tokens."""
     return {
         "digits": _sizes([], side=4),
         "batch doubled": _sizes(["train.micro_batch_size=128", "train.global_batch_size=128"], side=4),
@@ -240,7 +240,7 @@ def main() -> None:
     parser = measure.arguments(__doc__)
     parser.add_argument("--write", type=Path, metavar="DOCUMENT", help="fill the tables of this document")
     parser.add_argument("--saved", action="store_true", help="do not measure; take what --save has kept")
-    parser.add_argument("--repeats", type=int, default=3, help="runs of which the median counts (default: 3)")
+    parser.add_argument("--repeats", type=int, default=3, help="runs; the median is reported (default: 3)")
     arguments = parser.parse_args()
     if arguments.write and not (arguments.saved or arguments.save):
         parser.error("--write fills the document from saved results; give --save, too, or --saved")

@@ -75,7 +75,7 @@ def main() -> None:
     parser = measure.arguments(__doc__)
     parser.add_argument("--params", default="params.yaml", help="parameter file (default: params.yaml)")
     parser.add_argument("--threads", type=int, help="CPU threads (default: compute.threads of the parameter file)")
-    parser.add_argument("--rounds", type=int, default=5, help="turns of which the median counts (default: 5)")
+    parser.add_argument("--rounds", type=int, default=5, help="turns; the median is reported (default: 5)")
     parser.add_argument("--rules", nargs="+", choices=plan.RULES, default=[*plan.RULES], metavar="RULE")
     arguments = parser.parse_args()
     parameters = config.load(arguments.params)

@@ -77,7 +77,7 @@ def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--size", type=int, default=256, help="pixels a side (default: 256)")
     parser.add_argument("--batch", type=int, default=1, help="images at once (default: 1)")
-    parser.add_argument("--repeats", type=int, default=3, help="timings of which the median counts (default: 3)")
+    parser.add_argument("--repeats", type=int, default=3, help="timings; the median is reported (default: 3)")
     options = parser.parse_args()
     device = device_of("auto")
     report("tokenizer", measure(options.size, options.batch, device, options.repeats), options)

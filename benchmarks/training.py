@@ -4,8 +4,8 @@
 
 Untrained models of the presets' sizes on random latents. A step is the posterior draw, noise, dropout, forward,
 backward, clipping, optimiser, EMAs and log on one global batch. The plain loop works as published code: the head on all
-tokens, the EMA parameter by parameter, the loss read at every step. Its random numbers are this project's, which cost
-it more than torch's would; it trains on the posterior's means, which saves it a draw.
+tokens, the EMA parameter by parameter, the loss read at every step. It uses this project's random numbers, which are
+slower than torch's, but saves the posterior draw by training on the means.
 Both use AdamW and take turns, so other work on the machine affects both; the median turn counts. Without --preset:
 digits or, on a CUDA device, the three published ImageNet sizes with their own precision and compilation. share_of_peak
 is the rate of the step's matrix products over that of one large product, measured here; mfu over the data sheet's.
@@ -174,7 +174,7 @@ def main() -> None:
     parser = measure.arguments(__doc__)
     measure.add_device(parser)
     parser.add_argument("--preset", nargs="+", metavar="NAME", help="default: digits, or the published sizes on CUDA")
-    parser.add_argument("--rounds", type=int, default=9, help="turns of which the median counts (default: 9)")
+    parser.add_argument("--rounds", type=int, default=9, help="turns; the median is reported (default: 9)")
     arguments = parser.parse_args()
     device = measure.device_of(arguments.device)
     presets = arguments.preset or (PUBLISHED if device.type == "cuda" else ["digits"])

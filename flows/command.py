@@ -16,7 +16,7 @@ GRACE_SECONDS = 25.0  # to write a training state; Prefect kills a cancelled flo
 
 
 class StoppedError(Exception):
-    """What ran, or was to run, was stopped."""
+    """The command was stopped, while it ran or before it started."""
 
 
 def stream(
@@ -32,7 +32,7 @@ def stream(
 
     Standard output and error are merged. If the wait is interrupted (Ctrl-C, a signal handler that raises, an error in
     `line`), the command and all its descendants are stopped first: SIGINT to each, `grace` seconds to clean up, then
-    SIGKILL. Of a command that has died itself, what is left of its process group is stopped. Raises StoppedError if
+    SIGKILL. If the command itself has died, the rest of its process group is stopped. Raises StoppedError if
     `stopped` is set before the command begins or ends.
     """
     let_commands_be_interrupted()
@@ -69,9 +69,9 @@ def stream(
 
 
 def let_commands_be_interrupted() -> None:
-    """Let commands of this process react to SIGINT, also if this process ignores it, which they would inherit.
+    """Make commands of this process react to SIGINT even if this process ignores it.
 
-    A shell script starts what it puts in the background like that. Does nothing outside the main thread.
+    Background jobs of a shell script ignore SIGINT, and commands inherit that. Does nothing outside the main thread.
     """
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN and threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGINT, lambda *_: None)
@@ -111,7 +111,7 @@ def programs() -> Iterator[tuple[int, Path]]:
 
 
 def family(process: subprocess.Popen) -> list[psutil.Process]:
-    """The process and its descendants; of one that is gone, the members of its group, which is its session, too."""
+    """The process and its descendants; if it has ended, the rest of its process group with their descendants."""
     if process.poll() is None:
         with contextlib.suppress(psutil.NoSuchProcess):
             parent = psutil.Process(process.pid)

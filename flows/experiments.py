@@ -58,10 +58,10 @@ def _quoted(value: Any) -> str:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """The workspace at one moment: the commit that it stood on, and a tree of git with its edits.
+    """The workspace at one moment: its HEAD commit, and a git tree that includes uncommitted edits.
 
-    DVC files experiments under a commit, so all that belongs to one snapshot keeps its commit, whatever is committed
-    in the workspace meanwhile.
+    DVC stores experiments under a commit, so all experiments of a snapshot stay under its commit, whatever is
+    committed in the workspace meanwhile.
     """
 
     commit: str
@@ -152,7 +152,7 @@ def metrics(snapshot: Snapshot, name: str) -> dict[str, dict]:
 
 
 def _wait_for_others(copy: Path, line: Callable[[str], None], stopped: threading.Event | None) -> None:
-    """Wait until no program works in the copy: those of a flow that was killed continue without it.
+    """Wait until no Python process works in the copy: processes of a killed flow outlive it.
 
     Raises StoppedError once `stopped` is set.
     """
@@ -187,14 +187,14 @@ def _create(copy: Path) -> None:
 
 
 def _show_inputs(copy: Path, parameters: config.Parameters) -> None:
-    """Link the files that parameters name into the copy, where git ignores them and they are therefore absent."""
+    """Link input files named by the parameters into the copy if they are missing there, since git ignores them."""
     for key, path in config.named_paths(parameters).items():
         inside = copy / path
         if path.is_absolute() or inside.exists():
             continue
         if ".." in path.parts:
             raise UserError(
-                f"{key} is {str(path)!r}, outside the repository, where experiments in a copy of it look elsewhere; "
+                f"{key} is {str(path)!r}, outside the repository, but experiments run in a copy in another folder; "
                 "give an absolute path."
             )
         inside.parent.mkdir(parents=True, exist_ok=True)

@@ -163,7 +163,7 @@ def _applied(overrides: Mapping[str, Any]) -> Iterator[None]:
 
 
 def due(graph: dict[str, set[str]], order: list[str], forced: list[str]) -> tuple[dict[str, str], set[str]]:
-    """(stage => why it is out of date, those that are by a change that DVC does not see); nothing is run.
+    """Return (stage => why it is out of date, stages out of date for a reason that DVC does not see); run nothing.
 
     Raises RepositoryError if DVC cannot tell, UserError if a stage that would run cannot.
     """
@@ -217,8 +217,8 @@ def walk(
         why = "; ".join(filter(None, ["forced" if name in forced else "", changed.get(name, "")]))
         force = name in forced or name in unseen
         start = time.monotonic()
-        # Prefect takes a text that it has seen in a result for that result: quoted and without message, so that its
-        # page draws no edges but those of the pipeline.
+        # Prefect treats an argument that occurs in an earlier result as a dependency. Quoting arguments and removing
+        # messages keeps its page to the edges of the pipeline.
         bare = {"message": None, "data": True}
         upstream = [states[stage].model_copy(update=bare) for stage in sorted(graph[name]) if stage in states]
         ran = bool(fresh & graph[name])

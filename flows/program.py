@@ -24,7 +24,7 @@ def report(name: str, run: Callable[[], State]) -> int:
         signal.signal(signal.SIGHUP, lambda *_: signal.raise_signal(signal.SIGTERM))
     if not server_answers(url := get_current_settings().api.url):
         fix = "start it with `prefect server start`, or unset PREFECT_API_URL to run without one."
-        print(f"{name}: no Prefect server answers at {url}, the PREFECT_API_URL; {fix}", file=sys.stderr)
+        print(f"{name}: PREFECT_API_URL is {url}, but no Prefect server answers there; {fix}", file=sys.stderr)
         return 1
     start = time.monotonic()
     try:

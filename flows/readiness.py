@@ -1,4 +1,4 @@
-"""What can be known before a stage runs and DVC deletes its earlier outputs: files, links, devices."""
+"""Checks before a stage runs and DVC deletes its earlier outputs: input files, links, devices, batch sizes."""
 
 from collections.abc import Iterable
 
@@ -9,11 +9,11 @@ from ear.lineage.run import check_links
 
 
 def check(parameters: config.Parameters, stages: Iterable[str], keys: Iterable[str] = ()) -> None:
-    """Raise UserError with the sentence that one of these stages would fail with.
+    """Raise UserError now if one of these stages would fail for a reason that is known in advance.
 
-    A file that it reads is absent, an output is a link out of the repository, this machine cannot compute as
-    parameters ask for, or processes cannot share its batches.
-    keys: of parameters to hold against this machine, beside those of the stages, such as runtime.device.
+    Reasons: an input file is missing, an output is a link out of the repository, this machine lacks the device or
+    precision that the parameters ask for, or processes cannot share the batches evenly.
+    keys: further parameters to check against this machine, such as runtime.device.
     """
     from ear.runtime.device import check_can_compute
 

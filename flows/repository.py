@@ -80,9 +80,9 @@ def act(
 ) -> None:
     """Run a DVC command in `folder` and pass each line of its output to `line` immediately.
 
-    While another DVC process works on the same files, it is tried again, without a limit of time: trainings last days.
-    `variables`: of the environment, beside the present ones. Raises RepositoryError; StoppedError if `stopped` is set
-    before a try begins.
+    The command is retried as long as another DVC process works on the same files, even for days: trainings are long.
+    `variables`: environment variables to add. Raises RepositoryError; StoppedError if `stopped` is set before a try
+    begins.
     """
     settings = {**environment(), **(variables or {})}
     said = ""

@@ -42,8 +42,8 @@ def run_experiment(
 def run_all(runs: Mapping[str, Mapping[str, Any]], snapshot: Snapshot, jobs: int = 1) -> Iterator[tuple[str, State]]:
     """Run experiments of the snapshot, `jobs` at a time => (name, final state), as they end.
 
-    Of runs that share a training, only one is at work as long as there are others: the next ones find its model in
-    DVC's cache. Raises UserError if the devices do not suffice for `jobs`.
+    Runs that share a training do not run at the same time while other runs are waiting: the later ones then find its
+    model in DVC's cache. Raises UserError if there are too few devices for `jobs`.
     """
     checked = [snapshot.parameters(values) for values in runs.values()]
     among = min((devices(parameters) for parameters in checked), key=len)

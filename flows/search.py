@@ -2,11 +2,11 @@
 
     python -m flows.search --trials 20 --set train.learning_rate=1e-4..1e-2:log score.samples=2,4,8
 
-A range LOW..HIGH is searched evenly, or with :log in its logarithm, by whole numbers if the key is one; values with
-commas are choices. Trials run in a copy of the workspace, one after the other. They sample from another seed than
-params.yaml does, so the images that choose are not those that are reported. Started again, a search continues until the
-study has that many trials.
-`--apply` writes the best trial's values into params.yaml, and `dvc repro` measures them on fresh samples.
+A range LOW..HIGH is searched on a linear scale, or with :log on a logarithmic one; if the key is an integer, so are
+its values. Values separated by commas are choices. Trials run in a copy of the workspace, one after the other. They use
+another sampling seed than params.yaml, so parameters are not chosen on the images that are reported. Started again, a
+search continues until the study has --trials trials. `--apply` writes the best trial's values into params.yaml, and
+`dvc repro` measures them on fresh samples.
 
 Optuna is an extra:
 
@@ -66,9 +66,9 @@ def space_of(texts: list[str]) -> dict[str, Range | list[Any]]:
         if dots:
             bounds = edit.values_of([f"low={low}", f"high={high.removesuffix(':log')}"])
             if not all(isinstance(bound, int | float) for bound in bounds.values()) or bounds["low"] >= bounds["high"]:
-                raise UserError(f"{key} is searched in {value!r}, but must be LOW..HIGH, two numbers in this order.")
+                raise UserError(f"the range of {key} is {value!r}, but must be two numbers LOW..HIGH, the lower first.")
             if high.endswith(":log") and bounds["low"] <= 0:
-                raise UserError(f"{key} is searched from {low} in its logarithm; start above 0, or omit :log.")
+                raise UserError(f"the range of {key} is {value!r}, but with :log must start above 0; raise it.")
             space[key] = Range(bounds["low"], bounds["high"], high.endswith(":log"))
         else:
             space[key] = edit.values_of([f"{key}=[{value}]"])[key]
@@ -97,7 +97,7 @@ def search(
     try:
         if not space or trials < 1:
             raise UserError(
-                f"{len(space)} keys and {trials} trials, but a search needs one of each; give --set KEY=...."
+                f"a search has {len(space)} keys and {trials} trials, but needs one of each; give --set and --trials."
             )
         wanted = space_of([f"{key}={value}" for key, value in space.items()])
         firsts = {key: _ends(choice)[0] for key, choice in wanted.items()}
@@ -125,7 +125,7 @@ def search(
 
 
 def check_values(values: Mapping[str, Sequence[Any]]) -> None:
-    """Raise UserError for a value that params.yaml refuses with all values of the other keys."""
+    """Raise UserError for a value that is invalid with every combination of the other keys' values."""
     present = config.read(PARAMETERS)
     for key, candidates in values.items():
         others = {name: each for name, each in values.items() if name != key}
@@ -174,10 +174,10 @@ def _optuna() -> Any:
 
 
 def opened_study(folder: Path, asked: Mapping[str, Any], seed: int) -> Any:
-    """The study in `folder`, new or to be continued; `asked` says what it is of.
+    """Open or create the study in `folder`; `asked` holds its metric, direction, space and fixed parameters.
 
-    Trials of a search that was killed come first: their experiments continue where they were. Raises UserError if
-    Optuna is missing, or the study is of something else.
+    Trials left over from a killed search come first, and their experiments resume. Raises UserError if Optuna is
+    missing, or if the study was made with another `asked`.
     """
     optuna = _optuna()
     optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -188,9 +188,7 @@ def opened_study(folder: Path, asked: Mapping[str, Any], seed: int) -> Any:
         direction="maximize" if asked["maximize"] else "minimize",
     )
     if study.user_attrs.get("asked", asked) != asked:
-        raise UserError(
-            f"the study in {folder} is of another metric, space or other parameters; give another --output."
-        )
+        raise UserError(f"the study in {folder} has another metric, space or fixed parameters; give another --output.")
     study.set_user_attr("asked", asked)
     # Other random draws after every start, or the first trials would be proposed again.
     study.sampler = optuna.samplers.TPESampler(seed=seed + len(study.trials))

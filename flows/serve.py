@@ -78,9 +78,9 @@ def _stop(*_: object) -> None:
 
 @contextlib.contextmanager
 def _child(command: list[str], environment: Mapping[str, str], patience: float, **options: Any) -> Iterator[Any]:
-    """A program in a session of its own, so that Ctrl-C reaches it through `finally`: asked to end, then killed.
+    """Run a program in its own session; at the end, interrupt it, and kill it after `patience` seconds.
 
-    What it has started and left behind ends with it, in its session or in another.
+    In its own session, it gets no Ctrl-C from the terminal. Its descendants end with it, in whatever session they are.
     """
     process = subprocess.Popen(command, env=environment, start_new_session=True, **options)
     try:
@@ -115,7 +115,7 @@ def server(port: int) -> Iterator[str]:
     """
     if url := os.environ.get("PREFECT_API_URL"):
         if not server_answers(url):
-            raise RuntimeError(f"no Prefect server answers at {url}, the PREFECT_API_URL; unset it to start one here")
+            raise RuntimeError(f"PREFECT_API_URL is {url}, but no Prefect server answers there; unset it to start one")
         yield url
         return
     address = f"http://{HOST}:{port}"

@@ -9,13 +9,13 @@ stage that was stopped. `-j N` runs N experiments at a time: one per GPU or, wit
 cores. Small models gain little from a second thread, so on a CPU one thread and as many jobs as cores take the least
 time.
 
-Seeds are repetitions: with `train.seed=0,1,2` among the keys, the best point is that of the best mean, and the table
-has means and standard deviations. The images on which a point is chosen are not those that are reported: unless
-sample.seed is among the keys, runs sample from another seed than params.yaml does. After it,
+Seeds are repetitions: with `train.seed=0,1,2` among the keys, the best point is the one with the best mean, and the
+table has means and standard deviations. Points are not chosen on the images that are reported: unless sample.seed is
+among the keys, runs use another sampling seed than params.yaml. After the sweep,
 
     python -m flows.sweep --apply
 
-writes the best point into params.yaml (not the seeds), and `dvc repro` measures it on images that had no say in it.
+writes the best point into params.yaml (not the seeds), and `dvc repro` measures it on images not used to choose it.
 """
 
 # isort: off
@@ -127,7 +127,7 @@ def compare(
 
 
 def mark_best(rows: list[dict], metric: str, maximize: bool) -> None:
-    """Set `mean`, `sd` and `best`: of rows that differ in seeds alone; the first ones if several are best.
+    """Set `mean` and `sd` over rows that differ only in seeds, and mark the rows of the best point; the first of a tie.
 
     A point is best only if all of its runs so far have succeeded. `sd` is None for a single run.
     """

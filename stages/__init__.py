@@ -1,7 +1,7 @@
 """One small program per stage of dvc.yaml; each also runs by itself: `python -m stages.NAME`.
 
-Python reads this file before any other code of a stage, so it notes what the code was like then: a stage takes
-seconds to import torch, and code that is edited meanwhile is in memory in one version and on disk in another.
+Python runs this file before any other code of a stage, so it records the state of all code files first. Importing
+torch takes seconds, and code edited in that time would differ between memory and disk.
 """
 
 from collections.abc import Iterable

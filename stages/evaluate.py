@@ -2,7 +2,8 @@
 
 Reads data/reference, data/samples/samples.h5 and data/reconstructions (rFID: what the tokenizer alone loses).
 Writes data/evaluation: metrics.json, and protocol.json with everything that the metrics depend on. If the extractor is
-a classifier, the metrics include class accuracy: the share of images that it assigns to the class they were drawn for.
+a classifier, the metrics include class accuracy: the share of images that it assigns to the class that they were
+conditioned on.
 A killed run resumes from the images whose features are saved.
 """
 

@@ -145,7 +145,7 @@ def run(
                 check(parameters)
             if distributed.size() > 1 and not many_processes:
                 raise UserError(
-                    f"{stage} runs in one process, but the launcher started {distributed.size()}; start it without."
+                    f"{stage} runs in one process, but the launcher started {distributed.size()}; omit the launcher."
                 )
             if many_processes and parameters.runtime.processes > 1 and not distributed.launched():
                 sys.exit(distributed.launch(f"stages.{stage}", sys.argv[1:], parameters.runtime.processes))

@@ -87,9 +87,9 @@ def continue_shorter(options: config.Train, run: Run, scratch: Path) -> bool:
         return True
     state, obstacle = run.shorter("train.images", STATE)
     if options.schedule != "constant" and state:
-        obstacle = f"train.schedule is {options.schedule}, whose rates depend on train.images; constant's do not"
+        obstacle = f"train.schedule is {options.schedule}, but must be constant, whose rate ignores train.images"
     if obstacle:
-        print(f"train: begins anew and extends no shorter training: {obstacle}", flush=True)
+        print(f"train: starts anew, since it cannot extend a shorter training: {obstacle}", flush=True)
     elif state:
         link(state, checkpoint.at(scratch, read_description(state)["images"]))
     return checkpoint.newest(scratch) is not None

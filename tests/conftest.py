@@ -31,7 +31,7 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 
 
 def _forget_prefect() -> None:
-    """In a forked process, drop what Prefect wants to do at the end: its services are not inherited, so it fails there.
+    """Drop Prefect's exit hooks in a forked process: its services are not inherited, so they would fail there.
 
     After a test has run a flow in this process, a DataLoader worker would otherwise end with exit code 1.
     """

@@ -120,6 +120,6 @@ def stale(folder: Path) -> set[str]:
 
 
 def digests(folder: Path) -> dict[str, str]:
-    """SHA-256 of every output; the report is none, since it says when it was written."""
+    """SHA-256 of every output except the report, which contains the time of writing."""
     files = [path for path in sorted((folder / "data").rglob("*")) if path.is_file() and path.name != "report.html"]
     return {str(path.relative_to(folder)): sha256(path) for path in files}

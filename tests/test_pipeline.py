@@ -275,7 +275,7 @@ def test_a_killed_training_goes_on_to_the_same_bytes_after_an_unrelated_edit_whe
     code = repository / "ear/training/means.py"
     code.write_text(code.read_text() + "\n_UNRELATED = 1\n")
     assert one_stage.main("train") == 1
-    assert "ear/training changed since; set runtime.other_code to continue it" in capsys.readouterr().err
+    assert "ear/training changed since; set runtime.other_code to continue" in capsys.readouterr().err
     change(repository, {"runtime.other_code": "continue"})
     assert one_stage.main("train") == 0
     assert "resuming after" in capsys.readouterr().out
@@ -316,7 +316,7 @@ def test_a_longer_training_says_why_it_begins_anew(repository, monkeypatch, caps
     change(repository, {"train.images": 1280})
     assert one_stage.main("train") == 0
     said = capsys.readouterr().out
-    assert "begins anew and extends no shorter training: train.schedule is cosine" in said
+    assert "starts anew, since it cannot extend a shorter training: train.schedule is cosine" in said
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/python.md", "docs/evaluation.md"])

@@ -133,7 +133,7 @@ def check_committed() -> None:
     """Raise UserError if code differs from the last commit, since the page names the commit."""
     edited = [path for path in experiments.edited() if not path.startswith(_MAY_DIFFER)]
     if edited:
-        raise UserError(f"{edited[0]} is not as the last commit has it; commit it, so that the page can name its code.")
+        raise UserError(f"{edited[0]} differs from the last commit, which the page would name; commit it first.")
 
 
 def checked_scope(
@@ -178,7 +178,7 @@ def check_count(parameters: config.Parameters) -> None:
 def planned(parameters: config.Parameters, budget: Budget, scope: Scope) -> list[Values]:
     """The changes of params.yaml for all runs of the parts in `budget`; runs that share a training are adjacent.
 
-    The runs that are reported of each rule are not among them: their scales are chosen by these.
+    The reported runs of each rule are not included: the runs planned here choose their guidance scale.
     """
     runs: list[Values] = []
     if "rules" in budget:
@@ -274,7 +274,7 @@ def ablations_of(snapshot: Snapshot, parameters: config.Parameters, budget: Valu
 
 
 def with_earlier(results: Mapping[str, Any], path: Path) -> Mapping[str, Any]:
-    """The results with the ablations that the file at `path` has besides; warns if they cannot be on one page."""
+    """Add the other ablations of the file at `path` to the results; warn if they cannot share a page."""
     if not path.is_file():
         return results
     earlier = read_json(path)

@@ -37,10 +37,10 @@ def page(name: str, results: Mapping[str, Any]) -> str:
 
 
 def joined(results: Mapping[str, Any], earlier: Mapping[str, Any]) -> dict[str, Any]:
-    """Results of ablations with those that only the earlier ones have, if both can stand on one page.
+    """Add the ablations that only the earlier results have, if both can share a page; else return `results`.
 
-    They can if budget, floor and all figures of the rows in bold are equal: every difference is one from these rows.
-    The page names the commit of each ablation, for later code can still act on what only an ablation uses.
+    They can if budget, floor and the rows in bold are equal, since all differences are taken from those rows. The page
+    names the commit of each ablation: later code may have changed something that only an ablation uses.
     """
     if _in_bold(results) != _in_bold(earlier):
         return dict(results)

@@ -62,8 +62,8 @@ ABLATIONS = (
         ),
     ),
     Ablation("Noise", "The distribution that the head turns into tokens.", _each("score.noise", "uniform", "gaussian")),
-    Ablation("Width of the noise", "Its dimensions per token.", _each("score.noise_channels", 8, 32, 128)),
-    Ablation("Width of the head", "Of its residual blocks.", _each("model.head_width", 64, 128, 256)),
+    Ablation("Width of the noise", "Noise dimensions per token.", _each("score.noise_channels", 8, 32, 128)),
+    Ablation("Width of the head", "Width of its residual blocks.", _each("model.head_width", 64, 128, 256)),
     Ablation(
         "Rate of the head",
         "The learning rate of the head's matrices relative to that of all others; published: 0.25.",
@@ -92,7 +92,7 @@ ABLATIONS = (
     ),
     Ablation(
         "Inference temperature",
-        "Scales what the noise shifts in the head; the trained model is the same in all rows.",
+        "Scales the noise-dependent shifts in the head's blocks; the trained model is the same in all rows.",
         _each("sample.temperature", 0.7, 0.85, 1.0, 1.15),
     ),
     Ablation(

@@ -45,7 +45,7 @@ def main() -> None:
 @click.option(
     "--output", type=click.Path(path_type=Path), default=Path("params.yaml"), show_default=True, help="file to write"
 )
-@click.option("--force", is_flag=True, help="let a preset replace a file that was edited")
+@click.option("--force", is_flag=True, help="with preset=: replace the file even if it was edited")
 @click.option(
     "--upgrade", is_flag=True, help="add new keys to a file of an earlier version, drop removed ones, keep your values"
 )
@@ -98,11 +98,9 @@ def inspect(path: str, samples: int, seed: int) -> None:
 @click.option(
     "--params", type=click.Path(path_type=Path), default=Path("params.yaml"), show_default=True, help="parameter file"
 )
-@click.option("--classes", type=int, help="default: those of data/latents, or 1000")
-@click.option("--images", type=int, help="of the data set; default: those of data/latents, or ImageNet's")
-@click.option(
-    "--teraflops", type=float, help="sustained by one device, in 10^12 operations/s; adds times to the stages"
-)
+@click.option("--classes", type=int, help="number of classes; default: that of the data, if it is known, or ImageNet's")
+@click.option("--images", type=int, help="number of images; default: that of the data, if it is known, or ImageNet's")
+@click.option("--teraflops", type=float, help="speed that one device sustains, in TFLOP/s; adds times to the stages")
 def describe(params: Path, classes: int | None, images: int | None, teraflops: float | None) -> None:
     """Estimate what a parameter file will cost: parameters, memory, compute per image, disk.
 
@@ -147,7 +145,7 @@ def verify(context: click.Context, repair: bool) -> None:
 def watch(stage: str | None, every: float, once: bool, samples: int, samples_every: float) -> None:
     """Follow a running training from another terminal, until it ends.
 
-    Shows its newest figures and curves, also as pictures in work/watch. STAGE: default, the one that trains now.
+    Shows the newest metrics and curves, and saves plots to work/watch. STAGE defaults to the one training now.
     """
     from ear.commands import watch
 

@@ -47,9 +47,9 @@ def run(overrides: list[str], output: Path, *, force: bool = False) -> list[str]
 def upgrade(overrides: list[str], output: Path) -> list[str]:
     """Add new keys to a file of an earlier version and drop removed ones => lines that say what was added and removed.
 
-    Values of keys that still exist are kept, then `overrides` are applied; new keys get the values of the preset that
-    the file, or `overrides`, name. The user's own comments are lost.
-    Raises UserError, and leaves the file alone, if it has no sections, or a value is not allowed any more.
+    Keeps the values of keys that still exist, then applies `overrides`. New keys get the values of the preset named in
+    `overrides`, or else in the file, or else of digits. The user's own comments are lost.
+    Raises UserError, and leaves the file unchanged, if it has no sections, or a value is no longer allowed.
     """
     old = config.read(output)
     if not isinstance(old, dict) or not all(isinstance(keys, dict) for keys in old.values()):
@@ -57,7 +57,7 @@ def upgrade(overrides: list[str], output: Path) -> list[str]:
     written = re.search(_WRITTEN, output.read_text(), re.M)
     named = re.findall(r"\bpreset=(\w+)", " ".join([written[1] if written else "", *overrides]))
     preset = f"preset={named[-1] if named else 'digits'}"
-    # Presets need paths to be composed; those of the file take their place.
+    # Some presets cannot be composed without paths; the file's own then replace these placeholders.
     paths = ["data.path=/", *(["tokenizer.weights=/"] if old.get("tokenizer", {}).get("weights") else [])]
     merged, added, removed = _merged(compose([preset, *paths]).model_dump(mode="json"), old)
     for key, value in edit.values_of(text for text in overrides if not text.startswith("preset=")).items():
@@ -100,7 +100,7 @@ def _command(overrides: list[str]) -> str:
 
 
 def _check_unedited(path: Path) -> None:
-    """Raise UserError if the file does not hold what the command that it names would write."""
+    """Raise UserError if the file differs from what the command in its header would write."""
     written = re.search(_WRITTEN, path.read_text(errors="replace"), re.M)
     try:
         before = compose(shlex.split(written[1])).model_dump(mode="json") if written else {}

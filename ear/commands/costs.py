@@ -76,7 +76,7 @@ def pipeline_costs(parameters: config.Parameters, *, classes: int, images: int) 
 
 
 def training_memory(parameters: config.Parameters, shape: Shape) -> tuple[dict[str, int], int]:
-    """Bytes of one process of the model's training, by part; activations with every block checkpointed."""
+    """(bytes of one process of the model's training by part, bytes of activations with every block checkpointed)."""
     plain, checkpointed = activation_bytes(
         shape, images=parameters.train.micro_batch_size, precision=parameters.train.precision
     )
@@ -221,10 +221,10 @@ def sampling_flops(shape: Shape, settings: SamplingSettings) -> dict[str, int]:
 
 
 def _at_steps(steps: int, tokens: int, one: int, two: int, three: int) -> int:
-    """Operations of a masked model of 3 or more tokens in that many steps, given those in one to three of them.
+    """Extrapolate a masked model's operations to `steps` steps from those of 1, 2 and 3 steps; needs 3 tokens or more.
 
-    All steps must be guided alike. The first one costs the same however many tokens it reveals. Each further one adds
-    an amount of its own, and another for each token that it reveals.
+    Either all steps use guidance, or none. The first step costs the same however many tokens it reveals. Each further
+    step adds a fixed cost, and a cost per token that it reveals.
     """
 
     def later(steps: int) -> tuple[int, int]:
@@ -249,7 +249,7 @@ def tokenizer_flops(tokenizer: Tokenizer) -> tuple[int, int]:
 
 
 def disk_bytes(parameters: config.Parameters, shape: Shape, *, images: int, weights: int) -> dict[str, int]:
-    """What the stages write. Images that gzip packs count as unpacked, since the saving depends on them."""
+    """Bytes that the stages write, by folder. Ignores the saving by gzip, which depends on the images."""
     channels, h, w = shape.latent
     side = parameters.data.image_size
     pixels = 3 * side**2 if parameters.prepare.compression != "links" else _LINK

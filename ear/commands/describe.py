@@ -124,8 +124,11 @@ def data_facts(data: config.Data, *, classes: int | None, images: int | None) ->
     elif cached and data.source != "imagenet" and cached["image_size"] == data.image_size:
         known, origin = (len(cached["classes"]), sum(cached["rows"].values())), str(stats)
     else:
-        known, origin = IMAGENET, "ImageNet's; yours with --classes and --images"
-    return classes or known[0], images or known[1], "as given" if classes and images else origin
+        known, origin = IMAGENET, "ImageNet's (give yours with --classes and --images)"
+    given = [name for name, value in (("classes", classes), ("images", images)) if value]
+    if given:
+        origin = "as given" if len(given) == 2 else f"{given[0]} as given, otherwise {origin}"
+    return classes or known[0], images or known[1], origin
 
 
 def run(params: Path, *, classes: int | None, images: int | None, teraflops: float | None) -> str:

@@ -152,7 +152,7 @@ def dvc() -> Iterator[Finding]:
     facts = dict(line.split(": ", 1) for line in _dvc("doctor").splitlines() if ": " in line)
     kinds = facts.get("Cache types", "unknown")
     linked = any(kind in kinds for kind in ("reflink", "hardlink"))
-    fix = "" if linked else "outputs take their space twice; put DVC's cache on the same disk: `dvc cache dir`"
+    fix = "" if linked else "outputs are stored twice; put DVC's cache on the disk of data/: `dvc cache dir PATH`"
     yield Finding("DVC", f"{importlib.metadata.version('dvc')}; links from its cache: {kinds}", fix)
     yield Finding("remotes of DVC", facts.get("Remotes", "None").lower())
 
@@ -170,7 +170,7 @@ def parameters() -> Iterator[Finding]:
         found = config.load(PARAMETERS)
     except UserError as error:
         yield Finding(
-            "params.yaml", str(error), "correct it, or `ear configure --upgrade` for an older version's", True
+            "params.yaml", str(error), "correct it; if an earlier version wrote it, run `ear configure --upgrade`", True
         )
         return
     yield Finding("params.yaml", "valid")
@@ -215,7 +215,7 @@ def versions() -> Iterator[Finding]:
             continue
         if name in pins and installed.partition("+")[0] != pins[name].partition("+")[0]:
             others.append(f"{name} {installed}, pinned {pins[name]}")
-    fix = f"other versions give other bytes; {_SET_UP}"
+    fix = f"results may not match byte for byte; {_SET_UP}"
     if others or not missing:
         yield Finding("packages", "; ".join(others) or "as pinned", fix if others else "")
 

@@ -10,7 +10,7 @@ from ear.files.json_files import read_json
 from ear.model.files import load_model, save_model
 
 DATA = Path("data")
-# Of data/evaluation/metrics.json and protocol.json, for the model card.
+# Keys of data/evaluation/metrics.json for the model card.
 _METRICS = ("fid", "fid_equal", "fid_floor", "class_accuracy", "inception_score", "precision", "recall")
 
 
@@ -41,9 +41,9 @@ def whole(output: Path) -> str:
 
 
 def evaluation(model: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(figures of the model's evaluation, the sampling behind them); without one, ({}, sampling of params.yaml).
+    """(metrics of the model, the sampling settings behind them); ({}, sampling of params.yaml) if it has no evaluation.
 
-    FID has the name that its number of images gives it.
+    FID is named after its number of images, such as FID-50k.
     """
     try:
         figures, how = read_json(DATA / "evaluation/metrics.json"), read_json(DATA / "evaluation/protocol.json")

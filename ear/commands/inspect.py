@@ -18,6 +18,7 @@ from ear.data.manifest import Contents
 from ear.data.sources import Source, imagenet
 from ear.errors import UserError
 
+_VAL_FRACTION = 0.1  # held out in what is shown, if the source has no validation images
 _SHOWN = 3  # classes and unreadable images to name
 _SIDES = {"digits": 16, "fashion": 40}  # preset => largest short side that it suits, in pixels; else folder64
 _DOWNSAMPLE = {"digits": 2, "fashion": 4}  # of their tokenizers; must divide the size
@@ -84,7 +85,7 @@ def describe(path: str, source: Source, sampled: Sampled) -> str:
     """The findings as text."""
     counts = Counter(image.split for image in source.images)
     whole = imagenet.are_wnids(source.classes)  # compare the counts with ImageNet's
-    held_out = "" if source.has_val else ", held out of the training images as data.val_fraction says"
+    held_out = "" if source.has_val else f", held out of the training images if data.val_fraction is {_VAL_FRACTION}"
     lines = [
         ("classes", _of(len(source.classes), imagenet.CLASSES, whole) + f": {_classes(source)}"),
         ("training", _of(counts["train"], imagenet.TRAIN_IMAGES, whole) + " images"),
@@ -136,5 +137,5 @@ def _sample(sampled: Sampled) -> str:
 
 def run(path: str, *, samples: int, seed: int) -> str:
     """The findings about a path as text, from at most `samples` decoded images; raises UserError, OSError."""
-    source = sources.find(Path(path), val_fraction=0.1)
+    source = sources.find(Path(path), val_fraction=_VAL_FRACTION)
     return describe(path, source, sample(source, samples, seed))

@@ -13,7 +13,6 @@ import numpy as np
 
 from ear.data.pictures import grid, magnify
 from ear.errors import UserError
-from ear.runtime.device import check_devices
 from ear.sampling.portable import Pipeline, load_pipeline
 
 if TYPE_CHECKING:
@@ -31,7 +30,6 @@ def run(path: Path | None, *, host: str, port: int, device: str = "cpu") -> None
 
     Raises UserError if Gradio is not installed, the device is absent, or the networks do not exist.
     """
-    check_devices(device, 1)
     pipeline = opened(path, device)
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     try:
@@ -138,9 +136,8 @@ def generated(
     columns = int(np.ceil(np.sqrt(len(labels))))
     scale = max(1, _SHOWN * 2 // (columns * pipeline.sampler.image_shape[0]))
     for number, images in enumerate(states):
-        text = (
-            f"step {number} of {len(states) - 1}" if number + 1 < len(states) else f"{len(labels)} images, seed {seed}"
-        )
+        finished = number + 1 == len(states)
+        text = f"{len(labels)} images, seed {seed}" if finished else f"snapshot {number} of {len(states) - 1}"
         yield grid(images, columns, scale=scale), text
 
 

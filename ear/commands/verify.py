@@ -1,6 +1,6 @@
-"""Hold outputs, their records and dvc.lock against each other (`ear verify`).
+"""Check that outputs, their records and dvc.lock agree (`ear verify`).
 
-Every file of every output is read once. Damaged ones can be deleted, also from DVC's cache, so that `dvc repro` makes
+Reads every file of every output once. `--repair` deletes damaged files, in DVC's cache too, so that `dvc repro` makes
 them again.
 """
 
@@ -61,7 +61,7 @@ def run(*, repair: bool) -> tuple[list[str], bool]:
     damaged = [problem.damaged for problem in problems if problem.damaged]
     if repair and damaged:
         deleted = _repair(damaged, lock, cache or cache_folder())
-        lines.append(f"deleted {', '.join(map(str, deleted))}; `dvc repro` makes them again")
+        lines.append(f"deleted {', '.join(map(str, deleted))}; `dvc repro` makes damaged outputs again")
     if not problems:
         lines.append(f"{len(stages)} stages and {len(found)} files agree with their records and with dvc.lock")
     return lines, not problems
@@ -70,7 +70,7 @@ def run(*, repair: bool) -> tuple[list[str], bool]:
 def _record(entry: Declaration, locked_entry: Mapping[str, Any], found: Mapping[str, Digests]) -> Record | None:
     """The record of a stage; None if it is missing or damaged.
 
-    It is damaged if it cannot be read, or if it alone is not what dvc.lock lists, while all outputs are.
+    It counts as damaged if it cannot be read, or if it is the only output that differs from dvc.lock.
     """
     if not entry.record.is_file() or _changed(locked_entry, found) == [entry.record.as_posix()]:
         return None
@@ -122,14 +122,15 @@ def _problems(
         yield Problem(entry.stage, f"{path} is not what dvc.lock lists")
     parameters = locked_entry.get("params", {}).get(str(PARAMETERS), {})
     if differing := difference(record.parameters, parameters):
-        yield Problem(entry.stage, f"dvc.lock has other parameters than the stage saw ({differing})")
+        yield Problem(entry.stage, f"parameters in dvc.lock differ from those that the stage used ({differing})")
     for name, digest in record.inputs.items():
         makers = [other for other in records.values() if name in other.outputs]
         if makers and makers[0].outputs[name] != digest:
-            yield Problem(entry.stage, f"it read another {name} than the {makers[0].stage} stage has written now")
+            maker = makers[0].stage
+            yield Problem(entry.stage, f"the {name} that it read differs from the one that stage {maker} last wrote")
         elif not makers and Path(name).is_file() and sha256(name) != digest:  # named by a parameter: no stage writes it
-            fix = f"put that file back, or read this one with `dvc repro --single-item --force {entry.stage}`"
-            yield Problem(entry.stage, f"{name} is not the file that it read; {fix}")
+            fix = f"restore that file, or use this one with `dvc repro --single-item --force {entry.stage}`"
+            yield Problem(entry.stage, f"{name} differs from the file that the stage read; {fix}")
 
 
 def _of_outputs(entry: Declaration, record: Record, found: Mapping[str, Digests]) -> Iterator[Problem]:
@@ -162,23 +163,23 @@ def _notes(stages: Iterable[Declaration], records: Mapping[str, Record], lock: M
         if record is None:
             continue
         if others := _other_code(entry, record, lock[stage]):
-            lines.append(f"note: dvc.lock lists {', '.join(others)} as they are now, but {stage} ran with others")
+            lines.append(f"note: dvc.lock lists the current {', '.join(others)}, but {stage} ran with another version")
         if differing := difference(record.libraries, versions()):
-            lines.append(f"note: {stage} ran with other libraries than are installed now ({differing})")
+            lines.append(f"note: {stage} ran with different library versions from those installed now ({differing})")
         if record.earlier_code:
             lines.append(f"note: {stage} was begun under other code or libraries and continued (runtime.other_code)")
     return lines
 
 
 def _other_code(entry: Declaration, record: Record, locked_entry: Mapping[str, Any]) -> list[str]:
-    """Code that dvc.lock lists as it is, though the stage ran with another: edited just before DVC looked at it."""
+    """Code whose current version is in dvc.lock although the stage ran with another: edited before DVC hashed it."""
     listed = {item["path"]: item["md5"] for item in locked_entry.get("deps", [])}
     present = [path for path in entry.code if listed.get(path.as_posix()) == _md5_of_code(path)]
     return [path.as_posix() for path in present if record.code.get(path.as_posix()) != code_digest(path)]
 
 
 def _md5_of_code(path: Path) -> str:
-    """The MD5 that dvc.lock has of a Python file or of a package."""
+    """MD5 of a Python file or package as it is now, computed as DVC does."""
     found = {file.as_posix(): _digest(file) for file in files_under(path) if "__pycache__" not in file.parts}
     return _md5(path.as_posix(), found)
 
@@ -217,5 +218,5 @@ def _damaged_lists(stages: Iterable[Declaration], lock: Mapping[str, Any], cache
             if not output["md5"].endswith(".dir") or not listing.is_file():
                 continue
             if _digest(listing).md5 != output["md5"].removesuffix(".dir"):
-                fix = f"after `ear verify --repair`, `dvc commit --force {stage}` writes it again"
+                fix = f"run `ear verify --repair`, then `dvc commit --force {stage}` to write it again"
                 yield Problem(stage, f"DVC's list of the files in {output['path']} is damaged; {fix}", damaged=listing)

@@ -23,11 +23,11 @@ _HEIGHT, _WIDTH, _MARGIN = 15, 90, 20  # of the curve in the terminal, in charac
 
 
 def run(stage: str | None, *, every: float, once: bool, samples: int, samples_every: float) -> Iterator[str]:
-    """Yield texts to print until the training ends, one per update; writes pictures in work/watch.
+    """Yield texts to print until the training ends, one per update; write plots to work/watch.
 
-    Before one has begun, the only text says that it waits.
+    If no training has begun, the first text says so; the next one follows when one begins.
 
-    stage: default, the one that trains now. once: yield one text and stop. samples: images to draw from each new
+    stage: default, the one training now. once: yield one text and stop. samples: images to draw from each new
     checkpoint, at most every `samples_every` seconds; 0: none.
     Raises UserError if nothing trains and `once` is set.
     """
@@ -42,8 +42,8 @@ def run(stage: str | None, *, every: float, once: bool, samples: int, samples_ev
                 return
         rows = rows_of(current) if current else []
         if once and not rows:
-            what = f"{current} does not train" if current else "no stage trains"
-            raise UserError(f"{what} now; start `dvc repro`, and try again.")
+            what = f"{current} is not training" if current else "no stage is training"
+            raise UserError(f"{what}; start `dvc repro`, and try again.")
         if stage and shown and not rows:
             yield f"{stage} has ended; its rows are in {FOLDER / 'finished' / stage}"
             return
@@ -95,7 +95,7 @@ def newest() -> str | None:
 
 
 def newest_checkpoint(stage: str | None) -> Path | None:
-    """The checkpoint of the most images of the training whose rows are shown; None if it has none yet."""
+    """Latest checkpoint of the stage's current training; None if there is none yet."""
     try:
         key = read_json(FOLDER / str(stage) / ABOUT)["key"]
     except (OSError, KeyError):  # not begun, or moved at this moment
@@ -169,7 +169,7 @@ def draw(stage: str, rows: list[dict[str, Any]]) -> None:
 def draw_samples(checkpoint: Path, count: int) -> str:
     """Draw images from a checkpoint with the sampling of params.yaml, write work/watch/samples.png => a line to print.
 
-    If data/reference exists, the line has a quick FID: of few images, so it compares moments of this training only.
+    If data/reference exists, the line has a quick FID. It uses few images: compare it only within this training.
     """
     from ear import config
     from ear.data.pictures import grid, save_png

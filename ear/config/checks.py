@@ -23,8 +23,8 @@ def check_tokenizer(data: Data, tokenizer: Tokenizer) -> None:
         raise UserError(f"tokenizer.downsample is {tokenizer.downsample}, but must be a power of two, such as 4 or 16.")
     if data.image_size % tokenizer.downsample:
         raise UserError(
-            f"data.image_size is {data.image_size}, which tokenizer.downsample, {tokenizer.downsample}, does not "
-            "divide; change one of them."
+            f"data.image_size is {data.image_size}, but must be a multiple of tokenizer.downsample, "
+            f"{tokenizer.downsample}; change one of them."
         )
     if tokenizer.name in ("published", "diffusers") and not tokenizer.weights:
         raise UserError(
@@ -115,14 +115,14 @@ def check_shares(
     each, rest = divmod(global_batch_size, processes)
     if rest:
         raise UserError(
-            f"{batch} is {global_batch_size}, which {processes} processes cannot share evenly; make {batch} a multiple "
-            f"of {processes}, or use another number of processes."
+            f"{batch} is {global_batch_size}, but must be a multiple of {processes}, the number of processes; change "
+            "one of them."
         )
     if each % micro_batch_size:
         fitting = max(size for size in range(1, min(micro_batch_size, each) + 1) if each % size == 0)
         raise UserError(
-            f"{micro} is {micro_batch_size}, but must divide {each}, the part of each of {processes} process(es) in a "
-            f"global batch of {global_batch_size}; set it to {fitting} or another divisor of {each}."
+            f"{micro} is {micro_batch_size}, but must divide {each}, the images per process of a global batch of "
+            f"{global_batch_size} on {processes} process(es); set it to {fitting} or another divisor of {each}."
         )
 
 

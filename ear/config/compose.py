@@ -37,7 +37,7 @@ def compose(overrides: list[str]) -> Parameters:
 
 
 def quoted(value: str) -> str:
-    """A value of an override as Hydra reads it: in quotes if it has more than letters, digits and signs of paths."""
+    """Quote an override's value for Hydra, unless it has only letters, digits and path characters."""
     if re.fullmatch(r"[\w./@:+-]+", value, re.ASCII):
         return value
     escaped = re.sub(r"(\\*)(?='|$)", r"\1\1", value).replace("'", "\\'")

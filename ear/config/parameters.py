@@ -110,7 +110,7 @@ class _Named:
     otherwise: str  # what to do without it
 
 
-# The files that are read of folders with others in them: ear.tokenizer.importing and ear.tokenizer.perceptual.
+# Files read from folders that may hold others (by ear.tokenizer.importing and ear.tokenizer.perceptual).
 _READ = {
     "tokenizer.weights": ("config.json", "diffusion_pytorch_model.safetensors"),
     "tokenizer.perceptual_folder": ("vgg16-397923af.pth", "weights-vgg16-lpips.pth"),
@@ -167,7 +167,7 @@ def named_paths(parameters: Parameters) -> dict[str, Path]:
 
 
 def named_files(parameters: Parameters, stage: str) -> list[Path]:
-    """The files, images aside, that parameters name and the stage reads; of a folder those that it reads."""
+    """Files, other than images, that parameters name and the stage reads; for a folder, the files read from it."""
     named = {
         key: Path(named.path)
         for key, named in _named(parameters).items()

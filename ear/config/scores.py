@@ -32,7 +32,7 @@ class SampleBased(ScoreOptions):
     noise_channels: int = Field(description="noise dimensions per token", ge=1)
 
     def check(self) -> None:
-        """See `ScoreOptions`."""
+        """Raise UserError if `samples` is 1, or odd with disjoint pairs."""
         if self.samples < 2:
             raise UserError(
                 f"score.samples is {self.samples}, but score.name is {self.name}, which compares samples with each "

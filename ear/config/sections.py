@@ -49,7 +49,9 @@ class Prepare(Section):
     compression: Literal["none", "gzip", "links"] = Field(
         description="none (contiguous, fastest), gzip (lossless), or links (no pixels: each pass decodes again)"
     )
-    max_rejected: int = Field(description="unreadable images to record in rejected.csv before the stage fails", ge=0)
+    max_rejected: int = Field(
+        description="unreadable images to skip and list in rejected.csv; with more, the stage fails", ge=0
+    )
 
 
 class Compute(Section):
@@ -94,17 +96,17 @@ class Tokenizer(Section):
         description="kl: images before the critic contributes to the loss; it trains from half of that", ge=0
     )
     images: int = Field(description="kl: training images, counted with repetition", ge=1)
-    batch_size: int = Field(description="kl: images per step; all: images per batch when evaluating", ge=1)
+    batch_size: int = Field(description="kl: images per step; every tokenizer: images per batch in evaluation", ge=1)
     micro_batch_size: int = Field(description="kl: images per forward pass in training; must divide batch_size", ge=1)
     learning_rate: float = Field(
         description="kl: peak rate of AdamW; linear warm-up over 5% of the images, cosine decay", gt=0
     )
     ema_decay: float = Field(description="kl: EMA decay per step", ge=0, lt=1)
     precision: Precision = Field(
-        description="kl: in training: float32; on CUDA also tfloat32 or bfloat16 (autocast, float32 weights and loss)"
+        description="kl: training in float32; on CUDA also tfloat32 or bfloat16 (autocast, float32 weights and loss)"
     )
     seed: int = Field(
-        description="kl: of weights, data order, noise; every tokenizer: of the noise in its held-out metrics", ge=0
+        description="kl: seed of weights, data order, noise; every tokenizer: of the noise in held-out metrics", ge=0
     )
 
 
@@ -232,7 +234,7 @@ class Reference(Section):
     weights: str = Field(description="inception: weights file; empty: torch-fidelity downloads it")
     statistics: str = Field(description="inception: npz with mu and sigma, instead of the training images; empty: none")
     batch_size: int = Field(
-        description="images per forward pass; classifier: also per training step, so another one has other features",
+        description="images per forward pass; classifier: also per training step, so changing it changes the features",
         ge=1,
     )
     images: int = Field(description="classifier: training images, counted with repetition", ge=1)
@@ -264,16 +266,16 @@ class Runtime(Section):
         description="Dask scheduler for prepare, cache and sample, such as tcp://host:8786; empty: this machine"
     )
     checkpoint_images: int = Field(
-        description="images between checkpoints of train and finetune, about as many as a killed run loses", ge=1
+        description="images between checkpoints of train and finetune; a killed run loses about this many at most", ge=1
     )
     keep_images: int = Field(
-        description="images between checkpoints of train and finetune that stay in work/kept; 0: none", ge=0
+        description="images between checkpoints of train and finetune to keep in work/kept; 0: keep none", ge=0
     )
     other_code: Literal["refuse", "continue", "restart"] = Field(
         description="unfinished work begun under other code or libraries: refuse (stop and say so), continue or restart"
     )
     trackers: list[Literal["tensorboard", "mlflow", "wandb"]] = Field(
-        description="get the figures of running trainings: tensorboard, mlflow, wandb (docs/watching.md)"
+        description="log running trainings to tensorboard, mlflow, wandb (docs/watching.md)"
     )
     compile: bool = Field(description="torch.compile transformer and head in training and sampling, on CUDA only")
     sharded: bool = Field(

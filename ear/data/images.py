@@ -20,7 +20,7 @@ from ear.errors import UserError
 if TYPE_CHECKING:
     import torch
 
-# Damaged metadata do not affect pixels. For all threads at once: `catch_warnings` would leave behind filters of others.
+# Damaged metadata does not affect pixels. The filter is global because `catch_warnings` is not thread-safe.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP")  # others, such as EPS, would start programs outside this one
 _SIXTEEN_BIT = ("I", "I;16", "I;16B", "I;16L", "I;16N")
@@ -98,9 +98,9 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _eight_bit(image: Image.Image, transparent: int | None) -> Image.Image:
-    """Grey 0..65535 => 0..255, rounded; row by row, so that a small file cannot take several times its pixels.
+    """Grey 0..65535 => 0..255, rounded; row by row, so that no wider copy of the whole image is needed.
 
-    transparent: the value of pixels that are transparent, if there are such; the result then has an alpha channel.
+    transparent: the value of transparent pixels, if there are any; the result then has an alpha channel.
     """
     values = np.asarray(image)
     eight = np.empty(values.shape, np.uint8)
@@ -151,6 +151,6 @@ def to_uint8(images: "torch.Tensor") -> "torch.Tensor":
     import torch
 
     if not images.isfinite().all():
-        raise UserError("an image has infinite or NaN pixels; look for a training or decoding that diverged.")
+        raise UserError("an image has infinite or NaN pixels; check whether training or decoding diverged.")
     pixels = ((images.float() + 1) * 127.5).round().clamp(0, 255)
     return pixels.to(torch.uint8).movedim(-3, -1).contiguous()

@@ -1,7 +1,7 @@
 """Images that are not stored but decoded again from their raw files whenever they are read.
 
-A shard of links holds what finds an image (rows, as JSON) and the SHA-256 of its raw bytes. So data sets too large to
-keep twice need no folder of pixels; each pass over the images costs their decoding.
+A shard of links holds the location of each image (rows, as JSON) and the SHA-256 of its raw bytes. This is for data
+sets too large to store twice; in exchange, every pass decodes the images again.
 """
 
 import dataclasses

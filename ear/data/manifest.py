@@ -107,7 +107,7 @@ def _open_plain(path: Path) -> FileIO:
 
 def _check_size(count: int) -> None:
     if count > _MOST_BYTES:
-        raise UserError(f"has {count} bytes, and {_MOST_BYTES} are allowed")
+        raise UserError(f"has {count} bytes, but must have at most {_MOST_BYTES}")
 
 
 def write_manifest(

@@ -22,9 +22,7 @@ class Panel:
 
 _TRAINING = (
     Panel("loss (means since the row before)", ("loss",), ("context_free_loss",)),
-    Panel(
-        "attraction and twice the repulsion: equal where samples spread as they should", ("attraction", "repulsion x 2")
-    ),
+    Panel("attraction and 2 x repulsion: equal if samples vary as the data do", ("attraction", "repulsion x 2")),
     Panel("loss by share of masked tokens", ("loss_masked_",)),
     Panel("gradient norm, before clipping", ("gradient_norm",), logarithmic=True),
     Panel("learning rate", ("rate",)),

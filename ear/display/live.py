@@ -21,13 +21,13 @@ Row = dict[str, Any]
 
 
 class Live:
-    """Shows a training to whoever looks; a Live without a folder, as on ranks other than 0, shows nothing."""
+    """Writes the rows of a training to disk and to trackers; without a folder (ranks other than 0), writes nothing."""
 
     def __init__(
         self,
         folder: Path | None = None,
         *,
-        key: str = "",  # of what is trained: rows of another key are not its own
+        key: str = "",  # identifies the training; `begin` deletes rows with another key
         more: Callable[[Row], Row] = lambda row: {},  # further figures of a row of training
         trackers: Callable[[int], Sequence[Tracker]] = lambda images: (),  # opened when it begins at that image
     ):
@@ -36,10 +36,10 @@ class Live:
         self._failed = False
 
     def begin(self, images: int, about: Mapping[str, Any], last: tuple[int, int] = (0, 0)) -> None:
-        """Start after `images` images.
+        """Begin or resume after `images` images.
 
-        last: images of the last rows of training and validation that the training remembers; later rows, from before a
-        kill, are removed, since they will be written again.
+        last: image counts of the last training row and the last validation row in the resumed checkpoint. Later rows,
+        written before a kill, are removed, since the resumed training writes them again.
         """
         if self.folder is None:
             return
@@ -58,7 +58,7 @@ class Live:
 
     @contextlib.contextmanager
     def _noting(self) -> Iterator[None]:
-        """Turn an OSError into a note, printed once: what only shows a training must not end it."""
+        """Suppress OSErrors, printing the first one as a note: a display failure must not end the training."""
         try:
             yield
         except OSError as error:
@@ -68,7 +68,7 @@ class Live:
 
     def training(self, row: Row) -> None:
         """Add a row of means since the row before."""
-        more = self._more(row)  # also on ranks that show nothing: it starts to count again
+        more = self._more(row)  # on all ranks: the call also resets what it accumulates
         self._add(TRAINING, row | more)
 
     def validation(self, row: Row) -> None:
@@ -90,10 +90,10 @@ class Live:
 
 
 def archive(stage: str, began: float) -> None:
-    """After the stage's results are published: keep its rows in work/live/finished, in place of those before.
+    """Move a stage's rows to work/live/finished, replacing those there; call it after the results are published.
 
-    began: time of the stage's start; older rows, of a training that was given up, are deleted. Empty tables stay, since
-    `dvc plots show` warns of a file that is missing.
+    began: start time of the stage; older rows, from an abandoned training, are deleted. Empty tables are left behind,
+    since `dvc plots show` warns about missing files.
     """
     folder, kept = FOLDER / stage, FOLDER / "finished" / stage
     if not (folder / ABOUT).is_file():

@@ -19,7 +19,7 @@ class Progress:
         self.title, self.total, self.unit, self.done = title, total, unit, start
         self._start, self._begun, self._last_line = start, time.monotonic(), time.monotonic()
         self._note = ""
-        # Only rank 0 prints; a RANK that a shell has left does not count.
+        # Only rank 0 prints. RANK without WORLD_SIZE is ignored: it may be left over in the shell.
         self._silent = ("WORLD_SIZE" in os.environ and os.environ.get("RANK", "0") != "0") or total == 0
         show_bar = sys.stderr.isatty() and not self._silent
         self._bar = tqdm(total=total, initial=start, desc=title, unit=unit) if show_bar else None

@@ -112,7 +112,7 @@ class _MLflow:
 
 
 class _Wandb:
-    """A run of the project `ear`; WANDB_MODE=offline stores it in work/wandb only."""
+    """A run in the project `ear`; offline by default (WANDB_MODE), so stored in work/wandb only."""
 
     def __init__(self, start: Start):
         import wandb

@@ -40,7 +40,7 @@ class Classifier(nn.Module):
     def __init__(self, classes: int, image_size: int):
         super().__init__()
         self.classes, self.image_size = classes, image_size
-        levels = max((image_size // 4).bit_length() - 1, 1)  # down to 4 to 8 positions a side, or 2 to 4
+        levels = max((image_size // 4).bit_length() - 1, 1)  # the last maps are 4 to 8 a side (2 to 4 below 8 pixels)
         widths = [FEATURES // 2, *[FEATURES] * levels]
         layers = [_convolution(3, widths[0])]
         for before, after in pairwise(widths):

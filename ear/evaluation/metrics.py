@@ -94,9 +94,9 @@ def precision_recall(generated: Tensor, real: Tensor, *, neighborhood: int) -> t
 
 
 def nearest_distance(features: Tensor, training: Tensor) -> float:
-    """Median distance from an image to the training image that is nearest to it, from features [N, D] and [M, D].
+    """Median distance from an image to its nearest training image, from features [N, D] and [M, D].
 
-    It sees copies only of the training images that it is given.
+    It detects only copies of the training images that are passed in.
     A model that repeats training images is much nearer to them than new real images are (Meehan et al. 2020, "A
     non-parametric test to detect data-copying in generative models").
     """
@@ -107,8 +107,8 @@ def nearest_distance(features: Tensor, training: Tensor) -> float:
 def floor(reference: Reference, held_out: Summary, *, seed: int) -> dict[str, float]:
     """FID and KID between real training images and held-out ones: what a perfect generator of as many images gets.
 
-    Held-out images have the training images' shares of the classes; samples have as many of each class, so with unequal
-    classes a perfect generator stays above the floor.
+    Held-out images have the training set's class proportions, but samples are class-balanced. If the classes are
+    unequal in size, even a perfect generator therefore stays above the floor.
 
     nearest: `nearest_distance` of the held-out images.
     """
@@ -126,8 +126,8 @@ def floor(reference: Reference, held_out: Summary, *, seed: int) -> dict[str, fl
 def frechet_distance_at(features: Tensor, reference: Reference, *, images: int) -> float | None:
     """The mean Frechet distance of disjoint blocks of `images` rows of features [N, D]; None if N is smaller.
 
-    A Frechet distance is biased upwards, the more so the fewer the images, so distances are comparable at equal numbers
-    only: with the floor, at the number of held-out images.
+    A Frechet distance is biased upwards, more so for fewer images, so compare distances only at equal numbers of
+    images. To compare with the floor, let `images` be the number of held-out images.
     """
     blocks = [block for block in features.split(images) if len(block) == images]
     distances = []
@@ -141,7 +141,7 @@ def frechet_distance_at(features: Tensor, reference: Reference, *, images: int) 
 def check_counts(options: config.Evaluate, *, generated: int, real: int) -> None:
     """Raise UserError if there are too few generated or real images for a metric of `compare`.
 
-    `config` refuses a `sample.count` that is too small before anything runs; this is of the images that there are.
+    `config` already rejects too small a `sample.count` before anything runs; this checks the images that exist.
     """
     kid_subset_size, neighborhood = options.kid_subset_size, options.neighborhood
     fewest = min(generated, real)
@@ -162,7 +162,7 @@ def compare(
     logits: Tensor,  # of generated images, float32 [N, K]
     reference: Reference,
     options: config.Evaluate,
-    equal_images: int = 0,  # as many as are behind the floor; 0: no comparison with it
+    equal_images: int = 0,  # number of images behind the floor; 0: omit fid_equal
 ) -> dict[str, float]:
     """All metrics by name; `check_counts` says how many images they need.
 

@@ -49,7 +49,7 @@ class Reference:
         return cls(Gaussian(mu, sigma), features, Gaussian(*held_out), description)
 
     def check(self, what: str, *, extractor_sha256: str, image_size: int, classes: list[str]) -> None:
-        """Raise UserError unless images (`what`: which) of this size and these classes can be compared with it."""
+        """Raise UserError if the extractor, image size or classes differ; `what` names the images in the message."""
         ours = self.description
         if extractor_sha256 != ours["extractor_sha256"]:
             raise UserError(

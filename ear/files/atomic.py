@@ -32,11 +32,11 @@ def whole_file(path: str | Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Set `filename` to `path` on an OSError of the body that has none, as those of reads and writes."""
+    """Add `path` as the `filename` of an OSError that the block raises without one, as reads and writes do."""
     try:
         yield
     except OSError as error:
-        if error.errno is not None:  # otherwise it is a sentence already, which a name would replace
+        if error.errno is not None:  # otherwise the error has a message of its own, which a file name would hide
             error.filename = error.filename or str(path)
         raise
 
@@ -115,7 +115,7 @@ def remove(path: Path) -> None:
 
 
 def remove_unfinished(folder: Path) -> None:
-    """Delete what killed writers left in `folder`; only for who holds the folder's lock."""
+    """Delete what killed writers left in `folder`; the caller must hold the folder's lock."""
     if folder.is_dir():
         for path in folder.glob(f".*{_UNFINISHED}"):
             remove(path)

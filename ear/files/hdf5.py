@@ -58,7 +58,7 @@ def fill(path: str | Path, name: str, first: int, values: np.ndarray) -> None:
 
 
 def row_offset(path: str | Path, name: str, first: int, rows: np.ndarray) -> int:
-    """The byte of the file at which `rows` [n, ...] of a contiguous data set begin, number `first` the first one."""
+    """Byte offset in the file of row `first` of a contiguous data set that can hold `rows` [n, ...] from there on."""
     with h5py.File(path, "r", locking=False) as file:
         data = file[name]
         assert (rows.dtype, rows.shape[1:]) == (data.dtype, data.shape[1:])
@@ -67,7 +67,7 @@ def row_offset(path: str | Path, name: str, first: int, rows: np.ndarray) -> int
 
 
 class Rows:
-    """The rows of several shards, numbered through: shard k holds `counts[k]` of them."""
+    """The rows of several shards, numbered consecutively; shard k holds `counts[k]` of them."""
 
     def __init__(self, counts: Sequence[int]):
         self._ends = np.cumsum(counts)

@@ -24,7 +24,7 @@ def csv_writer(file: TextIO) -> Any:
 
 
 class _LineFeeds:
-    """csv quotes a carriage return in a value only if its line ends hold one; they are replaced here."""
+    """Replace CRLF line ends by LF: csv itself, set to LF, would not quote a carriage return in a value."""
 
     def __init__(self, file: TextIO):
         self._file = file

@@ -64,9 +64,9 @@ def built_with(
 ) -> "Network":
     """The module that `build` returns, with these weights; raises as `load_weights` does.
 
-    Guards against descriptions with huge sizes: if the square of a number in it exceeds the count of the file's values,
-    names and shapes are first compared on the meta device, without allocating. Other files skip this, since building
-    there imports for two seconds.
+    Guards against descriptions with huge sizes: if the square of a number in `description` exceeds the number of values
+    in `tensors`, names and shapes are first compared on the meta device, without allocating. Other files skip this,
+    since the imports of the meta device take two seconds.
     """
     if layers > len(tensors):
         raise UserError(f"{origin} describes {layers} layers, but has {len(tensors)} tensors; it is damaged.")

@@ -30,7 +30,7 @@ def latent_batches(
     coins = Coins(seed, "mirror")
 
     def wanted(position: int) -> tuple[Tensor, np.ndarray]:
-        """Rows and sides; in one thread, since order and coins remember where they are."""
+        """Row numbers and whether to mirror each; called in one thread only, since `order` and `coins` have state."""
         indices = order.indices(position, micro_batch_size)
         mirrored = coins.at(position, micro_batch_size) if mirror else np.zeros(micro_batch_size, bool)
         return indices, mirrored

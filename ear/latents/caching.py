@@ -55,7 +55,7 @@ class Encoder:
 
     @property
     def row(self) -> np.ndarray:
-        """What an image becomes: float16 [2, 2C, H, W], without values."""
+        """Shape and type of an image's moments, as an uninitialised array, float16 [2, 2C, H, W]."""
         side = self.tokenizer.image_size // self.tokenizer.downsample
         return np.empty((2, 2 * self.tokenizer.latent_channels, side, side), np.float16)
 
@@ -306,11 +306,11 @@ def write_piece(piece: Piece, images: PreparedImages, encoder: Encoder, folder: 
 
 
 def _check(piece: Piece, encoder: Encoder, folder: Path) -> None:
-    """Hold a piece against its note: on a shared file system, its neighbour was written by another machine."""
+    """Compare a piece with its note: on a shared file system, other machines write next to it and may damage it."""
     path, note = folder / piece.file, _note(piece, folder)
     if read_json(note)["sha256"] != _digest(path, piece, encoder):
         note.unlink()
-        raise UserError(f"rows {piece.first} and following of {path} are not what was written; run the stage again.")
+        raise UserError(f"{path} is damaged: rows from {piece.first} on are not what was written; run the stage again.")
 
 
 def _note(piece: Piece, folder: Path) -> Path:
@@ -334,7 +334,7 @@ def _encoded(piece: Piece, images: PreparedImages, encoder: Encoder) -> Iterator
         finite = np.isfinite(moments).reshape(len(part), -1).all(axis=1)
         if not finite.all():
             raise UserError(
-                f"the latents of {piece.split} image {part[np.argmin(finite)]} (counted through the shards of "
+                f"the latents of {piece.split} image {part[np.argmin(finite)]} (counted from 0 over all shards of "
                 "data/prepared) are infinite or NaN in float16 (limit 65504); the tokenizer diverged: train it with a "
                 "lower tokenizer.learning_rate or a higher tokenizer.kl_weight."
             )

@@ -32,7 +32,7 @@ def normalised(moments: Tensor, noise: Tensor, statistics: Statistics) -> Tensor
     """Moments [B, 2C, h, w] and standard normal noise [..., B, C, h, w] => latents of the noise's shape.
 
     (posterior sample - mean) / std with the *global* mean and std: one shift and one scale for all channels keep the
-    geometry of the latent space. The published recipe, a factor of 0.2325 for KL-16, has mean 0.
+    geometry of the latent space. The published recipe for KL-16 multiplies by 0.2325 and subtracts no mean.
     """
     return (posterior.posterior_sample(moments, noise) - statistics.mean) / statistics.std
 

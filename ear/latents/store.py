@@ -124,10 +124,10 @@ class LatentStore:
 
 
 def _open(path: Path, entry: dict, stats: dict) -> tuple[_Stored, np.ndarray]:
-    """Hold a file's size, attributes and shapes against stats.json => (location of its moments, its labels as int64).
+    """Check a file's size, attributes and shapes against stats.json => (location of its moments, labels as int64).
 
-    entry: its item in stats["shards"][split]. Digests are checked by the stage that reads the file (ear.lineage): at
-    every start, they would take too long.
+    entry: its item in stats["shards"][split]. Digests take too long to check at every start; the stage that reads the
+    file checks them (ear.lineage).
     """
     channels, height, width = stats["shape"]
     expected = (entry["rows"], 2, 2 * channels, height, width)

@@ -16,7 +16,7 @@ def cache_folder() -> Path:
     """The folder of DVC's cache; raises UserError outside a DVC repository."""
     done = subprocess.run([sys.executable, "-m", "dvc", "cache", "dir"], capture_output=True, text=True)
     if done.returncode:
-        raise UserError(f"DVC names no cache here: {' '.join(done.stderr.split())}")
+        raise UserError(f"`dvc cache dir` failed: {' '.join(done.stderr.split())}")
     return Path(done.stdout.strip())
 
 

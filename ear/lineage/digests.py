@@ -18,10 +18,10 @@ def file_digests(paths: Iterable[Path]) -> dict[str, str]:
 
 
 class Inputs:
-    """The input files of a running stage: hashed in the background, held against their maker's record, watched.
+    """The input files of a running stage: hashed in the background, compared with records, watched for changes.
 
-    published: SHA-256 by path, as the stages that made the files recorded them; other files have no known digest.
-    unread: pattern of files to leave alone, such as data/prepared/train-*.
+    published: SHA-256 by path, as recorded by the stages that wrote the files; other files have no known digest.
+    makers: name of that stage by path. unread: pattern of files to skip, such as data/prepared/train-*.
     """
 
     def __init__(
@@ -41,9 +41,9 @@ class Inputs:
         return {name: (found.st_size, found.st_mtime_ns, found.st_ino) for name, found in stats.items()}
 
     def check(self) -> None:
-        """Hold the files hashed so far against their record; costs nothing for those already checked.
+        """Compare the files hashed so far with their records; those already checked are skipped.
 
-        Raises UserError naming the first file that differs, and the command that makes it again.
+        Raises UserError naming the first file that differs, and the commands that restore it.
         """
         for name, future in self._futures.items():
             if name not in self._checked and future.done():

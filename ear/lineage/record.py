@@ -1,6 +1,6 @@
 """The record of a stage: what its outputs were made from, written beside them to data/lineage/STAGE.json.
 
-No stage depends on these files. Outputs that come out equal after an edit therefore still end the chain of reruns.
+No stage depends on these files, so a stage whose outputs are unchanged after an edit does not make later stages rerun.
 """
 
 from collections.abc import Iterable, Mapping

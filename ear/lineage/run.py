@@ -1,8 +1,9 @@
-"""One run of a stage: alone on its files, resumable, publishing only what its declared dependencies made.
+"""One run of a stage: exclusive, resumable, published only if parameters, code and inputs stayed the same.
 
-work/STAGE/KEY keeps unfinished work, KEY being a digest of the parameters and inputs it depends on. Nothing deletes it
-but the success of the stage, once dvc.lock lists the outputs: a kill, an edit of the code or other parameters do not.
-Copies of the repository, as experiments use, can share this folder (the variable EAR_WORK names it).
+work/STAGE/KEY keeps unfinished work; KEY is a digest of the parameters and inputs that the work depends on. It survives
+a kill, edits of the code and other parameters, and is deleted once the stage has succeeded and dvc.lock lists its
+outputs (or before, if runtime.other_code is restart). Copies of the repository, such as those of experiments, can share
+the folder `work`: the environment variable EAR_WORK names it.
 """
 
 import contextlib
@@ -162,11 +163,11 @@ class Run:
         return _kept(self._scratch)
 
     def shorter(self, key: str, output: str) -> tuple[Path | None, str]:
-        """The file `output` of the result in dvc.lock, if its run was this one but for a smaller `key`.
+        """Find an earlier result that this run can extend: one that differs only by a smaller `key`.
 
-        key: a number in params.yaml, such as train.images. Returns (file in DVC's cache, ""), or (None, reason); the
-        reason is empty if other parameters differ, since nobody expects to extend such a result. A result of mixed code
-        or libraries is never extended.
+        key: a number in params.yaml, such as train.images. The result is the one that dvc.lock lists. Returns (its file
+        `output` in DVC's cache, ""), or (None, reason); the reason is empty if there is no result, or if its parameters
+        do not fit. A result of mixed code or libraries is never extended.
         """
         try:
             cached = cached_outputs(self.declared.stage)
@@ -196,7 +197,7 @@ class Run:
         return made, ""
 
     def _mention_others(self, folder: Path) -> None:
-        """Tell of work that this run does not continue: nothing else would ever delete it."""
+        """Print where unfinished work lies that this run does not continue, so that the user can delete it."""
         others = sorted(
             path
             for path in folder.parent.iterdir()
@@ -211,7 +212,7 @@ class Run:
             )
 
     def _resume(self, folder: Path, note: Mapping[str, Any]) -> None:
-        """Decide about work that was begun as its note says."""
+        """Continue, restart or refuse the work in `folder`; `note` has the code and libraries it was begun with."""
         codes, now = list(note["code"]), versions()
         libraries = {name: version for name, version in note.get("libraries", now).items() if now.get(name) != version}
         changed = [path for path, digest in self._code.items() if codes[-1].get(path) != digest]
@@ -227,7 +228,7 @@ class Run:
         else:
             raise UserError(
                 f"{folder} holds work of an earlier run, and {', '.join(changed)} changed since; set "
-                "runtime.other_code to continue it with the present ones (data/lineage will say so), or to restart."
+                "runtime.other_code to continue, which mixes old and new (data/lineage records it), or to restart."
             )
 
     def computed(self, folder: str, shards: Mapping[str, Iterable[Mapping[str, Any]]]) -> None:
@@ -296,9 +297,9 @@ def unfinished(stage: str) -> Path:
 
 
 def clear_finished(declared: Iterable[Declaration], copy: Path = Path()) -> None:
-    """Delete the scratch folders whose results dvc.lock lists; those of stages that run now are left alone.
+    """Delete the scratch folders whose results dvc.lock lists, except those in use.
 
-    copy: of the repository, whose dvc.lock is meant.
+    copy: root of the copy of the repository whose dvc.lock is read.
     """
     stages = locked(copy).values()
     records = {output["path"]: output.get("md5") for stage in stages for output in stage.get("outs", [])}

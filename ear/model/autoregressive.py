@@ -47,9 +47,9 @@ class Conditions:
     labels: Tensor  # int64 [R]
     null: Tensor | None  # bool [R], true for rows without a class; None if there are none
     rows_per_image: int  # 1, or 2 with guidance
-    distinct: "Conditions | None" = None  # each condition once; None in such a list itself
+    distinct: "Conditions | None" = None  # the same conditions without duplicates; None within `distinct`
     row_to_distinct: Tensor | None = None  # int64 [R], every row's index into `distinct`
-    unguided: "Conditions | None" = None  # of the same images without guidance; None if there is none
+    unguided: "Conditions | None" = None  # the same images in steps without guidance; None if no step has guidance
 
     @classmethod
     def of(cls, labels: Sequence[int], *, guided: bool, device: torch.device | str) -> "Conditions":
@@ -84,8 +84,8 @@ class Plan:
     """How many tokens of each image `draw` generates, and in how many steps."""
 
     count: int
-    steps: int  # at most; a causal model always takes one per token
-    guided: Callable[[int], bool]  # whether guidance acts in the step after which so many tokens are left
+    steps: int  # of a masked model, at most; a causal model takes one per token
+    guided: Callable[[int], bool]  # tokens left after a step => whether that step uses guidance
 
 
 class AutoregressiveModel(nn.Module, ABC):

@@ -1,8 +1,8 @@
 """The causal model: one token after the other, in raster or in random order (EAR, table 5).
 
 The sequence for an order pi is P buffer tokens (copies of the class embedding), then y_pi(1) .. y_pi(L-1). The slot of
-y_pi(i-1) predicts y_pi(i); the last buffer token predicts y_pi(1). In random order, each slot is told which position it
-predicts.
+y_pi(i-1) predicts y_pi(i); the last buffer token predicts y_pi(1). With `target_positions`, which random order needs,
+a slot also embeds the position that it predicts.
 Shapes: see ear.model.autoregressive.
 """
 

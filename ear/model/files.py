@@ -33,11 +33,11 @@ def save_model(path: str | Path, model: AutoregressiveModel, latents: dict) -> N
 
 
 def load_model(path: str | Path, weights: str | None = None) -> tuple[AutoregressiveModel, dict]:
-    """(model in eval mode, description) of a file written by `save_model`, or of a checkpoint of a training.
+    """Load (model in eval mode, description) from a file of `save_model` or from a training checkpoint.
 
     path: the file, or the folder that a training stage wrote.
-    weights: which ones of a checkpoint: averaged (EMA, default), averaged_long (the slower EMA), or weights (without
-    averaging). Only for checkpoints.
+    weights: only for a checkpoint, the set to load: averaged (EMA, default), averaged_long (the slower EMA) or weights
+    (without averaging).
     Raises MissingFileError; UserError for another format, other `weights`, or tensors that do not fit the shape.
     """
     path = Path(path) / FILE if Path(path).is_dir() else Path(path)
@@ -47,7 +47,7 @@ def load_model(path: str | Path, weights: str | None = None) -> tuple[Autoregres
         if weights not in (None, *_CHOICES):
             raise UserError(f"weights is {weights!r}, but must be {', '.join(_CHOICES[:-1])} or {_CHOICES[-1]}.")
     elif weights is not None:
-        raise UserError(f"{path} is no checkpoint of a training, so it has only one set of weights; omit `weights`.")
+        raise UserError(f"{path} is not a training checkpoint, so it has only one set of weights; omit `weights`.")
     _check_format(path, description)
     return model_of(read_part(path, part), description, path), description
 
@@ -66,7 +66,7 @@ def _check_format(path: str | Path, description: dict) -> None:
 
 
 def model_of(tensors: dict, description: dict, origin: str | Path) -> AutoregressiveModel:
-    """The model with these tensors, in eval mode; `description` is that of `describe`, `origin` the file of both.
+    """Build a model, in eval mode, from its tensors and its `describe` metadata; errors name their file, `origin`.
 
     Raises UserError if the description or a tensor is not what a model needs.
     """

@@ -1,6 +1,6 @@
-"""Floating-point operations of a model's training, two per multiplication and addition.
+"""Floating-point operations of training a model; a multiply-add counts as two.
 
-Torch counts them on the real model, with tensors that have shapes and types but no data.
+Torch counts them on the real model, with fake tensors (shapes and types, but no data).
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ _MASK_DRAWS = 4096  # for the mean number of masked tokens
 
 
 def training_flops(shape: Shape) -> dict[str, int]:
-    """Operations per training image: forward pass of the transformer; of all else; both passes of the whole model."""
+    """Operations per training image: forward pass (transformer; all else), and forward plus backward pass (total)."""
     predicted = mean_predicted(shape)
 
     def costs(model: AutoregressiveModel) -> dict[str, int]:
@@ -53,7 +53,7 @@ def with_options(shape: Shape, **changes) -> Shape:
 
 
 def loss_without_data(model: AutoregressiveModel, *, images: int, predicted: int) -> MeanLoss:
-    """The training loss of `images` images with `predicted` positions each: tensors without data cannot draw it."""
+    """The training loss on fake tensors, with `predicted` positions per image (fake tensors cannot draw the number)."""
     tokens = torch.empty(model.score.targets, images, model.tokens, model.shape.token_channels)
     labels, null = torch.empty(images, dtype=torch.long), torch.empty(images, dtype=torch.bool)
     positions = torch.empty(images, predicted).long()

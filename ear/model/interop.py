@@ -1,8 +1,8 @@
 """Read and write published EAR checkpoints: the same weights under the published names.
 
 A published file is a pickled dict whose entries `model_ema` and `model` map names to tensors; only weights are
-unpickled. Sizes are read off the tensors. What no tensor shows (attention heads, buffer size, patch size) defaults to
-the published models and can be given.
+unpickled. Most sizes follow from the tensors; attention heads, buffer size and patch size do not: they can be given,
+and default to those of the published models.
 """
 
 import re
@@ -119,10 +119,10 @@ def load_into(
 def save_published(model: AutoregressiveModel, path: str | Path) -> None:
     """Write the weights as a published checkpoint (entries `model` and `model_ema` are equal).
 
-    The file cannot hold the statistics that normalise latents: published code multiplies latents by 0.2325, so it draws
-    right images only with a model that was trained so (`train.weights`).
-    Raises UserError for a model that such a file cannot hold: of another score or noise, causal, or with another number
-    of heads than the published model of its width.
+    The file cannot hold the statistics that normalise latents. Published code always scales latents by 0.2325, so its
+    images are right only if the model was trained with that scale (`train.weights`).
+    Raises UserError for a model that such a file cannot describe: another score, noise that is not uniform, causal
+    attention, or a number of heads that differs from the published model of the same width.
     """
     named = published_tensors(model)
     # The bytes of torch.save depend on the file name, unless it writes to an open file.
@@ -149,7 +149,7 @@ def _check_published(model: AutoregressiveModel) -> None:
     options = model.shape.score
     if isinstance(options, Energy) and options.noise != "uniform":
         raise UserError(
-            f"score.noise is {options.noise!r}, but the head of a published checkpoint takes uniform noise; set it so."
+            f"score.noise is {options.noise!r}, but must be 'uniform' for a published checkpoint; set it to 'uniform'."
         )
     width, heads = model.shape.model.width, model.shape.model.heads
     if heads != _HEADS.get(width, heads):  # no tensor would show it

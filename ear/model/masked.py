@@ -78,16 +78,16 @@ class MaskedModel(AutoregressiveModel):
     def draw(self, tokens: Tensor, orders: Tensor, conditions: Conditions, draw_tokens: DrawTokens, plan: Plan) -> None:
         """Generate the tokens at the first positions of each order, and write them into `tokens` [B, L, D].
 
-        From the last of these positions to the first. Each step draws several tokens at once, given all tokens known by
-        then. `draw_tokens(hidden [R, n, W], remaining)` returns the tokens [B, n, D]; `remaining` tokens are still
-        masked after the step, which decides the guidance scale. Steps without guidance compute no rows without a class.
+        It proceeds from the last of these positions to the first. Each step draws several tokens at once, given all
+        tokens known so far. `draw_tokens(hidden [R, n, W], remaining)` returns the tokens [B, n, D]; the guidance scale
+        depends on `remaining`, the tokens still masked after the step. Unguided steps skip the rows without a class.
         """
         mask, still_masked = mask_first(orders, plan.count), plan.count
         for remaining in masked_after(plan.count, plan.steps):
             if remaining == still_masked:
                 continue  # with more steps than tokens, some steps reveal nothing
             rows = conditions.for_step(plan.guided(remaining))
-            # Sorted, so that which noise a token gets depends only on the set of positions drawn together.
+            # Sorted, so a token's noise depends only on the set of positions drawn in this step.
             revealed = orders[:, remaining:still_masked].sort(dim=1).values  # [B, n]
             wanted = rows.expand(revealed)
             if still_masked == self.tokens:

@@ -1,4 +1,4 @@
-"""Further columns of work/live/STAGE/training.tsv, to judge a training while it runs; the published log lacks them."""
+"""Extra columns of work/live/STAGE/training.tsv for judging a run in progress; the stage's final log lacks them."""
 
 import collections
 import itertools
@@ -11,8 +11,8 @@ from ear.model.autoregressive import AutoregressiveModel, MeanLoss
 from ear.runtime import distributed
 from ear.runtime.device import data_sheet_peak
 
-_PARTS = 4  # of the range of shares of predicted tokens
-_KEPT = 4096  # micro-batches, at most, between two rows
+_PARTS = 4  # intervals of the predicted share of tokens
+_KEPT = 4096  # micro-batches kept between two log rows, at most; the newest ones
 
 
 class Monitor:
@@ -35,11 +35,11 @@ class Monitor:
         self._seen.append((loss.predicted, loss.value.detach()))
 
     def figures(self, row: Mapping[str, float]) -> dict[str, float | None]:
-        """Further figures for a row of the log, of the micro-batches since the last call.
+        """Extra figures for a log row, from the micro-batches since the last call.
 
-        The loss by the share of tokens that were predicted (None if no micro-batch had such a share), the losses that
-        `Score.references` gives, and on known GPUs the model FLOPs utilisation (MFU): the operations that the model
-        needs, by the peak of all GPUs in bfloat16.
+        These are the mean loss per range of the predicted share of tokens (None for a range without micro-batches) and
+        the losses of `Score.references`. Known GPUs add the model FLOPs utilisation (MFU): the operations per second
+        that the model needs, divided by the bfloat16 peak of all GPUs.
         """
         seen, figures = [*self._seen], {}
         self._seen.clear()

@@ -271,7 +271,7 @@ def build_trainer(
 
 
 def parameter_groups(model: AutoregressiveModel, *, weight_decay: float, head_rate: float) -> list[Group]:
-    """The published groups: vectors and biases; the head's matrices, at a lower rate; all other matrices, decayed."""
+    """The published groups: vectors and biases; head matrices, at `head_rate`; other matrices, with weight decay."""
     head = {id(p) for p in model.score.parameters() if p.dim() > 1}
     vectors = [p for p in model.parameters() if p.dim() <= 1]
     matrices = [p for p in model.parameters() if p.dim() > 1]
@@ -288,7 +288,7 @@ def block_matrices(model: AutoregressiveModel) -> list[nn.Parameter]:
 
 
 def optimizer_numbers(model: AutoregressiveModel, optimizer: str) -> int:
-    """How many numbers the optimiser keeps of past gradients: two per parameter, Muon one for each of its own."""
+    """Number of values in the optimiser's state: two per parameter, or one if Muon updates the parameter."""
     own = block_matrices(model) if optimizer == "muon" else []
     return 2 * sum(p.numel() for p in model.parameters()) - sum(matrix.numel() for matrix in own)
 

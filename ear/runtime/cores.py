@@ -2,7 +2,7 @@
 
 
 def cores() -> int:
-    """Their number: those that the affinity of the process and the CPU quota of its container allow."""
+    """Number of CPU cores that the process's affinity and its container's CPU quota allow."""
     from joblib import cpu_count
 
     return cpu_count()

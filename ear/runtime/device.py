@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import re
 from collections.abc import Collection, Iterator
 
 import numpy as np
@@ -15,7 +16,7 @@ from ear.runtime import distributed
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # parameters of mallopt
 _LARGEST_THRESHOLD = 32 * 2**20  # bytes, that glibc accepts: larger arrays are mapped and returned
-# The first key that the device's name contains wins.
+# The first key whose words are in the device's name wins.
 _PEAKS = {"H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12, "A100": 312e12}
 
 
@@ -81,7 +82,8 @@ def device_name(device: torch.device) -> str:
 
 def data_sheet_peak(device: torch.device) -> float | None:
     """Operations per second in bfloat16 without sparsity by the GPU's data sheet; None for other devices."""
-    return next((peak for name, peak in _PEAKS.items() if name in device_name(device)), None)
+    named = device_name(device)
+    return next((peak for name, peak in _PEAKS.items() if re.search(rf"\b{name}\b", named)), None)
 
 
 def check_devices(device: str, processes: int) -> None:
@@ -91,7 +93,7 @@ def check_devices(device: str, processes: int) -> None:
     if uses_cuda(device) and processes > torch.cuda.device_count():
         count = torch.cuda.device_count()
         raise UserError(
-            f"process {processes} of this machine finds {count} CUDA device(s), but each process needs one; set "
+            f"{processes} processes on this machine need one CUDA device each, but torch finds {count}; set "
             f"runtime.processes to {count}, or runtime.device to cpu."
         )
 

@@ -84,8 +84,8 @@ def group() -> Iterator[None]:
             raise FailedElsewhere from error
         if _is_lost_connection(error):
             raise ConnectionError(
-                f"process {rank()} of {size()} lost another one, which was killed or whose machine failed; start the "
-                "stage again, it resumes from what it saved."
+                f"process {rank()} of {size()} lost the connection to another, which was killed or whose machine "
+                "failed; start the stage again to resume it."
             ) from error
         raise
     finally:

@@ -38,10 +38,10 @@ def map_shards(
     """Yield (shard, function(shard)) in order of completion.
 
     `function` must be a module-level function, or a partial of one; shards must be small (an index, a file name), since
-    they are sent to other processes. On a cluster, its paths must be absolute and reachable from every worker, and this
-    package installed there. Raises UserError if the cluster does not answer, or runs other code of this package or
-    other versions of packages that affect bytes, ConnectionError if it is lost, ChildProcessError if a worker dies, and
-    whatever `function` raises.
+    they are sent to other processes. On a cluster, every worker needs this package and access to the paths of
+    `function`, which must be absolute. Raises UserError if the cluster does not answer, or if its copy of this package
+    or its versions of packages that affect bytes differ from those here; ConnectionError if the cluster is lost;
+    ChildProcessError if a worker dies; and whatever `function` raises.
     """
     if not cluster and min(workers, len(shards)) < 2:
         yield from ((shard, function(shard)) for shard in shards)

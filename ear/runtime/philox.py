@@ -24,7 +24,7 @@ def random_bits(keys: Sequence[int], first: int, blocks: int, device: torch.devi
 
 
 def host_bits(keys: Sequence[int], first: int, blocks: int) -> np.ndarray:
-    """The same bits for the program itself, int32 [K, blocks, 4]."""
+    """The bits of `random_bits` as a NumPy array, int32 [K, blocks, 4]."""
     counter = np.arange(first, first + blocks, dtype=np.uint64)
     zero = np.zeros((len(keys), blocks), np.uint32)
     low, high = (zero + half for half in _halves(counter))

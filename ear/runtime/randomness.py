@@ -31,8 +31,8 @@ def generator(seed: int, *names: object) -> torch.Generator:
 class Stream:
     """Random numbers as a function of a key and of how many were drawn before: the same on CPU and GPU.
 
-    With several keys, the rows of a draw are shared among them in order, equally many for each; the numbers of a key do
-    not depend on the other ones. All numbers are drawn on the device that needs them, without waiting for it.
+    With several keys, each key gives an equal share of the rows of a draw, in order; its numbers do not depend on the
+    other keys. All numbers are drawn on the device that needs them, without waiting for it.
     """
 
     def __init__(self, keys: Sequence[int]):  # 64-bit
@@ -49,7 +49,7 @@ class Stream:
         return drawn.flatten(1)[:, :each].reshape(tuple(shape))
 
     def fraction(self) -> float:
-        """One uniform number in [0, 1) for the program itself, which no device computes; of a single key."""
+        """One uniform number in [0, 1), drawn on the host; only for a stream with a single key."""
         assert len(self._keys) == 1
         bits = host_bits(self._keys, self._block, 1)
         self._block += 1

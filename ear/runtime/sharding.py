@@ -35,7 +35,7 @@ def shard(module: nn.Module, parts: Iterable[nn.Module], *, method: str, device:
 
 def is_sharded(tensors: Iterable[Tensor]) -> bool:
     """Whether any of the tensors is a shard."""
-    # The class is imported only if somebody else has done so, which sharding does.
+    # Checks an attribute: checking the class would import DTensor even in runs without shards.
     return any(hasattr(tensor, "full_tensor") for tensor in tensors)
 
 

@@ -94,7 +94,7 @@ def _mark(file: Path, first: int) -> Path:
 def _draw_remotely(batch: Batch, *, file: Path, setup: Setup, digests: tuple[str, ...]) -> int:
     """`_draw` in a worker of a cluster."""
     sampler = _opened(setup, digests)
-    prepare_device(setup.device, setup.threads)  # the number of CPU threads is set per thread of a worker
+    prepare_device(setup.device, setup.threads)  # every time: CPU threads are a per-thread setting
     return _draw(batch, file, sampler, setup.settings)
 
 

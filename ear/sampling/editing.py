@@ -37,8 +37,8 @@ def inpaint(
     """Redraw every token that the mask touches, given the other tokens and the label => uint8 images [N, H, W, 3].
 
     Image k depends only on (seed, k), its pixels, its mask and its label. Raises UserError if the arrays do not fit
-    each other or the model, a mask is empty, `steps` is less than 1, the model is causal, a label is unknown, or the
-    device absent.
+    each other or the model, a mask is empty, `steps` is less than 1, the model is causal, there are no labels, one is
+    unknown, or the device is absent.
     """
     settings = SamplingSettings(seed=seed, **options)
     sampler = ImageSampler.open(model or Path(data) / MODEL, Path(data) / TOKENIZER, device)
@@ -105,9 +105,13 @@ def _check(sampler: ImageSampler, images: np.ndarray, mask: np.ndarray, count: i
     side = [cells * sampler.tokenizer.downsample for cells in sampler.model.shape.latent[1:]]
     expected = (count, *side, 3)
     if images.shape != expected or images.dtype != np.uint8:
-        raise UserError(f"images are {images.dtype} {images.shape}; {count} labels need uint8 {expected}.")
+        raise UserError(
+            f"images are {images.dtype} {images.shape}, but must be uint8 {expected} for {count} labels; convert them."
+        )
     if mask.shape != expected[:3] or mask.dtype != bool:
-        raise UserError(f"mask is {mask.dtype} {mask.shape}; {count} labels need bool {expected[:3]}.")
+        raise UserError(
+            f"mask is {mask.dtype} {mask.shape}, but must be bool {expected[:3]} for {count} labels; convert it."
+        )
     empty = np.flatnonzero(~mask.any(axis=(1, 2)))
     if len(empty):
         raise UserError(f"mask {empty[0]} is false everywhere; set it to true where pixels are to be drawn anew.")

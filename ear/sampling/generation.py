@@ -30,8 +30,8 @@ TOKENIZER = "tokenizer/tokenizer.safetensors"
 def load(path: str | Path, weights: str | None = None) -> AutoregressiveModel:
     """Load a model in eval mode: EMA weights of data/model or data/finetuned, of a model file, or of a checkpoint.
 
-    weights: which ones of a checkpoint: averaged (EMA, default), averaged_long (the slower EMA), or weights (without
-    averaging). Only for checkpoints.
+    weights: only for a checkpoint, the set to load: averaged (EMA, default), averaged_long (the slower EMA) or weights
+    (without averaging).
     Raises MissingFileError or UserError.
     """
     return load_model(path, weights)[0]
@@ -53,10 +53,10 @@ class ImageSampler:
 
     @classmethod
     def open(cls, model: str | Path, tokenizer: str | Path, device: torch.device | str = "cpu") -> "ImageSampler":
-        """Load the files of two stages.
+        """Load a model (its file, folder or checkpoint) and the tokenizer's file.
 
-        Raises MissingFileError; UserError if a file is damaged, the model belongs to another tokenizer, or there is no
-        such device.
+        Raises MissingFileError; UserError if a file is damaged, the model belongs to another tokenizer, or the device
+        is absent.
         """
         loaded, description = load_model(model)
         decoder, fingerprint = load_tokenizer(tokenizer), sha256(tokenizer)
@@ -74,8 +74,10 @@ class ImageSampler:
         return height * self.tokenizer.downsample, width * self.tokenizer.downsample, 3
 
     def labels(self, wanted: Sequence[int | str]) -> list[int]:
-        """Class numbers of the given numbers or names; raises UserError naming the first unknown class."""
+        """Class numbers of the given numbers or names; raises UserError for none, or naming the first unknown class."""
         wanted = _listed(wanted)
+        if not wanted:
+            raise UserError("labels is empty; give one class per image.")
         classes = self.model.shape.classes
         numbers = {name: number for number, name in enumerate(classes)}
         found = [numbers.get(label, -1) if isinstance(label, str) else _whole(label) for label in wanted]
@@ -90,14 +92,11 @@ class ImageSampler:
     def generate(
         self, labels: Sequence[int | str], settings: SamplingSettings, *, batch_size: int, first: int = 0
     ) -> np.ndarray:
-        """uint8 [N, H, W, 3] for class numbers or names; the first image is number `first` of its seed.
+        """Draw uint8 images [N, H, W, 3] for class numbers or names, numbered from `first` on (see `images`).
 
-        Raises UserError for an empty or unknown label.
+        Raises UserError if there are no labels or a label is unknown.
         """
-        numbers = self.labels(labels)
-        if not numbers:
-            raise UserError("labels is empty; give one class per image.")
-        parts = batches(numbers, batch_size)
+        parts = batches(self.labels(labels), batch_size)
         return np.concatenate([self.images(part, settings, first=first + start) for start, part in parts])
 
     @torch.inference_mode()
@@ -116,10 +115,10 @@ class ImageSampler:
     def step_by_step(
         self, labels: Sequence[int], settings: SamplingSettings, *, first: int, most: int | None = None
     ) -> list[np.ndarray]:
-        """The images of `images` before each step and at the end, uint8 [N, H, W, 3] each.
+        """Snapshots of what `images` draws: before each step and at the end, uint8 [N, H, W, 3] each.
 
-        Tokens that are not drawn yet are shown as mean latents. most: the largest number of snapshots, evenly spaced,
-        the final images included; None: all of them.
+        Tokens that are not drawn yet are shown as mean latents. most: return at most this many snapshots, evenly
+        spaced and ending with the final images; None: all of them.
         """
         numbers, latents = range(first, first + len(labels)), []
         source = image_streams(settings.seed, numbers)
@@ -188,7 +187,7 @@ def generate(
 
 
 def _listed(labels: Sequence[int | str]) -> list[int | str]:
-    """The labels, unless they are a single one: characters of a name would be taken for classes."""
+    """The labels as a list; raises UserError for a single label (each character of a name would count as a class)."""
     try:
         if isinstance(labels, str):
             raise TypeError
@@ -198,7 +197,7 @@ def _listed(labels: Sequence[int | str]) -> list[int | str]:
 
 
 def _whole(label: Any) -> int:
-    """A class number, of any type of whole numbers; -1 for others."""
+    """The label as an int if it has an integer type, else -1."""
     try:
         return operator.index(label)
     except TypeError:

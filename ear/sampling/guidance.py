@@ -8,10 +8,10 @@ def scale_at(
 ) -> float:
     """The guidance scale of a step after which `masked` of `tokens` are still masked; 1 means no guidance.
 
-    linear: 1 + (scale - 1) (L - n) / L, from about 1 to just below `scale`; like the published sampler, it counts one
-    token as masked even after the last step. constant: `scale`. interval: guidance acts only while the share of tokens
-    that are known after the step is above its first and not above its second number (as Kynkaanniemi et al., 2024, do
-    with noise levels). Raises UserError for another schedule.
+    linear: 1 + (scale - 1) (L - n) / L for n of L tokens masked, from about 1 to just below `scale`; like the published
+    sampler, it counts one token as masked even after the last step. constant: `scale`. interval (a, b): guidance acts
+    only if the share of tokens known after the step is in (a, b], similar to the noise-level interval of Kynkaanniemi
+    et al. (2024). Raises UserError for another schedule.
     """
     begin, end = interval
     if not begin < (tokens - masked) / tokens <= end:

@@ -1,7 +1,7 @@
-"""A whole trained pipeline in one safetensors file, to give to somebody: `ear export` writes it.
+"""A trained pipeline in one safetensors file, for sharing; written by `ear export`.
 
-Its tensors are `model.*` and `tokenizer.*`; its description holds the model's and the tokenizer's, the sampling behind
-the metrics, and the metrics. On a hub (huggingface_hub) or in a folder it lies beside a model card.
+Its tensors are `model.*` and `tokenizer.*`. Its description contains those of the model and the tokenizer, the metrics,
+and the sampling settings they were measured with. On the Hugging Face Hub or in a folder, a model card accompanies it.
 """
 
 from collections.abc import Mapping, Sequence
@@ -35,7 +35,8 @@ _SAMPLING = ("steps", "guidance", "schedule", "guidance_from", "guidance_to", "t
 class Pipeline(ModelHubMixin):
     """A trained generator. `push_to_hub(NAME)` and `from_pretrained(NAME or folder)` are huggingface_hub's.
 
-    sampling: the keys of section `sample` in params.yaml that are behind the metrics. metrics: plain values by name.
+    sampling: the settings (of section `sample` in params.yaml) that the metrics were measured with. metrics: plain
+    values by name.
     """
 
     def __init__(self, sampler: ImageSampler, *, tokenizer_sha256: str, sampling: Mapping, metrics: Mapping):
@@ -148,7 +149,7 @@ figures that were measured in the same way.
 
 
 def load_pipeline(path: str | Path, device: torch.device | str = "cpu") -> Pipeline:
-    """Load what `ear export` or `Pipeline.save` wrote, or `Pipeline.save_pretrained` into a folder.
+    """Load a file written by `ear export` or `Pipeline.save`, or a folder written by `Pipeline.save_pretrained`.
 
     Raises MissingFileError; UserError if the file is damaged or holds something else.
     """
@@ -167,7 +168,7 @@ def load_pipeline(path: str | Path, device: torch.device | str = "cpu") -> Pipel
         model = model_of(parts[_MODEL], about, path)
         tokenizer = tokenizer_of(parts[_TOKENIZER], description["tokenizer"], path)
         statistics = Statistics(**about["statistics"])
-    sampler = ImageSampler(model, tokenizer, statistics, device)  # a full GPU is no damage of the file
+    sampler = ImageSampler(model, tokenizer, statistics, device)  # outside `reading`: a full GPU is not a bad file
     with reading(path, kind, remedy):
         return Pipeline(
             sampler,

@@ -28,10 +28,10 @@ def sample(
     mask: Tensor | None = None,  # bool [B, L], true where tokens are drawn; required with `known`
     seen: Callable[[Tensor], None] | None = None,  # gets the latents before each step; 0 where none is drawn yet
 ) -> Tensor:
-    """Normalised latents [B, C, h, w] in float32.
+    """Draw normalised latents, float32 [B, C, h, w], one per label.
 
-    Raises UserError if `known` is given to a causal model, images mask different numbers of tokens, or guidance needs a
-    null class that no training has seen.
+    Raises UserError if `known` is given to a causal model, masks differ in their number of tokens, or guidance is on
+    but the model was trained without a null class.
     """
     if settings.guidance != 1 and not model.label_dropout:
         raise UserError(
@@ -75,10 +75,10 @@ def sample(
 
 
 def network_evaluations(model: AutoregressiveModel, settings: SamplingSettings) -> dict[str, int]:
-    """Cost of one image without guidance: transformer passes, and head evaluations over all tokens.
+    """Cost of one image without guidance: transformer passes, and head evaluations summed over tokens.
 
-    Inside its interval, guidance doubles the rows of each transformer pass, and of each head evaluation unless the
-    score extrapolates the hidden state.
+    Guidance doubles the rows of a head evaluation inside its interval, unless the score extrapolates the hidden state.
+    It doubles the rows of a transformer pass inside its interval or, in a causal model, in every step.
     """
     per_token = model.score.evaluations_per_token(settings.denoising)
     return {"transformer": model.passes(settings.steps), "head": model.tokens * per_token}

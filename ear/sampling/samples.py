@@ -109,8 +109,8 @@ class GeneratedImages:
         size, rest = divmod(len(self), count)
         if rest:
             raise UserError(
-                f"evaluate.repeats is {count} and does not divide the {len(self)} images of {self.path}; set "
-                f"sample.count to a multiple of it, such as {size * count}."
+                f"evaluate.repeats is {count}, but must divide the {len(self)} images of {self.path}; set "
+                f"sample.count to a multiple of it, such as {max(size, 1) * count}."
             )
         return [Block(self, range(start, start + size)) for start in range(0, len(self), size)]
 

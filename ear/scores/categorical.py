@@ -41,7 +41,7 @@ class CategoricalScore(Score):
 
         if len(tokens) < len(self.codebook):
             raise UserError(
-                f"score.codes is {len(self.codebook)}, more than the {len(tokens)} tokens to learn them from; lower it."
+                f"score.codes is {len(self.codebook)}, but must be at most {len(tokens)} (number of tokens); lower it."
             )
         with threadpool_limits(1):  # several threads would add their sums in the order in which they end
             centres = KMeans(len(self.codebook), n_init=1, random_state=seed % 2**32).fit(tokens.cpu().numpy())

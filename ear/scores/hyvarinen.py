@@ -114,7 +114,7 @@ class HyvarinenScore(Score):
     def loss(self, hidden: Tensor, target: Tensor, *, temperature: float, source: Stream) -> TokenLoss:
         """Hidden [N, W], target [N, D] => loss [N]: squared error of the noise, and the bound that trains the variance.
 
-        The bound, in bits per channel, has no gradient with respect to the noise. Its term at the first step (in the
+        The bound, in bits per channel, does not train the predicted noise. Its term at the first step (in the
         published code a likelihood of 8-bit pixels) is left out. The training temperature is ignored.
         """
         rows, device = len(target), target.device

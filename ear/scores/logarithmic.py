@@ -14,7 +14,7 @@ from ear.runtime.randomness import Stream, choose, normal
 from ear.scores.score import DENOISING, Denoising, HeadSize, Score, TokenLoss
 
 _CANDIDATES = 64  # draws that guidance selects from; at GIVT's scale of 1.4, 64 are enough to match the formula
-# Numbers of a block of candidates: what fits a CPU's cache, or few launches on a GPU. They do not change what is drawn.
+# Values per block of candidates: to fit a CPU's cache, or need few launches on a GPU. They do not affect the samples.
 _CPU_BLOCK, _GPU_BLOCK = 2**18, 2**24
 _INIT_SD = 0.02  # with zeros, all components would stay equal: they get equal gradients
 
@@ -48,7 +48,7 @@ class Mixture:
         return self.place(*self.origins(1, source), temperature=temperature)[:, 0]
 
     def origins(self, count: int, source: Stream) -> tuple[Tensor, Tensor]:
-        """What `count` draws P of each mixture come from: components, int64 [N, P], and noise [N, P, D]."""
+        """Random inputs of P = `count` draws per mixture: components, int64 [N, P], and noise [N, P, D]."""
         index = choose(self.logits, source, count)
         return index, normal((*index.shape, self.means.shape[-1]), source, index.device)
 

@@ -45,7 +45,7 @@ class ModulatedMLP(nn.Module):
             nn.init.zeros_(layer.bias)
 
     def _modulation_layers(self) -> list[nn.Linear]:
-        """Those of the blocks, and of the output."""
+        """The modulation layers of the blocks, then that of the output."""
         return [block.modulation for block in self.blocks if isinstance(block, ModulatedBlock)] + [
             self.output_modulation
         ]

@@ -38,9 +38,9 @@ def pairwise_loss(
 ) -> TokenLoss:
     """Per-token loss [N]: an unbiased estimate of the negative score (with all pairs, a U-statistic).
 
-    The attraction 2/(mk) sum_ij d(x_i, y_j), minus `temperature` times the repulsion, the mean over pairs of
-    d(x_i, x_j); both are its parts. More samples reduce the variance without changing the expectation; all pairs reduce
-    it more than disjoint ones. Distances are computed without autocast.
+    It is attraction - temperature * repulsion, and both are its parts. The attraction is 2/(mk) sum_ij d(x_i, y_j); the
+    repulsion is the mean over pairs of d(x_i, x_j). More samples reduce the variance without changing the expectation;
+    all pairs reduce it more than disjoint ones. Distances are computed without autocast.
     """
     m, k = len(samples), len(targets)
     repelled = list(itertools.combinations(samples, 2)) if pairs == "all" else samples.unflatten(0, (-1, 2))
@@ -107,8 +107,8 @@ class SampleBasedScore(Score):
     def references(self, tokens: Tensor, temperature: float) -> dict[str, float]:
         """Losses to compare with, from tokens [images, L, D].
 
-        untrained_loss: of a head that outputs 0, 2 E d(y, 0). context_free_loss: of drawing from the tokens of all
-        images at the same position, (2 - temperature) E d(y, y') with y and y' from different images; it needs two.
+        untrained_loss: of a head that outputs 0, 2 E d(y, 0). context_free_loss: of a head that draws from all images'
+        tokens at the same position, (2 - temperature) E d(y, y') with y, y' from different images; needs two images.
         """
         tokens = tokens.float()
         untrained = 2 * self.distance(tokens, torch.zeros_like(tokens)).mean().item()

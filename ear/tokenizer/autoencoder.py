@@ -210,7 +210,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 
 
 def tokenizer_of(tensors: dict, description: Mapping, path: str | Path) -> Tokenizer:
-    """The tokenizer with these tensors, in eval mode; `description` is that of its file, `path`. Raises UserError."""
+    """Build a tokenizer, in eval mode, from its tensors and description; raises UserError naming their file, `path`."""
     require_format(path, description.get("format"), FORMAT, "run the tokenizer stage again")
     with reading(path, "description of a tokenizer", "run the tokenizer stage again"):
         kind, config = _KINDS[description["kind"]], description["config"]

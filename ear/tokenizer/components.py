@@ -9,7 +9,7 @@ from ear.tokenizer.autoencoder import PCA
 
 _IMAGES = 20_000  # at most, the first of the training images, which are stored shuffled
 _BATCH = 1 << 20  # pixels at once
-_SMALLEST = 1e-9  # of the largest eigenvalue: variance that is rounding
+_SMALLEST = 1e-9  # share of the largest eigenvalue, below which a variance is rounding error
 
 
 def fit_pca(images: PreparedImages, *, downsample: int, channels: int, whitening: float) -> PCA:

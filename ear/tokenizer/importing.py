@@ -1,6 +1,6 @@
 """Import KL autoencoders: from a published checkpoint, or from a folder that diffusers wrote.
 
-Both become the pipeline's own `KL`, strictly: a tensor that is missing, extra or of another shape is named. Only
+Both are converted strictly to the pipeline's `KL`: an error names a tensor that is missing, extra or misshapen. Only
 weights are unpickled, and nothing is downloaded. Scaling and shift factors are dropped (see `KL`).
 """
 
@@ -56,9 +56,9 @@ _STRUCTURE = {  # keys of config.json that describe the network, with diffusers'
 
 
 def import_tokenizer(options: config.Tokenizer, *, image_size: int) -> KL:
-    """`import_published` or `import_diffusers` of `options.weights`, as `options.name` says.
+    """Import `options.weights` by `import_published` or `import_diffusers`, as `options.name` says; raises as they do.
 
-    Also raises UserError if the sizes are not those of the options.
+    Also raises UserError if downsampling or channels differ from the options.
     """
     path, read = options.weights, import_published if options.name == "published" else import_diffusers
     imported = read(path, image_size=image_size)

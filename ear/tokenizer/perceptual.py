@@ -62,7 +62,7 @@ class Perceptual(nn.Module):
 
 
 def files(folder: str | Path = "") -> list[Path]:
-    """The two files of `load_perceptual`, which raises what this raises."""
+    """Paths of the two weights files, downloaded if needed; raises MissingFileError or UserError."""
     from torch_fidelity.sample_similarity_lpips import URL_VGG16_LPIPS
     from torchvision.models import VGG16_Weights
 

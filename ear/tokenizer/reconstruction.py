@@ -34,7 +34,7 @@ def reconstruct(tokenizer: Tokenizer, images: Tensor) -> Tensor:
 
 
 class Reconstructions:
-    """Prepared images through the posterior mean of a tokenizer, computed when read (ear.evaluation.extraction)."""
+    """Reconstructions of prepared images through the posterior mean, computed on reading; see `LabelledImages`."""
 
     def __init__(self, originals: PreparedImages, tokenizer: Tokenizer, device: torch.device):
         self._originals, self._tokenizer, self._device = originals, tokenizer.to(device).eval(), device

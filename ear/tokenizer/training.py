@@ -30,7 +30,7 @@ _CLIP_NORM = 1.0
 class Objective:
     """The loss of batches of uint8 images; its noise is a function of (seed, purpose, position).
 
-    precision: of the autoencoder: float32, tfloat32 or bfloat16. The loss itself has float32, or tfloat32 with that.
+    precision: of the autoencoder: float32, tfloat32 or bfloat16. The losses use tfloat32 if that is set, else float32.
     """
 
     def __init__(self, loss: AutoencoderLoss, *, seed: int, device: torch.device, precision: str = "float32"):
@@ -101,7 +101,7 @@ class AutoencoderTraining:
     def run(self, folder: Path, live: Live | None = None) -> tuple[KL, History]:
         """Train, resuming from the newest checkpoint in `folder` => (EMA weights, logs). live: shows the training."""
         part = max(self.options.images // _PARTS, 1)
-        # TF32 is a state of the program, which backward passes read, too; autocast belongs around forward passes.
+        # TF32 is a global setting that backward passes also read, so set it here; autocast wraps forward passes only.
         everywhere = "tfloat32" if self.objective.precision == "tfloat32" else "float32"
         with precise(everywhere, self.objective.device):
             self.trainer.fit(
@@ -115,7 +115,7 @@ class AutoencoderTraining:
         return self.trainer.average.module, self.trainer.history
 
     def measure(self) -> dict[str, float]:
-        """What the averaged weights lose of held-out images."""
+        """Loss and figures of the EMA weights on held-out images."""
         return self.objective.held_out(self.trainer.average.module, self.held_out, self.options.batch_size)
 
     def batches(self, positions: Iterator[int]) -> Iterator[torch.Tensor]:

@@ -1,5 +1,4 @@
-"""The training loop shared by all networks: trainer, optimiser, EMA, gradients over processes, checkpoints.
+"""The training loop shared by all networks: trainer, optimiser, EMA, gradient sums over ranks, checkpoints.
 
-Losses, data and models are passed in; on CPUs, resuming from a checkpoint ends in the bytes of an uninterrupted
-training.
+Losses, data and models are passed in. On CPUs, a resumed training gives the same bytes as an uninterrupted one.
 """

@@ -86,9 +86,9 @@ class Writer:
     ) -> None:
         """Begin to write the state after `images` images, complete or not at all; then delete all but the newest two.
 
-        Rank 0 writes; all ranks must call it together, since they gather shards. kept: a folder in which it stays, too;
-        it takes no space there while `folder` has it. Waits for the checkpoint before, and raises the error that has
-        stopped it.
+        Rank 0 writes; all ranks must call it together to gather shards. kept: a second folder, in which nothing is
+        deleted; while both folders have the checkpoint, they share one copy on the disk if it can be linked. Waits for
+        the previous checkpoint, and raises its error if it failed.
         """
         self.finish()
         copies = host_copies(tensors)
@@ -108,7 +108,7 @@ class Writer:
 
 
 def _save(folder: Path, images: int, tensors: dict[str, torch.Tensor], description: dict, kept: Path | None) -> None:
-    if kept:  # first: a training that resumes after this image keeps no checkpoint of it
+    if kept:  # first: a run killed in between would resume after `images`, and never write to `kept`
         kept.mkdir(parents=True, exist_ok=True)
         write_tensors(at(kept, images), tensors, description)
         at(folder, images).unlink(missing_ok=True)

@@ -1,7 +1,7 @@
 """Gradients summed over ranks while the backward pass still runs.
 
-DistributedDataParallel does this too, but regroups its buckets after the first step. A sum over three or more ranks is
-rounded differently in other groups, so a resumed run would end in other bits. Here the buckets never change.
+DistributedDataParallel does this too, but regroups its buckets after the first step. With three or more ranks, sums in
+other buckets round differently, so a resumed run would differ from an uninterrupted one. Here the buckets never change.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ _BUCKET_BYTES = 32 * 2**20  # large enough for full bandwidth, small enough to s
 class SharedGradients:
     """The gradients of `parameters`. With several ranks, they are views of flat buckets that are summed over ranks.
 
-    In a single process nothing is summed, and gradients are what autograd makes them. Those of shards are sums already.
+    In a single process, or if the parameters are shards (FSDP sums their gradients), there are no buckets to sum.
     """
 
     def __init__(self, parameters: Iterable[nn.Parameter], *, bucket_bytes: int = _BUCKET_BYTES):

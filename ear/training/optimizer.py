@@ -32,7 +32,7 @@ def adamw(groups: list[Group], *, learning_rate: float, beta1: float, beta2: flo
 
 
 def moment_names(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> set[str]:
-    """The names under which `adamw` or MuonAdamW keeps what it needs of the past gradients of a parameter."""
+    """Names of the state that `adamw` or MuonAdamW keeps for a parameter, such as exp_avg."""
     if isinstance(optimizer, MuonAdamW) and id(parameter) in optimizer.matrices:
         return {"momentum_buffer"}
     return {"step", "exp_avg", "exp_avg_sq"}
@@ -41,10 +41,10 @@ def moment_names(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> s
 class MuonAdamW(torch.optim.Optimizer):
     """Muon for some matrices and fused AdamW for all other parameters, as one optimiser.
 
-    Muon (Jordan et al. 2024) replaces the update of a matrix, an average of its gradients, by an orthogonal matrix near
-    it. Updates are scaled to the length of AdamW's (Liu et al. 2025, arXiv:2502.16982), so rates and weight decays mean
-    the same for both. Matrices must be whole: no sharding. On GPUs, orthogonalisation rounds to bfloat16, so ranks need
-    the same kind of device to keep the same weights.
+    Muon (Jordan et al. 2024) replaces the momentum update of a matrix, an average of its gradients, by an orthogonal
+    matrix near it. Updates are scaled to the RMS of AdamW's (Liu et al. 2025, arXiv:2502.16982), so both can use the
+    same learning rates and weight decays. Matrices must not be sharded. On GPUs, orthogonalisation rounds to bfloat16,
+    so all ranks need the same kind of device to keep the same weights.
     """
 
     found_inf: Tensor  # [], 1 if this step must not change anything; set before each step
@@ -87,10 +87,10 @@ class MuonAdamW(torch.optim.Optimizer):
 
 
 def orthogonalised(matrix: Tensor) -> Tensor:
-    """The matrix [m, n] with all singular values near 1 (0.68 to 1.13), but for those that are close to 0.
+    """The matrix [m, n] with all singular values near 1 (0.68 to 1.13), except those that are close to 0.
 
-    Five steps of Newton and Schulz's iteration with the coefficients of Jordan et al. (2024). On GPUs it computes in
-    bfloat16, as theirs; on CPUs in float32, since those without bfloat16 units need 20 times as long for it.
+    Five Newton-Schulz iterations with the coefficients of Jordan et al. (2024): in bfloat16 on GPUs, as theirs, and in
+    float32 on CPUs, where bfloat16 takes 20 times as long without hardware support.
     """
     a, b, c = _NEWTON_SCHULZ
     x = matrix.bfloat16() if matrix.is_cuda else matrix

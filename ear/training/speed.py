@@ -19,7 +19,7 @@ class Speed:
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
-        """Around what fetches a micro-batch."""
+        """Count the time inside the block as waiting for data."""
         start = time.monotonic()
         yield
         self._waited += time.monotonic() - start
@@ -40,7 +40,7 @@ class Speed:
 
 
 def peak_memory(device: torch.device) -> int:
-    """The most bytes that this process has used so far, on the GPU or else in all."""
+    """Peak memory of this process so far, in bytes: on the GPU if `device` is one, else on the host."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     import resource

@@ -1,9 +1,9 @@
 """The training loop of every network in the pipeline; model, loss and data are passed in.
 
-Progress is counted in images. A killed run that is started again resumes from its newest checkpoint and, on as many
-ranks as before, ends with the same bytes on CPUs, and the same up to rounding on GPUs: data order, masks and noise are
-functions of (seed, images seen). A step always consists of the same micro-batches, divided among however many ranks
-there are; every rank holds the same weights, EMAs and optimiser moments, or its shard of them.
+Progress is counted in images. A killed run resumes from its newest checkpoint when it is started again. With the same
+world size, it ends with the bytes of an uninterrupted run on CPUs, and equals it up to rounding on GPUs: data order,
+masks and noise are functions of (seed, images seen). A step consists of the same micro-batches at any world size. Every
+rank holds the same weights, EMAs and optimiser moments, or its shard of them.
 """
 
 import contextlib
@@ -41,7 +41,7 @@ class History:
     """Rows of the two logs, in the order of images seen.
 
     training: images, loss, gradient_norm, further figures of the loss (means since the row before), rate (learning rate
-    of the first group). validation: images, and what `validate` returned.
+    of the first group). validation: images, and what `Validation.measure` returned.
     """
 
     training: list[dict] = field(default_factory=list)
@@ -130,9 +130,9 @@ class Trainer(Generic[Network]):
 
         The last checkpoint is written before the closing log row and validation, so a longer training that resumes from
         it ends in the same bytes as one that never stopped.
-        Raises UserError if a gradient is not finite: the weights stop changing at that step, and the error follows with
-        the next log row or checkpoint. Raises InterruptedError if, before the last step, any rank receives SIGTERM,
-        SIGINT or SIGHUP, after writing a checkpoint.
+        Raises UserError if a gradient is not finite: the weights stop changing at that step, and the error is raised at
+        the next log row or checkpoint. If any rank receives SIGTERM, SIGINT or SIGHUP before the last step, writes a
+        checkpoint, then raises InterruptedError.
         """
         self.resume(saving.folder)
         self._begin_live(live or Live(), title, total_images)
@@ -186,7 +186,7 @@ class Trainer(Generic[Network]):
             self.finish_saving()
 
     def _finish(self, validation: Validation | None, progress: Progress) -> None:
-        """Add the last rows to the history, after a shorter interval than the others."""
+        """Log the steps since the last row, if any; validate, unless that has just been done."""
         if self._means.steps:
             self.log()
         if validation and not (self.history.validation and self.history.validation[-1]["images"] == self.images):
@@ -282,9 +282,9 @@ class Trainer(Generic[Network]):
             )
 
     def log(self) -> None:
-        """Append a row with the means since the last row; raises UserError if an update was not finite."""
+        """Append a row with the means since the last row; raises UserError if a gradient was not finite."""
         self._check_finite()
-        # Of the last step; a run that resumes at the end has made none, and its optimiser holds the peak rate.
+        # The last step's rate, computed: in a run that resumes at the end, the optimiser still holds the base rate.
         rate = self.optimizer.param_groups[0]["base"] * self.rate(self.images - self.global_batch_size)
         row = {"images": self.images, **self._means.read(), "rate": rate}
         self.history.training.append(row)
@@ -313,7 +313,7 @@ class Trainer(Generic[Network]):
     def save(self, saving: Saving, *, keep: bool = False) -> None:
         """Begin to write a checkpoint that any world size can resume from; all ranks must call it together.
 
-        keep: write it into the second folder, too. It is complete after `finish_saving`, or the next call.
+        keep: write it to `saving.kept`, too. It is complete once `finish_saving` or the next `save` returns.
         """
         self._check_finite()
         sums, means = self._means.state()

@@ -393,7 +393,9 @@ def test_code_that_is_not_committed_is_refused(tmp_path, monkeypatch):
     (tmp_path / "params.yaml").write_text("kept beside the page")
     check_committed()
     (tmp_path / "ear/new.py").write_text("")
-    with pytest.raises(ValueError, match=r"^ear/new\.py is not as the last commit has it; commit it"):
+    with pytest.raises(
+        ValueError, match=r"^ear/new\.py differs from the last commit, which the page would name; commit it"
+    ):
         check_committed()
 
 

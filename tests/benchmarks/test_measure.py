@@ -1,4 +1,4 @@
-"""The room that benchmarks share."""
+"""What all benchmarks share: timings, baselines in another process, reports."""
 
 import json
 import os

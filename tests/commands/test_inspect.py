@@ -72,7 +72,7 @@ def test_huge_images_are_named_unread(tmp_path):
     root = folders(tmp_path, 70)
     os.truncate(root / "a/2.png", 1 << 42)  # takes no room: its end is a hole
     _, sampled = found(root)
-    assert sampled.unreadable == [("a/2.png", f"has {1 << 42} bytes, and {1 << 30} are allowed")]
+    assert sampled.unreadable == [("a/2.png", f"has {1 << 42} bytes, but must have at most {1 << 30}")]
     assert len(sampled.short_sides) == 7
 
 
@@ -146,7 +146,7 @@ def test_the_command_for_imagenet_names_what_its_user_brings(tmp_path):
 def test_what_is_held_out_is_said(tmp_path):
     source, sampled = found(folders(tmp_path / "images", 8))
     assert not source.has_val
-    assert "held out of the training images as data.val_fraction says" in inspect.describe("PATH", source, sampled)
+    assert "held out of the training images if data.val_fraction is 0.1" in inspect.describe("PATH", source, sampled)
     assert sources.find(small.write_tree(tmp_path / "tree"), val_fraction=0.1).has_val
 
 
@@ -154,7 +154,10 @@ def test_what_is_held_out_is_said(tmp_path):
     ("arguments", "message"),
     [
         (("nowhere",), "inspect: there is no file or folder nowhere; "),
-        (("pyproject.toml",), "inspect: pyproject.toml is a file, but no .npz; name the folder that it lies in."),
+        (
+            ("pyproject.toml",),
+            "inspect: pyproject.toml is a file, but must be a folder or an .npz file; give the folder that contains ",
+        ),
         (("ear",), "inspect: there are no images "),
     ],
 )
@@ -178,7 +181,7 @@ def test_arrays_are_described_by_their_headers(tmp_path):
     assert lines[1:-1] == [
         "  classes     4: 0, 1, 2, ...",
         "  training    36 images",
-        "  validation  4 images, held out of the training images as data.val_fraction says",
+        "  validation  4 images, held out of the training images if data.val_fraction is 0.1",
         "  size        0.108 MB",
         "  pixels      28 x 32, colour",
         "  preset      fashion",

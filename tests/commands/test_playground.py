@@ -35,7 +35,7 @@ def address(exported):
 def test_tokens_appear_step_by_step_and_the_last_picture_is_what_generate_draws(exported):
     pipeline = ear.load_pipeline(exported)
     states = list(playground.generated(pipeline, "3", 4, 2.0, 0.9, 5, 7))
-    assert [text for _, text in states] == [*(f"step {k} of 5" for k in range(5)), "4 images, seed 7"]
+    assert [text for _, text in states] == [*(f"snapshot {k} of 5" for k in range(5)), "4 images, seed 7"]
     images = pipeline.sampler.step_by_step(
         [3] * 4, pipeline.settings(7, steps=5, guidance=2.0, temperature=0.9), first=0
     )

@@ -71,7 +71,7 @@ def test_a_watch_that_begins_before_the_training_says_that_it_waits():
 def test_without_a_training_one_look_says_so():
     result = CliRunner().invoke(main, ["watch", "--once"])
     assert result.exit_code == 1
-    assert result.output == "watch: no stage trains now; start `dvc repro`, and try again.\n"
+    assert result.output == "watch: no stage is training; start `dvc repro`, and try again.\n"
 
 
 def test_the_stage_that_trains_now_is_followed_to_its_end():

@@ -185,7 +185,7 @@ NPZ_FAULTS = {
     ),
     "vectors": ({"images": random_images(12, 4), "labels": LABELS}, "is [12, 4], but must be [N, H, W] or"),
     "several": ({"images": IMAGES, "labels": np.ones((12, 14), int)}, "labels is int64 [12, 14], but must be integers"),
-    "negative": ({"images": IMAGES, "labels": LABELS.astype(int) - 1}, "has label -1, but labels count from 0"),
+    "negative": ({"images": IMAGES, "labels": LABELS.astype(int) - 1}, "has label -1, but labels must be 0 .. 999999"),
     "names": ({"images": IMAGES, "labels": np.array(["cat"] * 12)}, "but must be integers [N] or [N, 1]"),
     "large": ({"images": IMAGES, "labels": LABELS + np.uint64(2**63)}, "has label 9223372036854775810, but labels"),
     "objects": ({"images": IMAGES, "labels": np.array([None] * 12)}, "holds objects or is in Fortran's order"),

@@ -209,10 +209,10 @@ def test_a_damaged_header_is_named_with_the_byte(packed):
         third = archive.getmembers()[2]
     content[third.offset + 3] ^= 1
     (packed / VAL).write_bytes(content)
-    with pytest.raises(ValueError, match=rf"{VAL} is damaged: byte {third.offset} starts no tar header"):
+    with pytest.raises(ValueError, match=rf"{VAL} is damaged: no tar header starts at byte {third.offset}"):
         find(packed)
     (packed / VAL).write_bytes(small.tar(small.val_images(), mode="w:gz"))
-    with pytest.raises(ValueError, match=rf"{VAL} is not an uncompressed tar archive: byte 0 starts no tar header"):
+    with pytest.raises(ValueError, match=rf"{VAL} is not an uncompressed tar archive: no tar header starts at byte 0"):
         find(packed)
 
 

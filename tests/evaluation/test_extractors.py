@@ -208,7 +208,7 @@ def test_features_of_another_extractor_are_not_taken_for_its_own(extractor, tmp_
     assert not torch.equal(before.features, after.features)
 
 
-def test_no_images_are_refused(extractor, tmp_path):
+def test_an_empty_set_of_images_is_refused(extractor, tmp_path):
     with pytest.raises(ValueError, match="samples: there are no images"):
         features_of(pictures(0), extractor, 3, tmp_path)
 
@@ -287,7 +287,7 @@ def inception_weights(tmp_path, monkeypatch):
 
 
 def test_inception_from_a_file_in_the_format_of_old_torch(tmp_path, inception_weights):
-    """Files of torch before 1.6, of which age the published weights may be, are no zip archives."""
+    """torch before 1.6 did not write zip archives, and the published weights may be that old."""
     description, old = tmp_path / "extractor.safetensors", tmp_path / "old.pth"
     content = torch.load(inception_weights, weights_only=True)
     torch.save(content, old, _use_new_zipfile_serialization=False)

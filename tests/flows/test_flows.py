@@ -583,8 +583,8 @@ def test_a_server_that_is_down_is_said_in_one_line(repo):
     done = subprocess.run([sys.executable, "-m", "flows.pipeline"], env=nowhere, capture_output=True, text=True)
     assert done.returncode == 1
     assert done.stderr == (
-        "pipeline: no Prefect server answers at http://127.0.0.1:1/api, the PREFECT_API_URL; start it with `prefect "
-        "server start`, or unset PREFECT_API_URL to run without one.\n"
+        "pipeline: PREFECT_API_URL is http://127.0.0.1:1/api, but no Prefect server answers there; start it with "
+        "`prefect server start`, or unset PREFECT_API_URL to run without one.\n"
     )
 
 
@@ -653,7 +653,7 @@ def run_lines(name: str, values: dict, snapshot: experiments.Snapshot) -> list[s
 
 
 def test_experiments_run_what_never_ran_and_leave_the_workspace(repo):
-    """Edits, a new file in a new folder and a broken run before it change nothing of that."""
+    """Also with uncommitted edits, a new file in a new folder and a failed run before."""
     Path("notes/today").mkdir(parents=True)
     Path("notes/today/new").write_text("new")
     edit.apply("params.yaml", {"sample.seed": 5})
@@ -950,7 +950,7 @@ def test_a_search_space_is_read_and_refused():
     }
     for text, said in (
         ("sample.steps", "names no range"),
-        ("sample.steps=8..4", "two numbers in this order"),
+        ("sample.steps=8..4", "two numbers LOW..HIGH"),
         ("sample.guidance=0..2:log", "start above 0"),
     ):
         with pytest.raises(UserError, match=said):
@@ -980,7 +980,7 @@ def test_batches_that_processes_cannot_share_are_said_before_hours_of_work():
     parameters = compose(["runtime.processes=3", "runtime.device=cpu"])
     readiness.check(parameters, {"cache", "sample", "evaluate"})
     for stage in ("train", "finetune", "tokenizer"):
-        with pytest.raises(UserError, match=r"batch_size is 64, which 3 processes cannot share evenly"):
+        with pytest.raises(UserError, match=r"batch_size is 64, but must be a multiple of 3"):
             readiness.check(parameters, {stage})
     with pytest.raises(UserError, match=r"^runtime\.device is 'cuda', but torch finds no CUDA device"):
         readiness.check(compose(["runtime.device=cuda"]), set(), {"runtime.device"})
@@ -1041,10 +1041,10 @@ def test_a_search_finds_the_best_and_goes_on_where_it_stopped_or_was_killed(repo
     assert "temperature: 1.0" in Path("params.yaml").read_text()
     edit.apply("params.yaml", {"sample.steps": 9})
     assert search(space, trials=5, return_state=True).message == (
-        "the study in work/search is of another metric, space or other parameters; give another --output."
+        "the study in work/search has another metric, space or fixed parameters; give another --output."
     )
     for nothing in ({"space": {}}, {"space": space, "trials": 0}):
-        assert "but a search needs one of each" in search.fn(**nothing).message
+        assert "but needs one of each" in search.fn(**nothing).message
     assert search.fn({"sample.temprature": "0.1..1"}).message.startswith(
         "overrides: sample.temprature is not a known key"
     )

@@ -139,7 +139,7 @@ def test_a_named_server_that_does_not_answer_is_one_line():
         done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr == (
-        f"serve: no Prefect server answers at {url}, the PREFECT_API_URL; unset it to start one here\n"
+        f"serve: PREFECT_API_URL is {url}, but no Prefect server answers there; unset it to start one\n"
     )
 
 

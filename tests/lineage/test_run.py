@@ -325,7 +325,7 @@ def test_a_run_waits_for_another_copy_at_the_same_work(tmp_path, monkeypatch, ca
 
 
 def test_ranks_wait_together_for_another_copy_at_the_same_work(tmp_path, monkeypatch, capfd):
-    """Turn by turn: a collective that waited for hours would end them."""
+    """They wait in short turns, since a collective that waits for hours would time out."""
     monkeypatch.setattr(run_module, "_TURN_SECONDS", 0.2)
     with Run("second", dict) as run:
         folder = run.scratch({}, [])
@@ -375,7 +375,7 @@ def test_a_result_is_not_extended_where_dvc_names_no_cache():
     with Run("second", lambda: {"second": {"scale": 2}}) as run:
         found, reason = run.shorter("second.scale", "data/sum.txt")
     assert found is None
-    assert reason.startswith("DVC names no cache here")
+    assert reason.startswith("`dvc cache dir` failed")
 
 
 def test_a_second_run_of_the_stage_is_refused():

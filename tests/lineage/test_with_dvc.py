@@ -233,7 +233,7 @@ def test_a_lock_with_other_parameters_than_the_stage_saw_is_named():
     Path("dvc.lock").write_text(lock.replace("total: 1\n", "total: 8\n"))
     told = verify()
     assert told.exit_code == 1
-    assert "total: dvc.lock has other parameters than the stage saw (total: 1, now 8)" in told.stdout
+    assert "total: parameters in dvc.lock differ from those that the stage used (total: 1, now 8)" in told.stdout
 
 
 def test_other_libraries_are_a_note():
@@ -243,7 +243,8 @@ def test_other_libraries_are_a_note():
     path.unlink()
     path.write_text(json.dumps(content))
     assert dvc("commit", "--force", "total").returncode == 0
-    assert "note: total ran with other libraries than are installed now (numpy: 0.1, now " in verify().stdout
+    said = "note: total ran with different library versions from those installed now (numpy: 0.1, now "
+    assert said in verify().stdout
 
 
 def test_code_that_dvc_lists_but_the_stage_did_not_run_is_a_note():
@@ -252,7 +253,7 @@ def test_code_that_dvc_lists_but_the_stage_did_not_run_is_a_note():
     assert dvc("commit", "--force", "total").returncode == 0
     told = verify()
     assert told.exit_code == 0
-    assert "note: dvc.lock lists total_stage.py as they are now, but total ran with others" in told.stdout
+    assert "note: dvc.lock lists the current total_stage.py, but total ran with another version" in told.stdout
     assert "numbers ran with" not in told.stdout
 
 
@@ -264,7 +265,7 @@ def test_a_replaced_file_that_a_parameter_names_is_a_problem():
     Path("weights.pth").write_text("others")
     told = verify()
     assert told.exit_code == 1
-    assert "total: weights.pth is not the file that it read; put that file back, or read this one with" in told.stdout
+    assert "total: weights.pth differs from the file that the stage read; restore that file, or use this" in told.stdout
 
 
 def test_a_failed_stage_is_restored_by_the_flow(repository):

@@ -148,7 +148,9 @@ def test_published_latents_are_scaled_by_a_constant():
 
 
 def test_noise_and_heads_that_no_tensor_shows_are_checked():
-    with pytest.raises(ValueError, match=r"^score\.noise is 'gaussian', but the head of a published checkpoint takes"):
+    with pytest.raises(
+        ValueError, match=r"^score\.noise is 'gaussian', but must be 'uniform' for a published checkpoint"
+    ):
         interop.published_tensors(tiny_model(noise="gaussian"))
     options = model_options(width=768, heads=16)
     with pytest.raises(ValueError, match=r"^model\.heads is 16, but a published model of width 768 has 12; set it"):
@@ -156,8 +158,8 @@ def test_noise_and_heads_that_no_tensor_shows_are_checked():
 
 
 @pytest.mark.parametrize("changes", [{"name": "kernel"}, {"attention": "causal"}])
-def test_weights_are_not_loaded_into_a_model_that_none_were_published_of(changes):
-    """The kernel score's head has the energy score's tensors, so that nothing else would say so."""
+def test_weights_are_not_loaded_into_a_model_without_published_weights(changes):
+    """The kernel score's head has the same tensors as the energy score's, so no other check would fail."""
     other, before = tiny_model(**changes), tiny_model(**changes).state_dict()
     with pytest.raises(ValueError, match=r"^score\.name is '\w+' and model\.attention is '\w+', but a published"):
         interop.load_into(other, interop.published_tensors(tiny_model()))

@@ -40,7 +40,7 @@ def test_shares_are_the_whole_in_order_and_even(monkeypatch, processes, items):
     assert max(map(len, parts)) - min(map(len, parts)) <= 1
 
 
-def test_processes_add_decide_and_listen_to_the_main_one():
+def test_ranks_share_a_sum_a_decision_and_the_value_of_rank_0():
     def work():
         own = torch.tensor([1.0, float(distributed.rank())])
         said = distributed.from_main(lambda: f"from {distributed.rank()}")
@@ -147,5 +147,5 @@ def test_launched_processes_end_when_one_is_killed(tmp_path):
     assert ended.returncode == 1
     assert sorted(path.name for path in tmp_path.glob("process-*")) == ["process-0", "process-1"]
     assert "process 1 of 2 was ended by SIGKILL" in ended.stderr
-    assert "process 0 of 2 lost another one" in ended.stderr
+    assert "process 0 of 2 lost the connection to another" in ended.stderr
     assert signal.Signals.SIGTERM.name not in ended.stderr

@@ -21,7 +21,7 @@ CLUSTER = 2  # workers
 
 
 def halve(shard: int, folder: Path) -> int:
-    """Who worked at it is written down; a negative shard fails, shard 99 kills its process."""
+    """Halve the shard and record the worker's PID; a negative shard fails, shard 99 kills its process."""
     if shard < 0:
         raise ValueError(f"shard {shard} is negative")
     if shard == 99:

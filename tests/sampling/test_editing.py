@@ -130,14 +130,15 @@ def test_orders_start_with_the_masked_tokens():
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda i, m, n: (i[:, :6], m, n), r"images are uint8 \(4, 6, 8, 3\); 4 labels need uint8 \(4, 8, 8, 3\)"),
+        (lambda i, m, n: (i[:, :6], m, n), r"images are uint8 \(4, 6, 8, 3\), but must be uint8 \(4, 8, 8, 3\)"),
         (lambda i, m, n: (i / 255, m, n), r"images are float64"),
-        (lambda i, m, n: (i, m.astype(int), n), r"mask is int64 \(4, 8, 8\); 4 labels need bool"),
+        (lambda i, m, n: (i, m.astype(int), n), r"mask is int64 \(4, 8, 8\), but must be bool"),
         (lambda i, m, n: (i, m[:2], n), r"mask is bool \(2, 8, 8\)"),
         (lambda i, m, n: (i, m & (np.arange(4) != 1)[:, None, None], n), "mask 1 is false everywhere"),
         (lambda i, m, n: (i, m, [0, 1, 2, "x"]), "label 'x' is none of the model's 3 classes"),
-        (lambda i, m, n: (i, m, [0, 1]), "2 labels need"),
+        (lambda i, m, n: (i, m, [0, 1]), "for 2 labels"),
         (lambda i, m, n: ([*i], [[True]], n), r"mask is bool \(1, 1\)"),
+        (lambda i, m, n: (i[:0], m[:0], []), "labels is empty"),
     ],
 )
 def test_mistakes_are_one_sentence(data, change, words):

@@ -81,7 +81,7 @@ def test_settings_that_params_yaml_would_refuse_are_refused(changes, message):
         SamplingSettings(**changes)
 
 
-def test_a_batch_has_images(data):
+def test_a_batch_size_of_zero_is_refused(data):
     with pytest.raises(ValueError, match=r"^batch_size is 0, but must be at least 1\.$"):
         ear.generate(data, [0], batch_size=0)
 
@@ -91,7 +91,7 @@ def test_settings_may_be_numpy_numbers():
 
 
 @pytest.mark.parametrize("labels", [[], np.zeros(0, dtype=int)])
-def test_no_label_is_refused(data, labels):
+def test_empty_labels_are_refused(data, labels):
     with pytest.raises(ValueError, match=r"labels is empty; give one class per image\."):
         ear.generate(data, labels, **DRAW)
 
@@ -122,7 +122,7 @@ def test_a_device_that_is_not_there_is_refused(data, device):
 
 
 @pytest.mark.parametrize("steps", [0, -3])
-def test_no_step_is_refused(data, steps):
+def test_fewer_than_one_step_is_refused(data, steps):
     message = rf"^steps is {steps}, but must be at least 1\.$"
     with pytest.raises(ValueError, match=message):
         ear.generate(data, [1], **DRAW | {"steps": steps})

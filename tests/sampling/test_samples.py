@@ -86,8 +86,10 @@ def test_blocks_are_runs_of_equal_length(tmp_path):
     assert np.array_equal(np.concatenate([block.images(range(0, 4)) for block in blocks]), images)
     assert np.array_equal(blocks[1].images(range(1, 3)), images[5:7])
     assert blocks[2].labels.tolist() == [0, 1, 0, 1]
-    with pytest.raises(ValueError, match=r"evaluate\.repeats is 5 and does not divide the 12 images"):
+    with pytest.raises(ValueError, match=r"evaluate\.repeats is 5, but must divide the 12 images .* such as 10\.$"):
         made.blocks(5)
+    with pytest.raises(ValueError, match=r"evaluate\.repeats is 13, but must divide the 12 images .* such as 13\.$"):
+        made.blocks(13)
 
 
 @pytest.mark.parametrize(

@@ -202,7 +202,7 @@ def test_temperature_scales_the_standard_deviations():
     assert torch.equal(score.sample(hidden[:1], source=stream(0), temperature=0.0), torch.tensor([[3.0, -1.0]]))
 
 
-def test_codes_at_any_temperature_and_of_no_number():
+def test_codes_near_temperature_zero_and_nan_for_nan_states():
     score = head("categorical", codes=3)
     score.codebook.copy_(torch.tensor([[1.0, 1.0], [2.0, 2.0], [3.0, 3.0]]))
     with torch.no_grad():
@@ -391,7 +391,7 @@ def test_codebook_is_learned_and_tokens_are_represented_by_it():
     represented = score.represent(tokens)
     assert (represented - tokens).norm(dim=-1).max() < 0.6
     assert len(represented.unique(dim=0)) == 4
-    with pytest.raises(ValueError, match=r"score\.codes is 4, more than the 3 tokens"):
+    with pytest.raises(ValueError, match=r"score\.codes is 4, but must be at most 3 \(number of tokens\)"):
         score.learn(tokens[:3], seed=0)
 
 

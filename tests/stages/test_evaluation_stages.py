@@ -226,7 +226,7 @@ def test_seed_blocks_have_figures_of_their_own(repository):
 
 
 def test_repeats_must_divide_the_samples(repository):
-    with pytest.raises(ValueError, match=r"evaluate\.repeats is 2 and does not divide the 359 images"):
+    with pytest.raises(ValueError, match=r"evaluate\.repeats is 2, but must divide the 359 images"):
         run("evaluate", **{"evaluate.repeats": 2})
 
 

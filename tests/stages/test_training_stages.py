@@ -193,7 +193,7 @@ def test_a_kept_checkpoint_is_a_model(repository):
     with pytest.raises(ear.UserError, match="weights is 'long', but must be averaged, averaged_long or weights"):
         ear.load(last, "long")
     assert ear.load(last, "averaged_long").shape == ear.load(last).shape
-    with pytest.raises(ear.UserError, match="is no checkpoint of a training"):
+    with pytest.raises(ear.UserError, match="is not a training checkpoint"):
         export.run(Path("other"), checkpoint=Path("data/model/model.safetensors"), weights="averaged")
     tokenizer_checkpoint = Path("foreign.safetensors")
     write_tensors(tokenizer_checkpoint, {"weights.a": torch.zeros(1)}, {"images": 1, "about": {}})

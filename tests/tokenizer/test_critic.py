@@ -25,7 +25,7 @@ def images(*names: object) -> torch.Tensor:
 
 
 class Decoder(nn.Module):
-    """A last layer that brings smooth images forth from the real ones."""
+    """A stand-in for the decoder: blurs real images and ends in a 1 x 1 convolution, its last layer."""
 
     def __init__(self):
         super().__init__()
@@ -90,7 +90,7 @@ def test_critic_learns_to_tell_images_from_blurred_ones():
     assert float(figures["critic_real"]) > 0.5 > -0.5 > float(figures["critic_fake"])
 
 
-def test_critic_is_idle_then_learns_then_is_heard():
+def test_critic_is_idle_then_learns_then_contributes_to_the_loss():
     critic = training()
     before = [p.clone() for p in critic.network.parameters()]
     term, idle = learned(critic, 0)

@@ -313,9 +313,9 @@ def test_moments_of_another_shape_are_named(tmp_path):
 
 def test_processes_that_cannot_share_a_global_batch_are_told_the_remedy():
     check_shares(64, 16, 4)
-    with pytest.raises(ValueError, match="make global_batch_size a multiple of 3"):
+    with pytest.raises(ValueError, match="global_batch_size is 64, but must be a multiple of 3"):
         check_shares(64, 16, 3)
-    with pytest.raises(ValueError, match=r"but must divide 32, the part of each of 2 .* set it to 16 or"):
+    with pytest.raises(ValueError, match=r"but must divide 32, the images per process .* set it to 16 or"):
         check_shares(64, 24, 2)
     with pytest.raises(ValueError, match="set it to 32 or another divisor of 32"):
         check_shares(64, 64, 2)

@@ -67,7 +67,7 @@ def metrics() -> Part:
         ),
         ("FID / floor", figures["fid_ratio"], "at equal numbers of images"),
         ("rFID", cost["rfid"], "of reconstructions by the tokenizer alone, against the held-out images themselves"),
-        ("class accuracy", figures.get("class_accuracy"), "generated images that the classifier gives their class"),
+        ("class accuracy", figures.get("class_accuracy"), "share of generated images classified as their own class"),
         ("Inception score", figures["inception_score"], "higher is better"),
         ("KID", figures["kid"], "unbiased, so slightly negative values are possible"),
         ("precision", figures["precision"], "generated images within the manifold of real ones"),
@@ -125,7 +125,7 @@ def nearest() -> Part:
             ("held-out real images", *(_number(float(np.quantile(others, q))) for q in quantiles)),
         ),
     )
-    text = f"Among {count:,} training images. Generated images that are much nearer than held-out ones would be copies."
+    text = f"Searched {count:,} training images. Generated images much nearer to them than held-out ones may be copies."
     return Part(
         text, (table,), (("generated above, nearest training image below", _png(pictures.grid(rows, len(shown)))),)
     )
@@ -154,15 +154,15 @@ def reconstructions() -> Part:
     if not path.is_file():
         raise MissingFileError(f"{path} does not exist; run the tokenizer stage (`dvc repro tokenizer`).")
     figures = read_json(DATA / "tokenizer/metrics.json")
-    text = f"PSNR {figures['psnr']:.2f} dB; through a sample of the posterior {figures['psnr_sampled']:.2f} dB."
+    text = f"PSNR {figures['psnr']:.2f} dB from the posterior mean, {figures['psnr_sampled']:.2f} dB from a sample."
     return Part(text, pictures=(("originals above, reconstructions below", path.read_bytes()),))
 
 
 def curves() -> Part:
-    """The curves of every training: those of its results, or those of one that runs or was stopped.
+    """Training curves of each stage: those of its results or, without results, of its running or stopped training.
 
-    The rows of the last training that finished here have more figures than its results; they are drawn if they are of
-    the same training, which equal losses tell.
+    The rows of the last training that finished here have more columns than the results. They are drawn instead if both
+    have the same losses, so belong to the same training.
     """
     drawn = []
     for stage, folder in (("tokenizer", "tokenizer"), ("train", "model"), ("finetune", "finetuned")):
@@ -211,7 +211,7 @@ def latents() -> Part:
     axes.plot(x, np.exp(-(x**2) / 2) / np.sqrt(2 * np.pi), "k--", label="normal")
     axes.legend(fontsize=7, ncols=2)
     shape = " x ".join(map(str, store.shape))
-    text = f"{len(store):,} training images, latents of {shape}; draws of {len(rows):,} posteriors by channel."
+    text = f"{len(store):,} training images, latents of {shape}; one draw from each of {len(rows):,} posteriors."
     return Part(text, pictures=(("normalised latents", picture),))
 
 

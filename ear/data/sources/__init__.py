@@ -25,14 +25,14 @@ def find(path: str | Path, *, val_fraction: float) -> Source:
     - The idx files of the MNIST family in PATH, or PATH itself an npz file: `ear.data.sources.arrays`.
     - PATH/CLASS/**.
 
-    Without validation images, `val_fraction` of each class is held out. Nothing is written, and only the headers of
-    archives are read, of arrays the labels, too. Raises UserError naming the file or folder that is wrong.
+    Without validation images, `val_fraction` of each class is held out. Writes nothing; reads only the headers of
+    archives, and the headers and labels of arrays. Raises UserError naming the file or folder that is wrong.
     """
     root = Path(path)
     if root.is_file() and root.suffix == ".npz":
         return arrays.find_npz(root, val_fraction=val_fraction)
     if root.is_file():
-        raise UserError(f"{root} is a file, but no .npz; name the folder that it lies in.")
+        raise UserError(f"{root} is a file, but must be a folder or an .npz file; give the folder that contains it.")
     if not root.is_dir():
         raise UserError(f"there is no file or folder {root}; set data.path to your class folders, or to an npz file.")
     if not (root / "train").is_dir():

@@ -131,7 +131,7 @@ def _header(block: bytes, title: str, position: int) -> tarfile.TarInfo:
         header = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
     except tarfile.HeaderError as error:
         what = "is not an uncompressed tar archive" if position == 0 else "is damaged"
-        raise UserError(f"{title} {what}: byte {position} starts no tar header; download it again.") from error
+        raise UserError(f"{title} {what}: no tar header starts at byte {position}; download it again.") from error
     if header.size < 0:
         raise UserError(
             f"{title} is damaged: {header.name!r} at byte {position} has {header.size} bytes; download it again."

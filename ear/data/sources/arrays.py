@@ -107,9 +107,9 @@ def find_npz(path: Path, *, val_fraction: float) -> Source:
     """List the images of an npz file.
 
     Its keys are `images` (uint8 [N, H, W] or [N, H, W, C] with 1 or 3 channels) and `labels` (integers, [N] or [N, 1]);
-    `val_images` and `val_labels`, `test_images` and `test_labels` are held out. MedMNIST's names for the first two,
-    `train_images` and `train_labels`, will do. If nothing is held out by the file, `val_fraction` of each class is.
-    Raises UserError naming file and key.
+    `val_images` and `val_labels`, `test_images` and `test_labels` are held out. MedMNIST's names `train_images` and
+    `train_labels` work too. If the file has no held-out images, `val_fraction` of each class is held out. Raises
+    UserError naming file and key.
     """
     with _intact(str(path)), zipfile.ZipFile(path) as archive:
         names = {name.removesuffix(".npy") for name in archive.namelist() if name.endswith(".npy")}
@@ -184,7 +184,7 @@ def _labels(stream: IO[bytes], kind: np.dtype, count: int, images: int, title: s
     values = np.frombuffer(content, kind)
     if count and not 0 <= int(values.min()) <= int(values.max()) < _MOST_CLASSES:
         wrong = int(values.min()) if int(values.min()) < 0 else int(values.max())
-        raise UserError(f"{title} has label {wrong}, but labels count from 0, to {_MOST_CLASSES - 1} at most.")
+        raise UserError(f"{title} has label {wrong}, but labels must be 0 .. {_MOST_CLASSES - 1}; renumber them.")
     return values.astype(np.int64)
 
 
@@ -239,7 +239,7 @@ def unpack(arrays: Sequence[Array], folder: Path) -> str:
 
 
 def _read(array: Array, stream: IO[bytes], left: int) -> bytes:
-    with naming(Path(array.title)):  # a disk's error would else be said of the file that is written
+    with naming(Path(array.title)):  # otherwise a read error would name the file being written
         return stream.read(min(_BLOCK, left))
 
 
