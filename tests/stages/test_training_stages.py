@@ -277,8 +277,11 @@ def test_training_in_bfloat16_and_compiled_follows_float32(repository):
 
 
 @pytest.mark.gpu
-def test_training_on_the_gpu_repeats_its_bytes(repository):
+def test_training_on_the_gpu_repeats_up_to_rounding(repository):
+    """Bytes are not promised: the backward pass of attention is not deterministic on CUDA."""
     run("train", **{"runtime.device": "cuda"})
-    expected = contents("data/model")
+    expected = table("data/model/validation.tsv")
     run("train", **{"runtime.device": "cuda"})
-    assert contents("data/model") == expected
+    again = table("data/model/validation.tsv")
+    assert [row["images"] for row in again] == [row["images"] for row in expected]
+    assert [row["loss"] for row in again] == pytest.approx([row["loss"] for row in expected], rel=1e-3)
