@@ -1,10 +1,10 @@
-"""Variance of the gradient with all pairs of m samples, relative to disjoint pairs of the same samples.
+"""Variance of the gradient with all pairs of m samples, and with antithetic noise, relative to disjoint pairs.
 
     python -m benchmarks.variance [--save]
 
-Both are unbiased estimates of the energy score from the same head evaluations. Two settings: gradients with respect to
-location and scale of a perfect forecast, N(0, I) in 16 dimensions, over draws of noise and target; and gradients with
-respect to all weights of a briefly trained head of the digits preset, for one batch and many draws of noise.
+All are unbiased estimates of the energy score from equally many head evaluations. Two settings: gradients with respect
+to location and scale of a perfect forecast, N(0, I) in 16 dimensions, over draws of noise and target; and gradients
+with respect to all weights of a briefly trained head of the digits preset, for one batch and many draws of noise.
 """
 
 from functools import partial
@@ -28,10 +28,16 @@ _DRAWS = 100  # of noise
 
 
 # [m, N, D], [k, N, D] => loss [N]
-ESTIMATES = {f"{pairs}_pairs": partial(energy_loss, alpha=1.0, pairs=pairs) for pairs in ("all", "disjoint")}
+ESTIMATES = {pairs: partial(energy_loss, alpha=1.0, pairs=pairs) for pairs in ("disjoint", "all", "antithetic")}
 
 
-def of_location_and_scale(m: int) -> dict:
+def mirrored(noise: Tensor, pairs: str) -> Tensor:
+    """The noise [m, ...]; for antithetic pairs, its first half, and that with opposite sign."""
+    half = noise[: len(noise) // 2]
+    return torch.cat([half, -half]) if pairs == "antithetic" else noise
+
+
+def of_location_and_scale(m: int) -> dict[str, dict[str, float]]:
     """Variance of a token's gradient with respect to location (one coordinate) and scale, for a perfect forecast."""
     source = generator(0, "analytic", m)
     target = torch.randn(1, _TARGETS, 1, _DIMENSIONS, generator=source, dtype=torch.float64)
@@ -40,15 +46,14 @@ def of_location_and_scale(m: int) -> dict:
     for name, estimate in ESTIMATES.items():
         location = torch.zeros(_TARGETS, _DRAWS, _DIMENSIONS, dtype=torch.float64, requires_grad=True)
         scale = torch.ones(_TARGETS, _DRAWS, 1, dtype=torch.float64, requires_grad=True)
-        loss = estimate(location + scale * noise, target).sum()
+        loss = estimate(location + scale * mirrored(noise, name), target).sum()
         by_location, by_scale = torch.autograd.grad(loss, (location, scale))
         variances[name] = {
             "location": float(by_location.flatten(0, 1).var(dim=0).mean()),
             "scale": float(by_scale.var()),
             "scale_given_target": float(by_scale.var(dim=1).mean()),
         }
-    ratios = {key: value / variances["disjoint_pairs"][key] for key, value in variances["all_pairs"].items()}
-    return {**variances, "ratio": ratios}
+    return variances
 
 
 def trained_head(parameters: Parameters, m: int) -> tuple[EnergyScore, Tensor, Tensor]:
@@ -74,7 +79,7 @@ def trained_head(parameters: Parameters, m: int) -> tuple[EnergyScore, Tensor, T
     return score, hidden, target
 
 
-def of_weights(parameters: Parameters, m: int) -> dict:
+def of_weights(parameters: Parameters, m: int) -> dict[str, float]:
     """Total variance of the gradient with respect to all weights of the head, for one batch, over draws of noise."""
     score, hidden, target = trained_head(parameters, m)
     weights = list(score.parameters())
@@ -82,17 +87,15 @@ def of_weights(parameters: Parameters, m: int) -> dict:
     squares = dict.fromkeys(ESTIMATES, 0.0)
     for draw in range(_DRAWS):
         noise = score.draw_noise((m, _BATCH), stream(draw, "noise"), hidden.device)
-        samples = score.generate(hidden, noise)
         for name, estimate in ESTIMATES.items():
-            loss = estimate(samples, target[None]).mean()
-            gradients = torch.autograd.grad(loss, weights, retain_graph=True)
+            loss = estimate(score.generate(hidden, mirrored(noise, name)), target[None]).mean()
+            gradients = torch.autograd.grad(loss, weights)
             squares[name] += sum(float(g.square().sum()) for g in gradients)
             sums[name] = [total + g for total, g in zip(sums[name], gradients, strict=True)]
-    variances = {
+    return {
         name: (squares[name] - sum(float(s.square().sum()) for s in sums[name]) / _DRAWS) / (_DRAWS - 1)
         for name in ESTIMATES
     }
-    return {**variances, "ratio": variances["all_pairs"] / variances["disjoint_pairs"]}
 
 
 def main() -> None:

@@ -189,12 +189,16 @@ def _command(part: str, images: str, budget: Mapping[str, Any], chosen: Mapping[
 
 
 def _variance_table(figures: Mapping) -> str:
-    rows = []
-    for name, measured in figures.items():
-        ratios = [*measured["perfect_forecast"]["ratio"].values(), measured["head_weights"]["ratio"]]
-        rows.append([name.removeprefix("m="), *(f"{ratio:.3f}" for ratio in ratios)])
-    names = [name.replace("_", " ") for name in next(iter(figures.values()))["perfect_forecast"]["ratio"]]
-    return table(["m", *names, "head weights"], rows)
+    """Rows of `benchmarks.variance`: each way to pair samples, relative to disjoint pairs of as many samples."""
+    rows, names = [], []
+    for count, measured in figures.items():
+        forecast, weights = measured["perfect_forecast"], measured["head_weights"]
+        names = [name.replace("_", " ") for name in forecast["disjoint"]]
+        for pairs in (key for key in weights if key != "disjoint"):
+            ratios = [forecast[pairs][key] / value for key, value in forecast["disjoint"].items()]
+            ratios.append(weights[pairs] / weights["disjoint"])
+            rows.append([pairs, count.removeprefix("m="), *(f"{ratio:.3f}" for ratio in ratios)])
+    return table(["`score.pairs`", "`score.samples`", *names, "head weights"], rows)
 
 
 def _ablation_row(values: Mapping, runs: Sequence[Mapping], default: Sequence[Mapping]) -> list[str]:

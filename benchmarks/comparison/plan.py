@@ -49,8 +49,8 @@ ABLATIONS = (
     ),
     Ablation(
         "Samples per token",
-        "More samples, all of their pairs, or more draws of the target: only the variance of the gradient falls.",
-        (*_each("score.samples", 2, 4, 8), {"score.pairs": "disjoint"}, {"score.targets": 4}),
+        "More samples, other pairs of them, or more draws of the target change only the variance of the gradient.",
+        (*_each("score.samples", 2, 4, 8), *_each("score.pairs", "disjoint", "antithetic"), {"score.targets": 4}),
     ),
     Ablation(
         "Training temperature",

@@ -24,23 +24,26 @@ class SampleBased(ScoreOptions):
     """Options of the scores estimated from samples of a noise-driven head."""
 
     samples: int = Field(description="samples per token, at least 2", ge=1)
-    pairs: Literal["all", "disjoint"] = Field(
-        description="pairs of samples that repel each other: all (least variance) or disjoint (as published)"
+    pairs: Literal["all", "disjoint", "antithetic"] = Field(
+        description="pairs of samples that repel each other: all, disjoint (as published) or antithetic (all but those "
+        "of opposite noise, z and -z; least variance)"
     )
     targets: int = Field(description="draws of each target from the tokenizer's posterior", ge=1)
     noise: Literal["uniform", "gaussian"] = Field(description="uniform on [-0.5, 0.5) or gaussian")
     noise_channels: int = Field(description="noise dimensions per token", ge=1)
 
     def check(self) -> None:
-        """Raise UserError if `samples` is 1, or odd with disjoint pairs."""
+        """Raise UserError if `samples` is 1, odd with disjoint or antithetic pairs, or 2 with antithetic ones."""
         if self.samples < 2:
             raise UserError(
                 f"score.samples is {self.samples}, but score.name is {self.name}, which compares samples with each "
                 "other; set it to at least 2."
             )
-        if self.pairs == "disjoint" and self.samples % 2:
+        fewest = 4 if self.pairs == "antithetic" else 2
+        if self.pairs != "all" and (self.samples % 2 or self.samples < fewest):
             raise UserError(
-                f"score.samples is {self.samples}, but score.pairs is disjoint; choose an even number, or all."
+                f"score.samples is {self.samples}, but with score.pairs {self.pairs} must be even and at least "
+                f"{fewest}; change one of them."
             )
 
 

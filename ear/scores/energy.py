@@ -7,7 +7,7 @@ Shapes: N tokens, D token channels, m samples per token, k targets per token.
 from torch import Tensor
 
 from ear.config.scores import Energy
-from ear.scores.sample_based import SampleBasedScore, pairwise_loss, squared_distance
+from ear.scores.sample_based import Pairs, SampleBasedScore, pairwise_loss, squared_distance
 from ear.scores.score import HeadSize
 
 
@@ -27,7 +27,7 @@ def energy_loss(
     alpha: float,  # exponent in (0, 2)
     temperature: float = 1.0,  # weight of the repulsion, in (0, 1]; only 1 is strictly proper
     smoothing: float = 1e-6,
-    pairs: str = "all",  # or disjoint
+    pairs: Pairs = "all",
 ) -> Tensor:
     """Per-token loss [N], the negative energy score.
 

@@ -10,6 +10,7 @@ import itertools
 import operator
 from abc import abstractmethod
 from collections.abc import Callable, Iterable
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,7 @@ from ear.scores.modulated_mlp import ModulatedMLP
 from ear.scores.score import DENOISING, Denoising, HeadSize, Score, TokenLoss
 
 Distance = Callable[[Tensor, Tensor], Tensor]  # [..., D], [..., D] => [...]
+Pairs = Literal["all", "disjoint", "antithetic"]
 
 
 def squared_distance(a: Tensor, b: Tensor) -> Tensor:
@@ -34,21 +36,36 @@ def pairwise_loss(
     distance: Distance,
     *,
     temperature: float = 1.0,  # weight of the repulsion, in (0, 1]; only 1 is strictly proper
-    pairs: str = "all",  # or disjoint: each sample is in one pair (the mean of m/2 two-sample losses)
+    pairs: Pairs = "all",  # which samples repel each other: see `_independent`
 ) -> TokenLoss:
-    """Per-token loss [N]: an unbiased estimate of the negative score (with all pairs, a U-statistic).
+    """Per-token loss [N]: an unbiased estimate of the negative score; with all pairs, a U-statistic.
 
     It is attraction - temperature * repulsion, and both are its parts. The attraction is 2/(mk) sum_ij d(x_i, y_j); the
     repulsion is the mean over pairs of d(x_i, x_j). More samples reduce the variance without changing the expectation;
     all pairs reduce it more than disjoint ones. Distances are computed without autocast.
     """
     m, k = len(samples), len(targets)
-    repelled = list(itertools.combinations(samples, 2)) if pairs == "all" else samples.unflatten(0, (-1, 2))
+    repelled = _independent(samples, pairs)
     with torch.autocast(samples.device.type, enabled=False):
         attraction = _sum(distance(x, y) for x, y in itertools.product(samples, targets)) * (2 / (m * k))
         repulsion = _sum(distance(a, b) for a, b in repelled) / len(repelled)
         parts = {"attraction": attraction.detach(), "repulsion": repulsion.detach()}
         return TokenLoss(attraction - temperature * repulsion, parts)
+
+
+def _independent(samples: Tensor, pairs: Pairs) -> list[tuple[Tensor, Tensor]]:
+    """The pairs of samples [m, N, D] whose distance estimates E d(x, x').
+
+    all: each pair; disjoint: each sample is in one pair (the mean of m/2 two-sample losses); antithetic: sample i and
+    sample i + m/2 have opposite noise, so depend on each other, and are no pair.
+    """
+    m = len(samples)
+    if pairs == "disjoint":
+        chosen = [(i, i + 1) for i in range(0, m, 2)]
+    else:
+        apart = m // 2 if pairs == "antithetic" else 0
+        chosen = [(i, j) for i, j in itertools.combinations(range(m), 2) if j - i != apart]
+    return [(samples[i], samples[j]) for i, j in chosen]
 
 
 def _sum(terms: Iterable[Tensor]) -> Tensor:
@@ -94,12 +111,19 @@ class SampleBasedScore(Score):
         shape = (*shape, self.noise_channels)
         return normal(shape, source, device) if self.noise == "gaussian" else uniform(shape, source, device) - 0.5
 
+    def _noise(self, tokens: int, source: Stream, device: torch.device) -> Tensor:
+        """Noise of the samples in training [m, N, n]; antithetic: the second half is the first with opposite sign."""
+        if self.pairs != "antithetic":
+            return self.draw_noise((self.samples, tokens), source, device)
+        half = self.draw_noise((self.samples // 2, tokens), source, device)
+        return torch.cat([half, -half])
+
     def loss(self, hidden: Tensor, target: Tensor, *, temperature: float, source: Stream) -> TokenLoss:
         """Hidden [N, W], target [N, D] or [k, N, D] => negative score per token [N], float32.
 
         Parts: attraction and repulsion, whose difference at temperature 1 is the loss.
         """
-        noise = self.draw_noise((self.samples, len(hidden)), source, hidden.device)
+        noise = self._noise(len(hidden), source, hidden.device)
         targets = target if target.dim() == 3 else target[None]
         samples = self.generate(hidden, noise)
         return pairwise_loss(samples, targets, self.distance, temperature=temperature, pairs=self.pairs)

@@ -126,7 +126,10 @@ def test_options_of_other_scores_do_not_matter():
     with pytest.raises(ValueError, match=r"score\.samples is 1, but score\.name is kernel, .* at least 2"):
         config.parse(content)
     content["score"]["samples"] = 3
-    with pytest.raises(ValueError, match=r"score\.samples is 3, but score\.pairs is disjoint"):
+    with pytest.raises(ValueError, match=r"score\.samples is 3, but with score\.pairs disjoint must be even"):
+        config.parse(content)
+    content["score"].update(samples=2, pairs="antithetic")
+    with pytest.raises(ValueError, match=r"score\.samples is 2, but .* antithetic must be even and at least 4"):
         config.parse(content)
 
 

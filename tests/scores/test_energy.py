@@ -117,6 +117,47 @@ def test_all_pairs_have_less_gradient_variance_than_disjoint_ones():
     assert all_pairs.var() < 0.7 * pairs.var()
 
 
+@pytest.mark.parametrize("m", [4, 6, 8])
+def test_antithetic_samples_do_not_repel_each_other(m):
+    x, y = draws(m, 50, 3), draws(1, 50, 3, name="y")
+    chosen = [(i, j) for i, j in itertools.combinations(range(m), 2) if j != i + m // 2]
+    norm = lambda v: v.norm(dim=-1)  # noqa: E731 - a formula
+    expected = 2 * norm(x - y).mean(dim=0) - sum(norm(x[i] - x[j]) for i, j in chosen) / len(chosen)
+    assert torch.allclose(energy_loss(x, y, alpha=1.0, smoothing=0.0, pairs="antithetic"), expected, atol=1e-12)
+
+
+@pytest.mark.parametrize(("alpha", "sigma"), [(1.0, 0.5), (1.0, 1.0), (1.0, 2.0), (1.5, 1.0)])
+def test_antithetic_noise_keeps_the_expectation_and_lowers_the_variance(alpha, sigma):
+    """Of the loss, against its exact expectation, and of the gradient with respect to the location, given y."""
+    half, y = draws(2, 50_000, 16), draws(1, 50_000, 16, name="y")
+    x = sigma * torch.cat([half, -half])
+    loss = energy_loss(x, y, alpha=alpha, pairs="antithetic")
+    constant = 2 ** (alpha / 2) * math.gamma(8 + alpha / 2) / math.gamma(8)
+    exact = constant * expected_gaussian_loss(torch.tensor(sigma, dtype=DOUBLE), alpha=alpha)
+    assert abs(loss.mean() - exact) < 4.5 * loss.std() / math.sqrt(50_000)
+
+    def variance(noise, pairs):
+        location = torch.zeros(50_000, 16, dtype=DOUBLE, requires_grad=True)
+        loss = energy_loss(location + sigma * noise, y[:, :1], alpha=alpha, pairs=pairs)
+        return torch.autograd.grad(loss.sum(), location)[0].var(dim=0).sum()
+
+    assert variance(torch.cat([half, -half]), "antithetic") < 0.4 * variance(draws(4, 50_000, 16, name="other"), "all")
+
+
+@pytest.mark.parametrize("noise", ["uniform", "gaussian"])
+def test_a_head_draws_antithetic_noise_in_training_only(noise):
+    score = head(samples=4, pairs="antithetic", noise=noise)
+    with torch.no_grad():
+        score.network.output.weight.normal_(generator=generator(5))
+    hidden, y = torch.randn(64, 8, generator=generator(1)), torch.randn(64, 2, generator=generator(2))
+    half = score.draw_noise((2, 64), stream(3), hidden.device)
+    samples = score.generate(hidden, torch.cat([half, -half]))
+    expected = energy_loss(samples, y[None], alpha=1.0, pairs="antithetic")
+    assert torch.equal(score.loss(hidden, y, temperature=1.0, source=stream(3)).value, expected)
+    drawn = score.sample(hidden, source=stream(3))
+    assert torch.equal(drawn, score.generate(hidden, score.draw_noise((64,), stream(3), hidden.device)))
+
+
 @pytest.mark.parametrize("alpha", [1.0, 1.5])
 def test_equivariance_under_rotation_shift_and_scale(alpha):
     rotation = torch.linalg.qr(draws(16, 16, name="rotation")).Q
