@@ -208,7 +208,7 @@ def test_a_damaged_list_of_files_in_the_cache_is_deleted(capsys):
     listing.write_bytes(content[:20])
     told = verify()
     assert told.exit_code == 1
-    assert "numbers: DVC's list of the files in data/numbers is damaged; after" in told.stdout
+    assert "numbers: DVC's list of the files in data/numbers is damaged; run `ear verify --repair`, then" in told.stdout
     shutil.rmtree("data/numbers")
     with pytest.raises(UserError, match=r"\.dir is not a readable list of files .*ear verify --repair"):
         cached_outputs("numbers")

@@ -205,7 +205,7 @@ def test_a_global_batch_that_does_not_divide_is_refused_with_the_remedy(reposito
     results = together(lambda: run("train"), 3)
     told = [str(error) for error in results if isinstance(error, ValueError)]
     assert len(told) == 1
-    assert "make train.global_batch_size a multiple of 3" in told[0]
+    assert "train.global_batch_size is 16, but must be a multiple of 3" in told[0]
 
 
 def test_low_precision_is_for_cuda(repository):
