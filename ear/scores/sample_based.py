@@ -59,13 +59,12 @@ def _independent(samples: Tensor, pairs: Pairs) -> list[tuple[Tensor, Tensor]]:
     all: each pair; disjoint: each sample is in one pair (the mean of m/2 two-sample losses); antithetic: sample i and
     sample i + m/2 have opposite noise, so depend on each other, and are no pair.
     """
-    m = len(samples)
+    each = samples.unbind()  # not samples[i]: gradients would be summed in another order, which rounds differently
+    m = len(each)
     if pairs == "disjoint":
-        chosen = [(i, i + 1) for i in range(0, m, 2)]
-    else:
-        apart = m // 2 if pairs == "antithetic" else 0
-        chosen = [(i, j) for i, j in itertools.combinations(range(m), 2) if j - i != apart]
-    return [(samples[i], samples[j]) for i, j in chosen]
+        return list(zip(each[::2], each[1::2], strict=True))
+    apart = m // 2 if pairs == "antithetic" else 0
+    return [(each[i], each[j]) for i, j in itertools.combinations(range(m), 2) if j - i != apart]
 
 
 def _sum(terms: Iterable[Tensor]) -> Tensor:
