@@ -10,6 +10,8 @@ from pydantic import Field
 from ear.config.sections import MOVED, Lengths, Section
 from ear.errors import UserError
 
+Pairs = Literal["all", "disjoint", "antithetic"]
+
 
 class ScoreOptions(Section):
     """What all scores have: a name."""
@@ -24,7 +26,7 @@ class SampleBased(ScoreOptions):
     """Options of the scores estimated from samples of a noise-driven head."""
 
     samples: int = Field(description="samples per token, at least 2", ge=1)
-    pairs: Literal["all", "disjoint", "antithetic"] = Field(
+    pairs: Pairs = Field(
         description="pairs of samples that repel each other: all, disjoint (as published) or antithetic (all but those "
         "of opposite noise, z and -z; least variance)"
     )

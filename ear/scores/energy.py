@@ -6,8 +6,8 @@ Shapes: N tokens, D token channels, m samples per token, k targets per token.
 
 from torch import Tensor
 
-from ear.config.scores import Energy
-from ear.scores.sample_based import Pairs, SampleBasedScore, pairwise_loss, squared_distance
+from ear.config.scores import Energy, Pairs
+from ear.scores.sample_based import SampleBasedScore, pairwise_loss, squared_distance
 from ear.scores.score import HeadSize
 
 

@@ -10,18 +10,16 @@ import itertools
 import operator
 from abc import abstractmethod
 from collections.abc import Callable, Iterable
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from ear.config.scores import SampleBased
+from ear.config.scores import Pairs, SampleBased
 from ear.runtime.randomness import Stream, normal, uniform
 from ear.scores.modulated_mlp import ModulatedMLP
 from ear.scores.score import DENOISING, Denoising, HeadSize, Score, TokenLoss
 
 Distance = Callable[[Tensor, Tensor], Tensor]  # [..., D], [..., D] => [...]
-Pairs = Literal["all", "disjoint", "antithetic"]
 
 
 def squared_distance(a: Tensor, b: Tensor) -> Tensor:
@@ -31,7 +29,7 @@ def squared_distance(a: Tensor, b: Tensor) -> Tensor:
 
 
 def pairwise_loss(
-    samples: Tensor,  # [m, N, D], independent given the hidden state
+    samples: Tensor,  # [m, N, D]; given the hidden state, those of a pair are independent
     targets: Tensor,  # [k, N, D]
     distance: Distance,
     *,
@@ -42,7 +40,7 @@ def pairwise_loss(
 
     It is attraction - temperature * repulsion, and both are its parts. The attraction is 2/(mk) sum_ij d(x_i, y_j); the
     repulsion is the mean over pairs of d(x_i, x_j). More samples reduce the variance without changing the expectation;
-    all pairs reduce it more than disjoint ones. Distances are computed without autocast.
+    all pairs reduce it more than disjoint ones, antithetic samples more still. Distances are computed without autocast.
     """
     m, k = len(samples), len(targets)
     repelled = _independent(samples, pairs)
@@ -54,10 +52,10 @@ def pairwise_loss(
 
 
 def _independent(samples: Tensor, pairs: Pairs) -> list[tuple[Tensor, Tensor]]:
-    """The pairs of samples [m, N, D] whose distance estimates E d(x, x').
+    """The pairs of independent samples of [m, N, D], whose mean distance estimates E d(x, x').
 
-    all: each pair; disjoint: each sample is in one pair (the mean of m/2 two-sample losses); antithetic: sample i and
-    sample i + m/2 have opposite noise, so depend on each other, and are no pair.
+    all: every pair; disjoint: each sample in one pair (the mean of m/2 two-sample losses); antithetic: every pair
+    except samples i and i + m/2, which have opposite noise.
     """
     each = samples.unbind()  # not samples[i]: gradients would be summed in another order, which rounds differently
     m = len(each)
