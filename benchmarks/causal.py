@@ -26,7 +26,7 @@ def cached(model: CausalModel, tokens, orders, labels):
     """Hidden states [B, L, W], slot by slot through the caches."""
     caches, slots, rows = model.caches(), model.start(labels, None, orders[:, :1]), []
     for i in range(model.tokens):
-        rows.append(model.transformer(slots, caches)[:, -1:])
+        rows.append(model.states(slots, caches)[:, -1:])
         if i + 1 < model.tokens:
             at = orders[:, i : i + 1]
             slots = model.slots(pick(tokens, at), at, orders[:, i + 1 : i + 2])
@@ -38,7 +38,7 @@ def uncached(model: CausalModel, tokens, orders, labels):
     start, rows = model.start(labels, None, orders[:, :1]), []
     for i in range(model.tokens):
         slots = model.slots(pick(tokens, orders[:, :i]), orders[:, :i], orders[:, 1 : i + 1])
-        rows.append(model.transformer(torch.cat([start, slots], dim=1))[:, -1:])
+        rows.append(model.states(start.then(slots))[:, -1:])
     return torch.cat(rows, dim=1)
 
 

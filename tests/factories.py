@@ -32,6 +32,7 @@ def model_options(**changes) -> config.Model:
     """Options of a tiny transformer, some of them changed."""
     sizes = {
         "patch_size": 1,
+        "blocks": "vit",
         "width": 32,
         "depth": 2,
         "heads": 4,
@@ -63,13 +64,16 @@ def tiny_model(
     attention="bidirectional",
     order="random",
     target_positions=True,
+    blocks="vit",
     seed=0,
     trained=True,
     name="energy",
     **score,
 ) -> AutoregressiveModel:
     """A model of a few thousand weights; `trained` moves what is zero-initialised away from zero."""
-    options = model_options(patch_size=patch_size, attention=attention, order=order, target_positions=target_positions)
+    options = model_options(
+        patch_size=patch_size, attention=attention, order=order, target_positions=target_positions, blocks=blocks
+    )
     shape = Shape(latent, classes, options, score_options(name, **score))
     model = build_model(shape).initialise(generator(seed, "weights"))
     if trained:

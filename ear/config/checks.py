@@ -69,6 +69,11 @@ def check_model(data: Data, tokenizer: Tokenizer, model: Model) -> None:
         )
     if model.width % model.heads:
         raise UserError(f"model.heads is {model.heads}, but must divide model.width, {model.width}; choose a divisor.")
+    if model.blocks == "modern" and (model.width // model.heads) % 4:
+        raise UserError(
+            f"model.width / model.heads is {model.width // model.heads}, but rotary positions need a multiple of 4; "
+            "change either, or set model.blocks to vit."
+        )
     if model.attention == "bidirectional" and model.order == "raster":
         raise UserError(
             "model.order is 'raster', but bidirectional attention predicts any tokens from any others; set it to "

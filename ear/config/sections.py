@@ -120,6 +120,9 @@ class Model(Section):
     """The transformer over latent tokens, and the size of its head."""
 
     patch_size: int = Field(description="latent cells per token along a side", ge=1)
+    blocks: Literal["vit", "modern"] = Field(
+        description="transformer blocks: vit (as published) or modern (RMSNorm, QK-norm, SwiGLU, rotary positions)"
+    )
     width: int = Field(description="transformer width", ge=1)
     depth: int = Field(description="transformer blocks", ge=1)
     heads: int = Field(description="attention heads; must divide width", ge=1)

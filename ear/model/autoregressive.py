@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ear import scores
+from ear.model.rotary import RotaryTable, Rotation
 from ear.model.shape import Shape
 from ear.model.tokens import patchify, pick
 from ear.model.transformer import Transformer
@@ -105,6 +106,9 @@ class AutoregressiveModel(nn.Module, ABC):
         self.class_embedding = nn.Embedding(len(shape.classes), options.width)
         self.token_embedding = nn.Linear(shape.token_channels, options.width)
         self.transformer = Transformer(options)
+        self.rotary = None
+        if options.blocks == "modern":
+            self.rotary = RotaryTable(shape.grid, buffer=self.buffer, channels=options.width // options.heads)
         self.score = scores.build(
             shape.score,
             scores.HeadSize(
@@ -139,6 +143,13 @@ class AutoregressiveModel(nn.Module, ABC):
     def shard(self, device: torch.device) -> None:
         """Divide the weights among the ranks, in place; afterwards, `loss` is the only method that computes."""
         shard(self, [*self.transformer.blocks, *self.score.networks()], method="loss", device=device)
+
+    def rotation(self, at: Tensor, aim: Tensor) -> Rotation | None:
+        """For positions `at` in the sequence (keys), used to predict `aim` (queries), int64 [b, T] each.
+
+        None if the blocks do not rotate.
+        """
+        return None if self.rotary is None else self.rotary(queries=aim, keys=at)
 
     def prefix(self, labels: Tensor, null: Tensor | None = None) -> Tensor:
         """Labels [B], null bool [B] (true: no class) => buffer tokens [B, P, W], without their positions."""

@@ -6,6 +6,8 @@ a slot also embeds the position that it predicts.
 Shapes: see ear.model.autoregressive.
 """
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -17,6 +19,18 @@ from ear.model.shape import Shape
 from ear.model.tokens import pick
 from ear.model.transformer import Cache
 from ear.runtime.randomness import Stream
+
+
+class Slots(NamedTuple):
+    """Inputs of the transformer, in the order of the sequence."""
+
+    embedded: Tensor  # [B, T, W]
+    at: Tensor  # int64 [B, T], their positions: buffer tokens first, then the image's, row by row
+    aim: Tensor  # int64 [B, T], the positions that they predict; buffer tokens before the last: their own
+
+    def then(self, later: "Slots") -> "Slots":
+        """Both, one after the other."""
+        return Slots(*(torch.cat(both, dim=1) for both in zip(self, later, strict=True)))
 
 
 class CausalModel(AutoregressiveModel):
@@ -50,18 +64,24 @@ class CausalModel(AutoregressiveModel):
         State i predicts the token at positions[:, i] and depends only on the i tokens before it in the order.
         """
         before, after = positions[:, :-1], positions[:, 1:]
-        sequence = [self.start(labels, null, positions[:, :1]), self.slots(pick(tokens, before), before, after)]
-        return self.transformer(torch.cat(sequence, dim=1))[:, self.buffer - 1 :]
+        sequence = self.start(labels, null, positions[:, :1]).then(self.slots(pick(tokens, before), before, after))
+        return self.states(sequence)[:, self.buffer - 1 :]
 
-    def start(self, labels: Tensor, null: Tensor | None, first: Tensor) -> Tensor:
-        """The buffer tokens [B, P, W]; the last one predicts the positions `first` [B, 1]."""
+    def states(self, slots: Slots, caches: list[Cache] | None = None) -> Tensor:
+        """Hidden states [B, T, W] of the slots; with `caches`, these follow the slots of earlier calls."""
+        return self.transformer(slots.embedded, caches, rotation=self.rotation(slots.at, slots.aim))
+
+    def start(self, labels: Tensor, null: Tensor | None, first: Tensor) -> Slots:
+        """The P buffer tokens; the last one predicts the positions `first` [B, 1]."""
         prefix = self.prefix(labels, null) + self.positions[:, : self.buffer]
-        return torch.cat([prefix[:, :-1], self._aimed(prefix[:, -1:], first)], dim=1)
+        embedded = torch.cat([prefix[:, :-1], self._aimed(prefix[:, -1:], first)], dim=1)
+        at = torch.arange(self.buffer, device=first.device).expand(len(first), -1)
+        return Slots(embedded, at, torch.cat([at[:, :-1], self.buffer + first], dim=1))
 
-    def slots(self, tokens: Tensor, at: Tensor, next_at: Tensor) -> Tensor:
-        """Tokens [B, n, D] at positions `at` [B, n], to predict positions `next_at` [B, n] => slots [B, n, W]."""
+    def slots(self, tokens: Tensor, at: Tensor, next_at: Tensor) -> Slots:
+        """Tokens [B, n, D] at positions `at` [B, n], to predict positions `next_at` [B, n] => n slots."""
         slots = self.token_embedding(tokens) + F.embedding(self.buffer + at, self.positions[0])
-        return self._aimed(slots, next_at)
+        return Slots(self._aimed(slots, next_at), self.buffer + at, self.buffer + next_at)
 
     def _aimed(self, slots: Tensor, next_at: Tensor) -> Tensor:
         """Add to slots [B, n, W] the embedding of the positions that they predict, [B, n]."""
@@ -93,7 +113,7 @@ class CausalModel(AutoregressiveModel):
         caches, positions = self.caches(), orders.split(1, dim=1)  # [B, 1] each
         slots = self.start(conditions.labels, conditions.null, conditions.expand(positions[0]))
         for number, at in enumerate(positions):
-            hidden = self.transformer(slots, caches)[:, -1:]  # [R, 1, W]
+            hidden = self.states(slots, caches)[:, -1:]  # [R, 1, W]
             drawn = draw_tokens(hidden, self.tokens - number - 1)  # [B, 1, D]
             tokens.scatter_(1, at[..., None].expand_as(drawn), drawn)
             if number + 1 < self.tokens:

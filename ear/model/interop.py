@@ -222,6 +222,7 @@ def _shape(
         raise UserError(f"buffer_size is {buffer_size}, but published models have buffer tokens; give 1 or more.")
     model = config.Model(
         patch_size=patch_size,
+        blocks="vit",
         width=width,
         depth=_blocks(tensors, "transformer.blocks."),
         heads=heads,

@@ -44,9 +44,11 @@ class MaskedModel(AutoregressiveModel):
         embedded = self.token_embedding(tokens)  # [B, L, W]
         embedded = torch.where(mask[..., None], self.mask_token.to(embedded.dtype), embedded)
         sequence = torch.cat([self.prefix(labels, null), embedded], dim=1)  # [B, P + L, W]
+        at = torch.arange(sequence.shape[1], device=sequence.device)[None]
+        rotation = self.rotation(at, at)
         if wanted is not None:
-            return self.transformer(sequence + self.positions, wanted=wanted + self.buffer)
-        return self.transformer(sequence + self.positions)[:, self.buffer :]
+            return self.transformer(sequence + self.positions, wanted=wanted + self.buffer, rotation=rotation)
+        return self.transformer(sequence + self.positions, rotation=rotation)[:, self.buffer :]
 
     def training_positions(self, images: int, source: Stream, device: torch.device | str = "cpu") -> Tensor:
         """int64 [B, n]: random positions to mask in each of B images.

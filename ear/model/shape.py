@@ -28,10 +28,15 @@ class Shape:
             )
 
     @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of tokens."""
+        _, h, w = self.latent
+        return h // self.model.patch_size, w // self.model.patch_size
+
+    @property
     def tokens(self) -> int:
         """Tokens of an image, L."""
-        _, h, w = self.latent
-        return (h // self.model.patch_size) * (w // self.model.patch_size)
+        return self.grid[0] * self.grid[1]
 
     @property
     def token_channels(self) -> int:
@@ -50,5 +55,5 @@ class Shape:
     @classmethod
     def from_dict(cls, stored: dict) -> "Shape":
         """The inverse of `as_dict`; raises UserError or pydantic.ValidationError for other content."""
-        model = config.Model.model_validate(stored["model"])
+        model = config.Model.model_validate({"blocks": "vit", **stored["model"]})  # files of earlier versions lack it
         return cls(tuple(stored["latent"]), tuple(stored["classes"]), model, score_options(stored["score"]))

@@ -1,5 +1,6 @@
-"""The transformer: pre-norm blocks of self-attention and MLP, as in ViT (Dosovitskiy et al., 2021).
+"""The transformer: pre-norm blocks of self-attention and MLP, as in ViT (Dosovitskiy et al., 2021), or modern ones.
 
+Modern blocks have RMSNorm, also of queries and keys (QK-norm), SwiGLU, and rotary position embeddings.
 Attention is bidirectional, or causal with a cache of keys and values for generation.
 Shapes: B images, T sequence positions, W width, H heads.
 """
@@ -12,9 +13,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ear import config
+from ear.model.rotary import Rotation, rotate
 from ear.model.tokens import pick
 
-_NORM_EPS = 1e-6  # of every layer norm
+_NORM_EPS = 1e-6  # of every norm
 
 
 class Cache:
@@ -45,11 +47,17 @@ class Attention(nn.Module):
         self.heads, self.dropout, self.causal = options.heads, options.dropout, options.attention == "causal"
         self.qkv = nn.Linear(options.width, 3 * options.width)
         self.projection = nn.Linear(options.width, options.width)
+        self.normed = options.blocks == "modern"
+        if self.normed:
+            self.query_norm, self.key_norm = (_norm(options.width // options.heads, options) for _ in range(2))
 
-    def forward(self, x: Tensor, cache: Cache | None = None, wanted: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, cache: Cache | None = None, wanted: Tensor | None = None, rotation: Rotation | None = None
+    ) -> Tensor:
         """[B, T, W] => [B, T, W]; with a cache, the T positions follow those that it holds.
 
-        wanted: int64 [B, n]; the result is computed at these positions only, [B, n, W].
+        wanted: int64 [B, n]; the result is computed at these positions only, [B, n, W]. rotation: of the queries (n of
+        them if `wanted`) and of the T keys.
         """
         if wanted is None:
             q, k, v = self._split(self.qkv(x), 3)
@@ -58,6 +66,11 @@ class Attention(nn.Module):
             (q,) = self._split(F.linear(pick(x, wanted), weights[0], biases[0]), 1)
             k, v = self._split(F.linear(x, weights[1], biases[1]), 2)
         assert wanted is None or not self.causal  # the mask of causal attention is of all positions
+        if self.normed:
+            q, k = self.query_norm(q.float()), self.key_norm(k.float())
+        if rotation is not None:
+            q, k = rotate(q, rotation.queries), rotate(k, rotation.keys)
+        q, k = q.type_as(v), k.type_as(v)  # norms and rotations are float32, also under autocast
         if cache is not None:
             # A single new position attends to all earlier ones and needs no mask; several must be the first positions.
             assert self.causal
@@ -74,26 +87,57 @@ class Attention(nn.Module):
         return x.unflatten(-1, (parts, self.heads, -1)).permute(2, 0, 3, 1, 4)
 
 
+class SwiGLU(nn.Module):
+    """The gated MLP: down(silu(gate(x)) * up(x)) (Shazeer, 2020).
+
+    Its width is two thirds of `model.mlp_ratio`'s, rounded up to a multiple of 8, for as many weights as without gate.
+    """
+
+    def __init__(self, options: config.Model):
+        super().__init__()
+        hidden = -(-round(options.width * options.mlp_ratio * 2 / 3) // 8) * 8
+        self.gate, self.up = nn.Linear(options.width, hidden), nn.Linear(options.width, hidden)
+        self.down = nn.Linear(hidden, options.width)
+        self.dropout = options.dropout
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., W] => [..., W]."""
+        hidden = F.dropout(F.silu(self.gate(x)) * self.up(x), self.dropout, self.training)
+        return F.dropout(self.down(hidden), self.dropout, self.training)
+
+
+def _norm(channels: int, options: config.Model) -> nn.Module:
+    kind = nn.RMSNorm if options.blocks == "modern" else nn.LayerNorm
+    return kind(channels, eps=_NORM_EPS)
+
+
 class Block(nn.Module):
     """x + attention(norm(x)), then x + MLP(norm(x)).
 
-    Dropout acts on the weights of attention, after its projection, after the GELU and after the MLP's last layer.
+    Dropout acts on the weights of attention, after its projection, after the GELU or the gate, and after the MLP's last
+    layer.
     """
 
     def __init__(self, options: config.Model):
         super().__init__()
         width, dropout = options.width, options.dropout
         hidden = round(width * options.mlp_ratio)
-        self.attention_norm = nn.LayerNorm(width, eps=_NORM_EPS)
+        self.attention_norm = _norm(width, options)
         self.attention = Attention(options)
-        self.mlp_norm = nn.LayerNorm(width, eps=_NORM_EPS)
-        self.mlp = nn.Sequential(
-            nn.Linear(width, hidden), nn.GELU(), nn.Dropout(dropout), nn.Linear(hidden, width), nn.Dropout(dropout)
+        self.mlp_norm = _norm(width, options)
+        self.mlp: nn.Module = (
+            SwiGLU(options)
+            if options.blocks == "modern"
+            else nn.Sequential(
+                nn.Linear(width, hidden), nn.GELU(), nn.Dropout(dropout), nn.Linear(hidden, width), nn.Dropout(dropout)
+            )
         )
 
-    def forward(self, x: Tensor, cache: Cache | None = None, wanted: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, cache: Cache | None = None, wanted: Tensor | None = None, rotation: Rotation | None = None
+    ) -> Tensor:
         """[B, T, W] => [B, T, W], or [B, n, W] at the positions `wanted`, int64 [B, n]."""
-        mixed = self.attention(self.attention_norm(x), cache, wanted)
+        mixed = self.attention(self.attention_norm(x), cache, wanted, rotation)
         x = (x if wanted is None else pick(x, wanted)) + mixed
         return x + self.mlp(self.mlp_norm(x))
 
@@ -104,21 +148,30 @@ class Transformer(nn.Module):
     def __init__(self, options: config.Model):
         super().__init__()
         self.blocks = nn.ModuleList(Block(options) for _ in range(options.depth))
-        self.norm = nn.LayerNorm(options.width, eps=_NORM_EPS)
+        self.norm = _norm(options.width, options)
         self.checkpointing = False  # recompute each block in the backward pass instead of keeping its activations
 
     def caches(self, capacity: int) -> list[Cache]:
         """Empty caches for a sequence of up to `capacity` positions, one per block."""
         return [Cache(capacity) for _ in self.blocks]
 
-    def forward(self, x: Tensor, caches: list[Cache] | None = None, wanted: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        caches: list[Cache] | None = None,
+        wanted: Tensor | None = None,
+        rotation: Rotation | None = None,
+    ) -> Tensor:
         """[B, T, W] => [B, T, W]; with `caches`, the T positions follow those of earlier calls.
 
-        wanted: int64 [B, n]; the last block computes these positions only, and the result is [B, n, W].
+        wanted: int64 [B, n]; the last block computes these positions only, and the result is [B, n, W]. rotation: of
+        the T positions, for modern blocks.
         """
         recompute = self.checkpointing and torch.is_grad_enabled()
         for number, block in enumerate(self.blocks):
             cache = None if caches is None else caches[number]
             rows = wanted if number == len(self.blocks) - 1 else None
-            x = checkpoint(block, x, cache, rows, use_reentrant=False) if recompute else block(x, cache, rows)
+            turn = rotation if rows is None or rotation is None else rotation.of_queries(rows)
+            inputs = (x, cache, rows, turn)
+            x = checkpoint(block, *inputs, use_reentrant=False) if recompute else block(*inputs)
         return self.norm(x)

@@ -14,7 +14,7 @@ from ear.sampling.sampler import network_evaluations, sample
 from ear.sampling.settings import SamplingSettings
 
 LABELS = torch.tensor([0, 1, 2, 0])
-KINDS = [("raster", False), ("raster", True), ("random", True)]
+KINDS = [("raster", False, "vit"), ("raster", True, "modern"), ("random", True, "vit"), ("random", True, "modern")]
 
 
 def causal_model(order="random", target_positions=True, **options) -> CausalModel:
@@ -29,9 +29,9 @@ def inputs(model, seed=0):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(("order", "target_positions"), KINDS)
-def test_a_token_changes_only_the_predictions_after_it(order, target_positions):
-    model = causal_model(order, target_positions)
+@pytest.mark.parametrize(("order", "target_positions", "blocks"), KINDS)
+def test_a_token_changes_only_the_predictions_after_it(order, target_positions, blocks):
+    model = causal_model(order, target_positions, blocks=blocks)
     tokens, orders = inputs(model)
     hidden = model.predict(tokens, orders, LABELS)
     for place in (0, 5, 14, 15):
@@ -60,19 +60,19 @@ def test_predictions_depend_on_class_order_and_target():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(("order", "target_positions"), KINDS)
-def test_cached_passes_equal_the_full_one(order, target_positions):
-    model = causal_model(order, target_positions)
+@pytest.mark.parametrize(("order", "target_positions", "blocks"), KINDS)
+def test_cached_passes_equal_the_full_one(order, target_positions, blocks):
+    model = causal_model(order, target_positions, blocks=blocks)
     tokens, orders = inputs(model)
     full = model.predict(tokens, orders, LABELS)
     caches = model.caches()
-    rows = [model.transformer(model.start(LABELS, None, orders[:, :1]), caches)[:, -1:]]
+    rows = [model.states(model.start(LABELS, None, orders[:, :1]), caches)[:, -1:]]
     for i in range(model.tokens - 1):
         at, next_at = orders[:, i : i + 1], orders[:, i + 1 : i + 2]
-        rows.append(model.transformer(model.slots(pick(tokens, at), at, next_at), caches))
+        rows.append(model.states(model.slots(pick(tokens, at), at, next_at), caches))
     torch.testing.assert_close(torch.cat(rows, dim=1), full, atol=1e-5, rtol=0)
     with pytest.raises(AssertionError, match="in a cache for 17"):
-        model.transformer(model.slots(pick(tokens, at), at, at), caches)
+        model.states(model.slots(pick(tokens, at), at, at), caches)
 
 
 def uncached(model, labels, orders, *, guidance, source):
@@ -88,9 +88,9 @@ def uncached(model, labels, orders, *, guidance, source):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("order", ["raster", "random"])
-def test_generation_through_the_cache_equals_full_passes(order):
-    model = causal_model(order)
+@pytest.mark.parametrize(("order", "blocks"), [("raster", "vit"), ("random", "vit"), ("raster", "modern")])
+def test_generation_through_the_cache_equals_full_passes(order, blocks):
+    model = causal_model(order, blocks=blocks)
     orders = model.draw_orders(len(LABELS), stream(3, "orders"))
     expected = uncached(model, LABELS, orders, guidance=2.5, source=image_streams(5, range(4)))
     drawn = sample(
