@@ -70,6 +70,11 @@ ABLATIONS = (
         _each("train.head_rate", 0.25, 1.0),
     ),
     Ablation(
+        "Blocks",
+        "As in ViT, or with RMSNorm, normalised queries and keys, SwiGLU and rotary positions.",
+        _each("model.blocks", "vit", "modern"),
+    ),
+    Ablation(
         "Attention and order",
         "Masked tokens, several per step, or one token after the other.",
         (
