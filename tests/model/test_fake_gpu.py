@@ -10,7 +10,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 
 from ear.latents.statistics import Statistics
 from ear.model.training import BatchLoss, block_matrices, parameter_groups
-from ear.runtime.randomness import image_streams
+from ear.runtime.randomness import image_streams, stream
 from ear.sampling.sampler import sample
 from ear.sampling.settings import SamplingSettings
 from ear.training.optimizer import MuonAdamW
@@ -21,6 +21,8 @@ SCORES = ["energy", "kernel", "logarithmic", "hyvarinen", "categorical"]
 
 @pytest.fixture(autouse=True)
 def fake_gpu():
+    # The first backward pass starts one thread per kind of device; with fake ones among them, later tests cannot fork.
+    torch.ones((), requires_grad=True).backward()
     with FakeTensorMode(allow_non_fake_inputs=True):
         yield
 
@@ -58,6 +60,20 @@ def test_sampling_stays_on_the_gpu(name, guidance, attention):
     settings = SamplingSettings(steps=3, guidance=guidance, denoising_steps=5)
     latents = sample(model, [0, 1, 0], settings, source=image_streams(0, range(3)))
     assert (latents.shape, latents.device.type) == ((3, *model.shape.latent), "cuda")
+
+
+@pytest.mark.parametrize("attention", ["bidirectional", "causal"])
+def test_modern_blocks_stay_on_the_gpu(attention):
+    model = on_gpu(blocks="modern", attention=attention)
+    loss = model.train().loss(
+        torch.zeros(4, *model.shape.latent, device=GPU),
+        torch.zeros(4, dtype=torch.long, device=GPU),
+        temperature=1.0,
+        source=stream(0),
+    )
+    assert loss.value.device.type == "cuda"
+    settings = SamplingSettings(steps=3, guidance=2.0)
+    assert sample(model.eval(), [0, 1, 0], settings, source=image_streams(0, range(3))).device.type == "cuda"
 
 
 def test_a_step_of_muon_stays_on_the_gpu():

@@ -102,7 +102,9 @@ def assert_close(rows: list[dict], expected: list[dict]) -> None:
         assert row == pytest.approx(other, rel=1e-4)
 
 
-@pytest.mark.parametrize("options", [{}, {"runtime.sharded": True, "runtime.checkpointing": True}])
+@pytest.mark.parametrize(
+    "options", [{}, {"runtime.sharded": True, "runtime.checkpointing": True, "model.blocks": "modern"}]
+)
 def test_two_processes_train_and_finetune_like_one(repository, options):
     """Same global batches: losses, validation and weights within float error, in both phases."""
     one, two = {}, {}
