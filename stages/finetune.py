@@ -66,7 +66,7 @@ def work(parameters: Parameters, run: Run) -> None:
         device=device,
         runtime=parameters.runtime,
         check=run.check,
-        statistics=Statistics(**description["statistics"]),
+        statistics=Statistics.from_dict(description["statistics"]),
     )
     phase.trainer.restore(state, images=earlier)
     scratch = run.scratch(program.plain(parameters), ["data/latents/stats.json", STATE])

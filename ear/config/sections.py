@@ -114,6 +114,12 @@ class Cache(Section):
     """How latents are computed."""
 
     batch_size: int = Field(description="images encoded per batch; changes results slightly (rounding)", ge=1)
+    noise_limit: float = Field(
+        description="latent channels with a larger share of posterior noise in their variance count as collapsed: models "
+        "see their mean; 1: none",
+        gt=0,
+        le=1,
+    )
 
 
 class Model(Section):

@@ -95,6 +95,7 @@ def cache(
     scratch: Path,  # keeps finished pieces from one run to the next
     cluster: Cluster | None = None,  # to use instead of the ranks
     layout: Layout = Layout(),
+    noise_limit: float = 1.0,  # of `Statistics.of`
 ) -> None:
     """Encode all images into `target`: the files, and stats.json; an interrupted run resumes with missing pieces.
 
@@ -127,7 +128,8 @@ def cache(
             progress.advance(len(piece.rows))
     if distributed.is_main():
         train = torch.tensor([sums[piece] for piece in planned["train"]], dtype=torch.float64)
-        _publish(target, planned, Statistics.of(train.sum(dim=0)), splits["train"], encoder, scratch)
+        statistics = Statistics.of(train.sum(dim=0), noise_limit=noise_limit)
+        _publish(target, planned, statistics, splits["train"], encoder, scratch)
 
 
 def plan(split: str, count: int, row_bytes: int, batch_size: int, layout: Layout) -> list[Piece]:

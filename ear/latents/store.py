@@ -78,7 +78,7 @@ class LatentStore:
         require_format(folder / STATS, stats.get("format"), FORMAT, "run the cache stage again")
         self.shape: tuple[int, int, int] = tuple(stats["shape"])
         self.classes: tuple[str, ...] = tuple(stats["classes"])
-        self.statistics = Statistics(**stats["statistics"])
+        self.statistics = Statistics.from_dict(stats["statistics"])
         self.tokenizer: str = stats["tokenizer"]
         opened = [_open(folder / entry["file"], entry, stats) for entry in stats["shards"][split]]
         self.labels = np.concatenate([labels for _, labels in opened])

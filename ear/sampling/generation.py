@@ -65,7 +65,7 @@ class ImageSampler:
                 f"{model} was trained on latents of tokenizer {description['tokenizer'][:12]}, but {tokenizer} is "
                 f"{fingerprint[:12]}; run the stages cache, train and finetune again."
             )
-        return cls(loaded, decoder, Statistics(**description["statistics"]), device)
+        return cls(loaded, decoder, Statistics.from_dict(description["statistics"]), device)
 
     @property
     def image_shape(self) -> tuple[int, int, int]:

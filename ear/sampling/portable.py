@@ -167,7 +167,7 @@ def load_pipeline(path: str | Path, device: torch.device | str = "cpu") -> Pipel
         about = description["model"]
         model = model_of(parts[_MODEL], about, path)
         tokenizer = tokenizer_of(parts[_TOKENIZER], description["tokenizer"], path)
-        statistics = Statistics(**about["statistics"])
+        statistics = Statistics.from_dict(about["statistics"])
     sampler = ImageSampler(model, tokenizer, statistics, device)  # outside `reading`: a full GPU is not a bad file
     with reading(path, kind, remedy):
         return Pipeline(

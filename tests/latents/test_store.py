@@ -1,5 +1,6 @@
 """Reading cached latents back: rows, order, mirroring, other processes, damage."""
 
+import dataclasses
 import itertools
 import json
 from concurrent.futures import ThreadPoolExecutor
@@ -111,6 +112,33 @@ def test_normalised_latents_have_mean_zero_and_deviation_one():
     assert latents.mean().item() == pytest.approx(0, abs=0.01)
     assert latents.std().item() == pytest.approx(1, abs=0.01)
     torch.testing.assert_close(denormalised(latents, statistics), posterior_sample(many, noise))
+
+
+def test_channels_of_noise_alone_become_their_mean():
+    moments = torch.from_numpy(ALL[:, 0]).clone()
+    channels = SHAPE[0]
+    moments[:, 0] = 0.25 + 0.1 * torch.randn(moments[:, 0].shape, generator=generator(1))
+    moments[:, channels] = 0  # log-variance of channel 0: 99% of its variance are noise
+    moments[:, channels + 1 :] = -6
+    assert Statistics.of(sums(moments)).collapsed == ()
+    statistics = Statistics.of(sums(moments), noise_limit=0.95)
+    assert statistics.collapsed == (0,)
+    assert Statistics.from_dict(json.loads(json.dumps(statistics.as_dict()))) == statistics
+    noise = torch.randn(len(moments), *SHAPE, generator=generator(0))
+    latents = normalised(moments, noise, statistics)
+    plain = normalised(moments, noise, dataclasses.replace(statistics, collapsed=()))
+    assert torch.equal(latents[:, 1:], plain[:, 1:])
+    decoded = denormalised(latents, statistics)[:, 0]
+    torch.testing.assert_close(decoded, torch.full_like(decoded, statistics.channel_mean[0]))
+    assert plain[:, 0].std() > 0.1
+    several = normalised(moments, noise.expand(3, *noise.shape), statistics)  # several draws of each target
+    assert torch.equal(several[1], latents)
+
+
+def test_statistics_without_collapsed_channels_are_those_of_earlier_versions():
+    stored = Statistics.of(sums(torch.from_numpy(ALL[:, 0]))).as_dict()
+    assert list(stored) == ["mean", "std", "channel_mean", "channel_std"]
+    assert Statistics.from_dict(stored).collapsed == ()
 
 
 @pytest.mark.parametrize("workers", [0, 1, 2])
