@@ -43,8 +43,8 @@ def work(parameters: Parameters, run: Run) -> None:
     address = parameters.runtime.cluster
     cluster = caching.Cluster(address, TOKENIZER, parameters.compute.threads) if address else None
     target = run.output("data/latents")
-    options = {"encoder": encoder, "scratch": scratch, "cluster": cluster}
-    caching.cache(PREPARED, target, **options, noise_limit=parameters.cache.noise_limit)
+    limit = parameters.cache.noise_limit
+    caching.cache(PREPARED, target, encoder=encoder, scratch=scratch, cluster=cluster, noise_limit=limit)
     if distributed.is_main():
         run.computed("data/latents", read_json(target / "stats.json")["shards"])
 

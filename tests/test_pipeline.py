@@ -193,6 +193,8 @@ def test_the_rows_of_a_finished_training_are_kept_beside_the_pipeline(finished):
         ("score.alpha", 1.5, {"train"}),
         ("model.patch_size", 2, {"train"}),
         ("cache.batch_size", 64, {"cache"}),
+        ("cache.noise_limit", 0.9, {"cache"}),
+        ("model.blocks", "modern", {"train"}),
         ("tokenizer.kl_weight", 1e-5, {"tokenizer"}),
         ("reference.images", 1280, {"reference"}),
         ("prepare.compression", "gzip", {"prepare"}),

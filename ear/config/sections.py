@@ -115,8 +115,8 @@ class Cache(Section):
 
     batch_size: int = Field(description="images encoded per batch; changes results slightly (rounding)", ge=1)
     noise_limit: float = Field(
-        description="latent channels with a larger share of posterior noise in their variance count as collapsed: models "
-        "see their mean; 1: none",
+        description="latent channels with a larger share of noise (the posterior's) in their variance carry no "
+        "information: models see their mean; 1: keep all",
         gt=0,
         le=1,
     )

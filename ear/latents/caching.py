@@ -129,6 +129,9 @@ def cache(
     if distributed.is_main():
         train = torch.tensor([sums[piece] for piece in planned["train"]], dtype=torch.float64)
         statistics = Statistics.of(train.sum(dim=0), noise_limit=noise_limit)
+        if statistics.collapsed:
+            channels = ", ".join(map(str, statistics.collapsed))
+            print(f"cache: noise alone in channel {channels}; models see its mean (cache.noise_limit)", flush=True)
         _publish(target, planned, statistics, splits["train"], encoder, scratch)
 
 

@@ -5,6 +5,7 @@ information about an image, but a model would have to predict its noise, so norm
 """
 
 from dataclasses import asdict, dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -13,7 +14,7 @@ from ear.tokenizer import posterior
 
 @dataclass(frozen=True)
 class Statistics:
-    """Mean and standard deviation of sampled latents, over everything and per channel; numbers of collapsed channels."""
+    """Mean and standard deviation of sampled latents, over everything and per channel; which channels collapsed."""
 
     mean: float
     std: float
@@ -36,7 +37,8 @@ class Statistics:
     @classmethod
     def from_dict(cls, stored: dict) -> "Statistics":
         """The inverse of `as_dict`."""
-        return cls(**{name: tuple(v) if isinstance(v, list) else v for name, v in stored.items()})
+        values: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in stored.items()}
+        return cls(**values)
 
     def as_dict(self) -> dict:
         """Plain values; without collapsed channels, those of versions that did not know them."""

@@ -37,11 +37,18 @@ def tiny() -> Tokenizer:
 
 
 def cache(
-    base: Path, tokenizer: Tokenizer, *, fingerprint: str = "ab" * 32, batch_size: int = 3, layout: Layout = SMALL
+    base: Path,
+    tokenizer: Tokenizer,
+    *,
+    fingerprint: str = "ab" * 32,
+    batch_size: int = 3,
+    layout: Layout = SMALL,
+    **options,
 ) -> Path:
     encoder = caching.Encoder(tokenizer, fingerprint=fingerprint, batch_size=batch_size, device=CPU)
     (base / "scratch").mkdir(exist_ok=True)
-    caching.cache(base / "prepared", base / "latents", encoder=encoder, scratch=base / "scratch", layout=layout)
+    scratch = base / "scratch"
+    caching.cache(base / "prepared", base / "latents", encoder=encoder, scratch=scratch, layout=layout, **options)
     return base / "latents"
 
 
@@ -94,6 +101,22 @@ def test_a_plan_covers_every_image_once_in_files_of_limited_size():
     assert len(files) == 21  # of 48 images, 4,800 bytes
     assert pieces[0].file == "train-00000-of-00021.h5"
     assert [piece.first for piece in pieces[:4]] == [0, 16, 32, 0]
+
+
+def test_channels_above_the_noise_limit_are_named_and_only_their_statistics_differ(base, capsys):
+    before = contents(cache(base, tiny()))
+    assert capsys.readouterr().out.count("noise alone") == 0
+    statistics = LatentStore(base / "latents", "train").statistics
+    moments = rows(base / "latents", "train").astype(np.float64)
+    variance = np.exp(moments[:, 3:]).mean(axis=(0, 2, 3))
+    share = variance / np.square(statistics.channel_std)
+    first, second, third = np.argsort(share)
+    folder = cache(base, tiny(), noise_limit=float((share[first] + share[second]) / 2))
+    collapsed = sorted([int(second), int(third)])
+    assert LatentStore(folder, "train").statistics == dataclasses.replace(statistics, collapsed=tuple(collapsed))
+    assert f"noise alone in channel {collapsed[0]}, {collapsed[1]}; models see" in capsys.readouterr().out
+    after = contents(folder)
+    assert {name for name in before if before[name] != after[name]} == {"stats.json"}
 
 
 def test_statistics_are_numpys_over_sampled_training_latents(base):
