@@ -212,6 +212,8 @@ def latents() -> Part:
     axes.legend(fontsize=7, ncols=2)
     shape = " x ".join(map(str, store.shape))
     text = f"{len(store):,} training images, latents of {shape}; one draw from each of {len(rows):,} posteriors."
+    if store.statistics.collapsed:
+        text += f" Noise alone, and so replaced by its mean: channel {', '.join(map(str, store.statistics.collapsed))}."
     return Part(text, pictures=(("normalised latents", picture),))
 
 
