@@ -32,7 +32,7 @@ def test_published_recipe(name):
     model, train, finetune, sample = p.model, p.train, p.finetune, p.sample
     assert (model.depth, model.width, model.heads, model.head_depth, model.head_width) == PUBLISHED[name]
     assert (model.patch_size, model.mlp_ratio, model.buffer_size, model.mask_ratio_min) == (1, 4.0, 64, 0.7)
-    assert (model.dropout, model.label_dropout) == (0.1, 0.1)
+    assert (model.blocks, model.dropout, model.label_dropout, p.cache.noise_limit) == ("vit", 0.1, 0.1, 1.0)
     assert (p.score.name, p.score.alpha, p.score.noise, p.score.noise_channels) == ("energy", 1.0, "uniform", 64)
     steps = 625  # an epoch
     assert train.global_batch_size == 2048
@@ -57,7 +57,17 @@ def test_published_recipe(name):
 def test_smoke_forms_differ_in_size_not_in_structure(name):
     full, smoke = composed(name), composed(f"{name}_smoke")
     kept = {
-        "model": ("attention", "order", "patch_size", "mlp_ratio", "dropout", "label_dropout", "mask_ratio_min"),
+        "cache": ("noise_limit",),
+        "model": (
+            "blocks",
+            "attention",
+            "order",
+            "patch_size",
+            "mlp_ratio",
+            "dropout",
+            "label_dropout",
+            "mask_ratio_min",
+        ),
         "score": ("name", "samples", "pairs", "targets", "noise", "alpha"),
         "train": (
             *("schedule", "embedding_sd", "optimizer", "head_rate", "beta2", "weight_decay"),
