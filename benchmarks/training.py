@@ -141,7 +141,7 @@ def measured(preset: str, device: torch.device, rounds: int) -> dict:
     needed = operations(training.step)
     rate = needed / step_seconds
     figures |= {
-        "fewer_operations": operations(baseline(preset, device)) / needed,
+        "fewer_operations": operations(baseline(preset, device), steps=1) / needed,
         "operations_per_second": rate,
         "share_of_peak": rate / measure.matmul_peak(device, options.precision),
     }
@@ -158,12 +158,12 @@ def finished(step: Callable[[], object], device: torch.device) -> None:
         torch.cuda.synchronize()
 
 
-def operations(step: Callable[[], object]) -> int:
+def operations(step: Callable[[], object], steps: int = _COUNTED) -> int:
     """Operations of the matrix products of a step, counted while it runs: those that a step needs, in the mean."""
     with FlopCounterMode(display=False) as counter:
-        for _ in range(_COUNTED):
+        for _ in range(steps):
             step()
-    return counter.get_total_flops() // _COUNTED
+    return counter.get_total_flops() // steps
 
 
 def lines(figures: dict) -> list[measure.Line]:

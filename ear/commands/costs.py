@@ -20,6 +20,7 @@ from ear.model.flops import at_depth, count, loss_without_data, training_flops, 
 from ear.model.masking import masked_after
 from ear.model.shape import Shape
 from ear.model.training import optimizer_numbers
+from ear.model.transformer import mlp_width
 from ear.runtime import randomness
 from ear.sampling.sampler import sample
 from ear.sampling.settings import SamplingSettings
@@ -147,7 +148,7 @@ def activation_bytes(shape: Shape, *, images: int, precision: str) -> tuple[int,
     options = shape.model
     positions = images * (options.buffer_size + shape.tokens)
     if options.dropout > 0:  # one byte per element after attention, inside the MLP and after it
-        block += int(positions * options.width * (2 + options.mlp_ratio))
+        block += positions * (2 * options.width + mlp_width(options))
     checkpointed = outside + options.depth * positions * options.width * _FLOAT + block
     return outside + options.depth * block, checkpointed
 

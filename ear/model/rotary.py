@@ -42,7 +42,8 @@ class RotaryTable(nn.Module):
 
     def forward(self, queries: Tensor, keys: Tensor) -> Rotation:
         """Positions int64 [b, T] in the sequence, of queries and of keys."""
-        return Rotation(self.table[:, queries], self.table[:, keys])
+        of_keys = self.table[:, keys]
+        return Rotation(of_keys if queries is keys else self.table[:, queries], of_keys)
 
 
 def rotate(x: Tensor, angles: Tensor) -> Tensor:

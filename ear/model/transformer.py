@@ -39,6 +39,20 @@ class Cache:
         return keys, values
 
 
+def mlp_width(options: config.Model) -> int:
+    """Width of the MLP between its matrices: `mlp_ratio` times the transformer's.
+
+    Of modern blocks, which have three matrices instead of two, two thirds of that, rounded up to a multiple of 8.
+    """
+    width = options.width * options.mlp_ratio
+    return -(-round(width * 2 / 3) // 8) * 8 if options.blocks == "modern" else round(width)
+
+
+def _norm(channels: int, options: config.Model) -> nn.Module:
+    kind = nn.RMSNorm if options.blocks == "modern" else nn.LayerNorm
+    return kind(channels, eps=_NORM_EPS)
+
+
 class Attention(nn.Module):
     """Multi-head self-attention; one fused projection to queries, keys and values."""
 
@@ -88,14 +102,11 @@ class Attention(nn.Module):
 
 
 class SwiGLU(nn.Module):
-    """The gated MLP: down(silu(gate(x)) * up(x)) (Shazeer, 2020).
-
-    Its width is two thirds of `model.mlp_ratio`'s, rounded up to a multiple of 8, for as many weights as without gate.
-    """
+    """The gated MLP: down(silu(gate(x)) * up(x)) (Shazeer, 2020)."""
 
     def __init__(self, options: config.Model):
         super().__init__()
-        hidden = -(-round(options.width * options.mlp_ratio * 2 / 3) // 8) * 8
+        hidden = mlp_width(options)
         self.gate, self.up = nn.Linear(options.width, hidden), nn.Linear(options.width, hidden)
         self.down = nn.Linear(hidden, options.width)
         self.dropout = options.dropout
@@ -104,11 +115,6 @@ class SwiGLU(nn.Module):
         """[..., W] => [..., W]."""
         hidden = F.dropout(F.silu(self.gate(x)) * self.up(x), self.dropout, self.training)
         return F.dropout(self.down(hidden), self.dropout, self.training)
-
-
-def _norm(channels: int, options: config.Model) -> nn.Module:
-    kind = nn.RMSNorm if options.blocks == "modern" else nn.LayerNorm
-    return kind(channels, eps=_NORM_EPS)
 
 
 class Block(nn.Module):
@@ -121,7 +127,7 @@ class Block(nn.Module):
     def __init__(self, options: config.Model):
         super().__init__()
         width, dropout = options.width, options.dropout
-        hidden = round(width * options.mlp_ratio)
+        hidden = mlp_width(options)
         self.attention_norm = _norm(width, options)
         self.attention = Attention(options)
         self.mlp_norm = _norm(width, options)

@@ -23,6 +23,7 @@ from ear.tokenizer.perceptual import Perceptual
 PATHS = ("data.path=/images", "tokenizer.weights=/kl16.ckpt")  # of nothing
 KINDS = [{"name": name} for name in ("energy", "kernel", "logarithmic", "categorical")]
 KINDS += [{"name": "hyvarinen"}, {"attention": "causal"}, {"name": "energy", "targets": 3}]
+KINDS += [{"blocks": "modern", "attention": attention} for attention in ("bidirectional", "causal")]
 
 
 def deeper(*, depth=3, dropout=0.1, **options):
@@ -151,9 +152,10 @@ def test_activations_of_the_autoencoder_are_what_the_real_one_saves(one_thread):
         assert memory["weights"] == 4 * sum(p.numel() for p in tokenizer.parameters())
 
 
-def test_dropout_adds_its_masks_as_cuda_keeps_them():
+@pytest.mark.parametrize("blocks", ["vit", "modern"])
+def test_dropout_adds_its_masks_as_cuda_keeps_them(blocks):
     """Tensors without data may lie on a device that is absent; attention's own mask is not kept by fused kernels."""
-    _, shape = deeper(depth=2)
+    _, shape = deeper(depth=2, blocks=blocks)
     masks = {}
 
     def keep(tensor):

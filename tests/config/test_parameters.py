@@ -108,6 +108,16 @@ def test_mistakes_are_one_sentence_with_key_value_and_remedy(key, value, words):
     assert all(word in message for word in words), message
 
 
+def test_rotary_positions_need_a_multiple_of_four_channels_per_head():
+    content = with_value("model.blocks", "modern")
+    config.parse(content)
+    content["model"]["heads"] = 64  # of width 128
+    with pytest.raises(
+        ValueError, match=r"^origin: model\.width / model\.heads is 2, .* or set model\.blocks to vit\.$"
+    ):
+        config.parse(content, origin="origin")
+
+
 def test_causal_attention_in_random_order_needs_target_positions():
     content = with_value("model.attention", "causal")
     config.parse(content)

@@ -6,7 +6,6 @@ import pytest
 import torch
 from factories import model_options, tiny_model
 
-from ear import config
 from ear.model.files import load_model, save_model
 from ear.model.rotary import RotaryTable, rotate
 from ear.model.shape import Shape
@@ -135,4 +134,3 @@ def test_models_of_versions_without_the_option_have_vit_blocks():
     stored = tiny_model().shape.as_dict()
     assert stored["model"].pop("blocks") == "vit"
     assert Shape.from_dict(stored).model.blocks == "vit"
-    assert isinstance(Shape.from_dict(stored).model, config.Model)

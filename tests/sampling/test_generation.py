@@ -1,4 +1,4 @@
-"""`ear.load` and `ear.generate`: labels, random streams, checkpoints, errors."""
+"""Tests of `ear.load` and `ear.generate`: which labels and checkpoints they take, and that seeds decide the images."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""The stages reference, reconstruct and evaluate: metrics, resuming, several processes."""
+"""Tests of the reference, reconstruct and evaluate stages, also after a kill and in two processes."""
 
 import json
 import os
